@@ -1,0 +1,122 @@
+"""WS convolutions are torch's convolutions on standardized filters."""
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import reference
+import torch
+from comparison import TOLERANCE, disagreements, values_and_gradients
+from torch import nn
+
+import ws_mm
+
+PAIRS = {
+    '1d': (ws_mm.WSConv1d, nn.Conv1d, (2, 4, 11)),
+    '2d': (ws_mm.WSConv2d, nn.Conv2d, (2, 4, 9, 8)),
+    '3d': (ws_mm.WSConv3d, nn.Conv3d, (2, 4, 5, 6, 7)),
+}
+OPTIONS = {
+    'defaults': dict(kernel_size=3),
+    'no bias': dict(kernel_size=3, bias=False),
+    'pointwise': dict(kernel_size=1),
+    'stride and padding': dict(kernel_size=3, stride=2, padding=1),
+    'dilation': dict(kernel_size=2, dilation=3),
+    'groups': dict(kernel_size=3, groups=2),
+    'depthwise': dict(kernel_size=2, groups=4),
+    'same': dict(kernel_size=3, padding='same'),
+    'reflect': dict(kernel_size=3, padding=1, padding_mode='reflect'),
+    'circular': dict(kernel_size=3, padding=2, padding_mode='circular'),
+    'inside': dict(kernel_size=3, eps_mode='inside'),
+    'eps': dict(kernel_size=3, eps=0.1),
+}
+
+
+def build(layer_type: type[nn.Module], **options) -> nn.Module:
+    layer = layer_type(4, 8, dtype=torch.float64, **options)
+    with torch.no_grad():
+        layer.weight.mul_(0.05).add_(0.1)
+    return layer
+
+
+@pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize('kind', PAIRS)
+def test_equals_plain_convolution_of_standardized_filters(kind, options):
+    ws_type, plain_type, shape = PAIRS[kind]
+    layer = build(ws_type, **options)
+    eps = {k: v for k, v in options.items() if k.startswith('eps')}
+    plain = build(
+        plain_type, **{k: v for k, v in options.items() if k not in eps}
+    )
+    tensors = {'x': torch.randn(shape, dtype=torch.float64)}
+    tensors.update(layer.named_parameters())
+
+    def ours(x, **parameters):
+        return torch.func.functional_call(layer, parameters, x)
+
+    def oracle(x, weight, **bias):
+        weight = reference.standardize_weight(weight, **eps)
+        return torch.func.functional_call(plain, {'weight': weight, **bias}, x)
+
+    actual = values_and_gradients(ours, tensors, 'conv')
+    expected = values_and_gradients(oracle, tensors, 'conv')
+    assert not disagreements(actual, expected, TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize('kind', PAIRS)
+def test_signature_is_that_of_torch(kind):
+    ws_type, plain_type, _ = PAIRS[kind]
+    assert plain_type in ws_type.__bases__  # what host initializers look at
+    for arguments in (
+        (4, 8, 3),
+        (4, 8, 3, 2, 1, 2, 2, False, 'reflect', 'meta', torch.float16),
+    ):
+        ours, plain = ws_type(*arguments), plain_type(*arguments)
+        for name in inspect.signature(plain_type).parameters:
+            if name != 'bias' and hasattr(plain, name):
+                assert getattr(ours, name) == getattr(plain, name)
+        assert ours.weight.shape == plain.weight.shape
+        assert ours.weight.dtype == plain.weight.dtype
+        assert ours.weight.device == plain.weight.device
+        assert ours.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_output_ignores_scale_and_shift_of_filters():
+    layer = build(ws_mm.WSConv2d, kernel_size=3, eps=0.0)
+    x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+    before = layer(x)
+    with torch.no_grad():
+        layer.weight.mul_(7).add_(3)
+    torch.testing.assert_close(layer(x), before)
+
+
+def test_survives_copy_pickle_and_state_dict():
+    layer = build(ws_mm.WSConv2d, kernel_size=3, eps_mode='inside')
+    x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+    expected = layer(x)
+    file = io.BytesIO()
+    pickle.dump(layer, file)
+    file.seek(0)
+    fresh = build(ws_mm.WSConv2d, kernel_size=3, eps_mode='inside')
+    fresh.load_state_dict(layer.state_dict())
+    for twin in (copy.deepcopy(layer), pickle.load(file), fresh):
+        assert torch.equal(twin(x), expected)
+    assert "eps=1e-05, eps_mode='inside'" in repr(layer)
+
+
+def test_refuses_filters_of_one_entry():
+    for arguments in (dict(groups=4), dict(in_channels=1)):
+        arguments = dict(in_channels=4, out_channels=4) | arguments
+        with pytest.raises(ValueError, match='1 entry .*conv_cfg=None'):
+            ws_mm.WSConv2d(kernel_size=1, **arguments)
+    with pytest.raises(ValueError, match="'middle'.*'outside', 'inside'"):
+        ws_mm.WSConv2d(4, 8, 3, eps_mode='middle')
+
+
+def test_refuses_a_weight_that_is_not_its_own():
+    layer = build(ws_mm.WSConv2d, kernel_size=3)
+    x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match='efficient_conv_bn_eval'):
+        layer._conv_forward(x, layer.weight * 2, layer.bias)

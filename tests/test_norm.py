@@ -1,0 +1,210 @@
+"""BCN as a layer: state, modes, what it equals and what it refuses."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import reference
+import torch
+from comparison import TOLERANCE, disagreements
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ws_mm import BCN
+from ws_mm.norm import fit_num_groups
+
+
+def randomized(*args, **kwargs) -> BCN:
+    layer = BCN(*args, dtype=torch.float64, **kwargs)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(mean=0.5)
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.2, 3)
+    return layer
+
+
+def make_input(channels: int = 12, samples: int = 2) -> Tensor:
+    x = torch.randn(samples, channels, 5, 4, dtype=torch.float64)
+    return x * torch.linspace(0.2, 3, channels).view(-1, 1, 1) + 1
+
+
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+@pytest.mark.parametrize('outer_affine', ['group', 'channel'])
+def test_sequence_of_steps_equals_formula(mode, outer_affine):
+    layer = randomized(
+        12, 4, momentum=0.3, mode=mode, outer_affine=outer_affine
+    )
+    state = {k: v.detach().clone() for k, v in layer.state_dict().items()}
+    for step in range(6):
+        layer.train(step != 4)
+        x = make_input(samples=1 + step % 3)
+        expected, running = reference.batch_channel_norm(
+            x, state, 4, training=step != 4, momentum=0.3, mode=mode
+        )
+        state.update(running)
+        actual = {'output': layer(x), **dict(layer.named_buffers())}
+        assert not disagreements(
+            actual, {'output': expected, **running}, TOLERANCE[torch.float64]
+        )
+
+
+def test_is_its_group_norm_until_the_estimates_move():
+    layer = BCN(12, 4, outer_affine='channel', dtype=torch.float64).eval()
+    group_norm = nn.GroupNorm(4, 12, dtype=torch.float64)
+    nn.init.normal_(group_norm.weight)
+    nn.init.normal_(group_norm.bias)
+    layer.load_state_dict(group_norm.state_dict(), strict=True)
+    x = make_input()
+    # The inner eps scales all channels alike; the outer eps then weighs more.
+    torch.testing.assert_close(layer(x), group_norm(x), rtol=1e-7, atol=1e-9)
+    with torch.no_grad():
+        layer.running_mean[0] += 0.1
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(layer(x), group_norm(x), rtol=1e-3, atol=0)
+
+
+def test_eval_does_not_depend_on_the_batch():
+    layer = randomized(12, 4).eval()
+    x = make_input(samples=3)
+    before = {k: v.clone() for k, v in layer.named_buffers()}
+    alone = torch.cat([layer(one) for one in x.split(1)])
+    torch.testing.assert_close(layer(x), alone)
+    for name, values in layer.named_buffers():
+        assert torch.equal(values, before[name])
+
+
+def test_estimate_works_on_one_value_per_channel():
+    layer = randomized(12, 4)
+    x = torch.randn(1, 12, 1, 1, dtype=torch.float64)
+    assert layer(x).isfinite().all()
+    assert layer.running_var.isfinite().all()
+
+
+def test_called_twice_before_backward():
+    layer = randomized(12, 4)
+    first, second = make_input(), make_input().requires_grad_()
+    loss = (layer(second) * torch.randn_like(second)).sum()
+    loss = loss + (layer(first) * torch.randn_like(first)).sum()
+    layer.eval()
+    loss = loss + (layer(second) * torch.randn_like(second)).sum()
+    layer.train()
+    layer(first)
+    loss.backward()
+    assert second.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('mode', ['estimate', 'batch', 'sync_batch'])
+@pytest.mark.parametrize('use_reentrant', [True, False])
+def test_activation_checkpointing_moves_the_estimates_once(
+    mode, use_reentrant
+):
+    layer, twin = (randomized(12, 4, mode=mode) for _ in range(2))
+    twin.load_state_dict(layer.state_dict())
+    x, cotangent = make_input(), make_input()
+    gradients = []
+    for one, recompute in ((layer, False), (twin, True)):
+        leaf = x.clone().requires_grad_()
+        if recompute:
+            y = checkpoint(one, leaf, use_reentrant=use_reentrant)
+        else:
+            y = one(leaf)
+        y.backward(cotangent)
+        gradients.append([leaf.grad, *(p.grad for p in one.parameters())])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.equal(plain, checkpointed)
+    for name, values in layer.named_buffers():
+        assert torch.equal(values, twin.get_buffer(name))
+
+
+def test_half_keeps_the_estimates_in_float32():
+    layer = BCN(12, 4)
+    layer.running_mean.uniform_()
+    before = layer.running_mean.clone()
+    layer.half()
+    assert layer.weight.dtype == torch.float16
+    assert torch.equal(layer.running_mean, before)
+    assert layer(torch.randn(1, 12, 4, 4).half()).dtype == torch.float16
+    assert BCN(12, 4, dtype=torch.bfloat16).running_var.dtype == torch.float32
+    assert layer.double().running_mean.dtype == torch.float64
+
+
+def test_survives_copy_pickle_and_state_dict():
+    layer = randomized(12, 4, mode='batch', outer_affine='channel')
+    file = io.BytesIO()
+    pickle.dump(layer, file)
+    file.seek(0)
+    fresh = randomized(12, 4, mode='batch', outer_affine='channel')
+    fresh.load_state_dict(layer.state_dict())
+    x = make_input()
+    twins = copy.deepcopy(layer), pickle.load(file), fresh
+    expected = layer(x)
+    for twin in twins:
+        assert torch.equal(twin(x), expected)
+        assert torch.equal(twin.running_mean, layer.running_mean)
+
+
+def test_representation_names_what_makes_the_layer():
+    assert repr(BCN(48, mode='batch')) == (
+        'BCN(48, num_groups=24, eps=1e-05, momentum=0.1, affine=True, '
+        "mode='batch', outer_affine='group')"
+    )
+
+
+def test_without_affine_has_no_parameters():
+    layer = BCN(12, 4, affine=False, dtype=torch.float64)
+    assert not list(layer.parameters())
+    state = dict(layer.named_buffers())
+    for name in ('weight', 'bn_weight'):
+        state[name] = torch.ones(12)
+        state[name.replace('weight', 'bias')] = torch.zeros(12)
+    x = make_input()
+    expected, _ = reference.batch_channel_norm(
+        x, state, 4, training=True, momentum=layer.momentum
+    )
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_meta_device():
+    layer = BCN(64, device='meta')
+    assert {t.device.type for t in layer.state_dict().values()} == {'meta'}
+    layer = layer.to_empty(device='cpu')
+    layer.reset_parameters()
+    layer.reset_running_stats()
+    torch.testing.assert_close(layer.state_dict(), BCN(64).state_dict())
+
+
+@pytest.mark.parametrize(
+    ('channels', 'groups', 'fitting'),
+    [
+        (64, 32, 32),
+        (48, 32, 24),
+        (18, 32, 18),
+        (72, 32, 24),
+        (432, 32, 27),
+        (104, 32, 26),
+        (7, 4, 1),
+    ],
+)
+def test_group_count_falls_back_to_the_largest_that_fits(
+    channels, groups, fitting
+):
+    assert fit_num_groups(channels, groups) == fitting
+    if fitting != groups:
+        with pytest.raises(ValueError, match=f'{channels} .* is {fitting}'):
+            BCN(channels, groups, strict_groups=True)
+
+
+def test_refuses_wrong_arguments():
+    for momentum in (0, -0.1, 1.5, float('nan'), None, '0.1', True):
+        with pytest.raises(ValueError, match=r'update rate.*\(0, 1\]'):
+            BCN(32, momentum=momentum)
+    with pytest.raises(ValueError, match="'layer'.*'group', 'channel'"):
+        BCN(32, outer_affine='layer')
+    with pytest.raises(ValueError, match="'est'.*'estimate', 'batch'"):
+        BCN(32, mode='est')
+    with pytest.raises(ValueError, match='num_groups=0'):
+        BCN(32, 0)
+    with pytest.raises(ValueError, match=r'\(N, 32, \*\), got \(1, 3, 4\)'):
+        BCN(32)(torch.zeros(1, 3, 4))

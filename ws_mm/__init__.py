@@ -1,0 +1,34 @@
+"""Weight Standardization and Batch-Channel Normalization for OpenMMLab.
+
+Importing this package registers its layers in mmengine's root registry,
+so that ``type='ws_mm.BCN'`` works in every config and ``type='BCN'`` with
+``custom_imports``. It needs torch and mmengine, nothing else.
+"""
+
+try:
+    import mmengine  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        'ws_mm registers its layers with mmengine, which cannot be imported '
+        f"({error}). Install it with: pip install 'onedl-mmengine>=0.10.12'"
+    ) from error
+
+from .checkpoint import PretrainedGN
+from .conv import WSConv1d, WSConv2d, WSConv3d
+from .functional import batch_channel_norm, standardize_weight
+from .hooks import SyncEstimatesHook
+from .norm import BCN
+
+__version__ = '0.1.0'
+
+__all__ = [
+    'BCN',
+    'PretrainedGN',
+    'SyncEstimatesHook',
+    'WSConv1d',
+    'WSConv2d',
+    'WSConv3d',
+    '__version__',
+    'batch_channel_norm',
+    'standardize_weight',
+]

@@ -1,0 +1,114 @@
+"""Known checkpoint layouts of a normalization, read into that of BCN."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from mmengine.model import PretrainedInit
+from mmengine.registry import WEIGHT_INITIALIZERS
+from mmengine.runner import load_checkpoint
+from torch import nn
+
+if TYPE_CHECKING:
+    from .norm import BCN
+
+# The authors' README names the inner normalization bn, their code pbn.
+AUTHORS_INNER = ('pbn.', 'bn.')
+
+
+def to_native_layout(
+    layer: 'BCN', state_dict: dict[str, Any], prefix: str
+) -> None:
+    """Rename, in place, what a checkpoint holds for one BCN layer.
+
+    ======================================  ============================
+    layout under prefix                     what happens
+    ======================================  ============================
+    ``bn_weight``, ``running_mean``, ...    BCN's own: untouched
+    ``pbn.weight``, ``weight`` (1, G, 1)    the authors' BCN: mapped
+    ``weight``, ``bias`` alone              GN: exact, with estimates
+                                            (0, 1), if the outer affine
+                                            is per channel, else refused
+    ``weight``, ``running_mean``, ...       BN: refused
+    ======================================  ============================
+
+    Raises:
+        ValueError: the entries mean something else than this layer does.
+    """
+
+    def has(name: str) -> bool:
+        return prefix + name in state_dict
+
+    for inner in AUTHORS_INNER:
+        if has(inner + 'running_mean'):
+            _map_authors(layer, state_dict, prefix, inner)
+            return
+    if has('bn_weight') or not has('weight'):
+        return
+    if has('running_mean'):
+        raise ValueError(
+            f'{prefix[:-1]}: the checkpoint holds a plain BatchNorm here, '
+            'and BCN normalizes differently: loaded, its affine would mean '
+            'something else. Use a BCN or a GN checkpoint, or train from '
+            'scratch (backbone.init_cfg=None, load_from=None)'
+        )
+    if layer.outer_affine != 'channel':
+        raise ValueError(
+            f'{prefix[:-1]}: the checkpoint holds a GroupNorm here, whose '
+            'affine is per channel, and this BCN has one per group. Set '
+            "norm_cfg=dict(outer_affine='channel') to load it exactly"
+        )
+    ones = torch.ones(layer.num_features)
+    for name, values in (
+        ('bn_weight', ones),
+        ('bn_bias', 0 * ones),
+        ('running_mean', 0 * ones),
+        ('running_var', ones),
+    ):
+        state_dict[prefix + name] = values.clone()
+
+
+def _map_authors(
+    layer: 'BCN', state_dict: dict[str, Any], prefix: str, inner: str
+) -> None:
+    for name in ('weight', 'bias'):
+        outer = state_dict[prefix + name].flatten()
+        if layer.outer_affine == 'channel' and layer.num_channels:
+            outer = outer.repeat_interleave(
+                layer.num_channels // outer.numel()
+            )
+        state_dict[prefix + name] = outer
+        state_dict[f'{prefix}bn_{name}'] = state_dict.pop(
+            prefix + inner + name
+        )
+    for name in ('running_mean', 'running_var'):
+        state_dict[prefix + name] = state_dict.pop(prefix + inner + name)
+    for name in ('num_batches_tracked', 'estbn_moving_speed'):
+        state_dict.pop(prefix + inner + name, None)
+
+
+@WEIGHT_INITIALIZERS.register_module()
+class PretrainedGN(PretrainedInit):  # type: ignore[misc]
+    """Start a BCN model from a GroupNorm checkpoint, exactly.
+
+    For checkpoints of OpenMMLab's names (``gn1``, ``layer1.0.gn1``), such as
+    ``open-mmlab://jhu/resnext101_32x4d_gn_ws``. The model's BCN layers need
+    ``outer_affine='channel'``; their estimates start at (0, 1), where BCN
+    equals the GroupNorm of the checkpoint.
+
+    Args:
+        checkpoint: path or URL, as in ``init_cfg=dict(type='Pretrained')``.
+        map_location: device that the tensors are loaded to.
+    """
+
+    def __init__(self, checkpoint: str, map_location: str = 'cpu') -> None:
+        super().__init__(checkpoint, map_location=map_location)
+
+    def __call__(self, module: nn.Module) -> None:
+        """Load the checkpoint into ``module``."""
+        load_checkpoint(
+            module,
+            self.checkpoint,
+            map_location=self.map_location,
+            logger='current',
+            revise_keys=[(r'^module\.', ''), (r'\bgn(\d+)\b', r'bn\1')],
+        )

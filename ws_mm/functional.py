@@ -1,0 +1,286 @@
+"""The mathematics of WS and BCN, without state.
+
+Weight Standardization: Qiao et al., https://arxiv.org/abs/1903.10520
+Batch-Channel Normalization: Qiao et al., https://arxiv.org/abs/1911.09738
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from .distributed import synchronized_moments
+
+EPS_MODES = ('outside', 'inside')
+MODES = ('estimate', 'batch', 'sync_batch')
+
+
+def standardize_weight(
+    weight: Tensor, eps: float = 1e-5, eps_mode: str = 'outside'
+) -> Tensor:
+    """Give every filter of a convolution zero mean and unit variance.
+
+    Formula, for each output channel o, over the fan_in other entries:
+        mean_o = sum(weight[o]) / fan_in
+        var_o = sum((weight[o] - mean_o)^2) / (fan_in - 1)
+        'outside': (weight[o] - mean_o) / (sqrt(var_o) + eps)
+        'inside': (weight[o] - mean_o) / sqrt(var_o + eps)
+
+    Convention: variance is unbiased. 'outside' is the authors' first
+        release, their DeepLab and mmcv's ``ConvWS``; 'inside' is their BCN
+        ImageNet code. timm's ``StdConv2d`` differs: biased, 1e-6 inside.
+    Shape:
+        weight: (out_channels, in_channels / groups, *kernel_size).
+        returns: same shape, dtype and memory format.
+
+    Args:
+        weight: the raw filters. Half-precision ones are standardized in
+            float32.
+        eps: added to a standard deviation ('outside', in units of weight)
+            or to a variance ('inside', in units of weight squared).
+        eps_mode: 'outside' or 'inside' the square root.
+
+    Raises:
+        ValueError: ``eps_mode`` is unknown, or a filter has a single entry.
+    """
+    check_eps_mode(eps_mode)
+    dims = tuple(range(1, weight.dim()))
+    fan_in = weight.shape[1:].numel()
+    check_fan_in(fan_in)
+    raw = _at_least_float32(weight)
+    # Written as sums and products: the gradients of a mean, a difference and
+    # a quotient each pass over all filters once more.
+    centered = raw + raw.sum(dims, keepdim=True) * (-1 / fan_in)
+    # vector_norm has a zero gradient at zero, where sqrt has an infinite one.
+    norm = torch.linalg.vector_norm(centered, dim=dims, keepdim=True)
+    if eps_mode == 'outside':
+        denominator = norm * (fan_in - 1) ** -0.5 + eps
+    else:
+        denominator = (norm.square() / (fan_in - 1) + eps).sqrt()
+    return (centered * denominator.reciprocal()).to(weight.dtype)
+
+
+def updated_estimates(
+    input: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """Move per-channel estimates towards the moments of one batch.
+
+    Formula, for each channel, over N and all spatial positions:
+        batch_mean = mean(input)
+        batch_var = mean((input - running_mean)^2)
+        returns (1 - momentum) * running_mean + momentum * batch_mean,
+                (1 - momentum) * running_var + momentum * batch_var
+
+    Convention: the variance is biased and taken around the estimate before
+        its update, not around batch_mean. Its expectation is then the
+        total variance, spread between images included, even when every
+        batch holds one image. Out of place and without gradient.
+    Source: ``EstBN``, README of the authors' BCN repository.
+    """
+    with torch.no_grad():
+        input = _at_least_float32(input)
+        dims = (0, *range(2, input.dim()))
+        batch_mean = input.mean(dims)
+        deviation = input - _per_channel(running_mean, input)
+        batch_var = deviation.square_().mean(dims)
+        return (
+            torch.lerp(running_mean, batch_mean.to(running_mean), momentum),
+            torch.lerp(running_var, batch_var.to(running_var), momentum),
+        )
+
+
+def channel_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalize groups of channels within each sample.
+
+    Like ``F.group_norm``, which it equals when the affine has one entry per
+    channel; an affine with one entry per group is expanded to it.
+
+    Raises:
+        ValueError: a group holds a single value, whose variance is zero.
+    """
+    num_channels = input.shape[1]
+    group_size = num_channels // num_groups
+    if group_size * input.shape[2:].numel() == 1:
+        raise ValueError(
+            f'a group of one value cannot be normalized: input of shape '
+            f'{tuple(input.shape)} with num_groups={num_groups} leaves one '
+            'value per group. Give this layer fewer groups than channels '
+            '(norm_cfg=dict(num_groups=...)) or a larger feature map'
+        )
+    if weight is not None and weight.numel() != num_channels:
+        weight = weight.repeat_interleave(group_size)
+    if bias is not None and bias.numel() != num_channels:
+        bias = bias.repeat_interleave(group_size)
+    return F.group_norm(input, num_groups, weight, bias, eps)
+
+
+def batch_channel_norm(
+    input: Tensor,
+    num_groups: int,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    mode: str = 'estimate',
+    update: bool = True,
+) -> Tensor:
+    """Normalize by batch statistics or their estimates, then by channels.
+
+    Formula:
+        y = (input - mean) / sqrt(var + eps) * bn_weight + bn_bias
+        output = (y - group_mean) / sqrt(group_var + eps) * weight + bias
+    with mean and var per channel, group_mean and group_var (biased) per
+    sample and group of channels, always those of y itself. mean and var are
+
+        ============  ==============================  ==================
+        mode          training=True                   training=False
+        ============  ==============================  ==================
+        'estimate'    the updated estimates, see      running_mean and
+                      :func:`updated_estimates`       running_var
+        'batch'       of this batch (biased)          the same
+        'sync_batch'  of the batches of all ranks     the same
+        ============  ==============================  ==================
+
+    Convention: 'estimate' updates the estimates first, then normalizes with
+        them as constants: no gradient flows through mean and var. The other
+        modes differentiate through them and update the running statistics
+        as ``nn.BatchNorm2d`` does, with the unbiased variance.
+    Shape:
+        input: (N, C, *), N may be 0: nothing is updated then.
+        running_mean, running_var, bn_weight, bn_bias: (C,).
+        weight, bias: (num_groups,) or (C,).
+        returns: shape and dtype of input.
+    Distributed: 'sync_batch' weights ranks by their number of values; all
+        ranks must call it. The other modes do not communicate.
+    dtype: half-precision inputs are normalized in float32.
+
+    Args:
+        input: the activations.
+        num_groups: groups of channels of the second normalization.
+        running_mean: estimates or running means, updated in place.
+        running_var: estimates or running variances, updated in place.
+        bn_weight: inner scale. None is 1.
+        bn_bias: inner shift. None is 0.
+        weight: outer scale, per group or per channel. None is 1.
+        bias: outer shift, per group or per channel. None is 0.
+        training: whether statistics come from this batch.
+        momentum: update rate of the running values, in (0, 1].
+        eps: added to both variances.
+        mode: 'estimate', 'batch' or 'sync_batch'.
+        update: whether to move the running values (in training).
+
+    Raises:
+        ValueError: one value per channel in a batch mode, or one value per
+            group, which has no variance.
+
+    Source: ``BCNorm`` and ``EstBN`` of the authors' BCN repository.
+    """
+    check_mode(mode)
+    x = _at_least_float32(input)
+    empty = x.numel() == 0
+    mean, var = running_mean, running_var
+    if training and mode == 'estimate' and update and not empty:
+        mean, var = updated_estimates(x, running_mean, running_var, momentum)
+        running_mean.copy_(mean)
+        running_var.copy_(var)
+    if training and mode == 'batch' and not empty:
+        if x.numel() == x.shape[1]:
+            raise ValueError(_one_value_message(x, mode))
+        y = F.batch_norm(
+            x,
+            running_mean if update else running_mean.clone(),
+            running_var if update else running_var.clone(),
+            _like(bn_weight, x),
+            _like(bn_bias, x),
+            training=True,
+            momentum=momentum,
+            eps=eps,
+        )
+    elif training and mode == 'sync_batch':
+        mean, var, count = synchronized_moments(x)
+        if count == 1:
+            raise ValueError(_one_value_message(x, mode))
+        if update and count > 0:
+            with torch.no_grad():
+                unbiased = var * (count / (count - 1))
+                running_mean.lerp_(mean.to(running_mean), momentum)
+                running_var.lerp_(unbiased.to(running_var), momentum)
+        scale = torch.rsqrt(var + eps)
+        if bn_weight is not None:
+            scale = scale * bn_weight
+        y = (x - _per_channel(mean, x)) * _per_channel(scale, x)
+        if bn_bias is not None:
+            y = y + _per_channel(bn_bias, x)
+    else:
+        # The buffers change in later calls; what backward keeps must not.
+        if mean is running_mean and torch.is_grad_enabled():
+            mean, var = mean.clone(), var.clone()
+        y = F.batch_norm(
+            x,
+            _like(mean, x),
+            _like(var, x),
+            _like(bn_weight, x),
+            _like(bn_bias, x),
+            training=False,
+            eps=eps,
+        )
+    output = channel_norm(y, num_groups, _like(weight, x), _like(bias, x), eps)
+    return output.to(input.dtype)
+
+
+def check_mode(mode: str) -> None:
+    """Refuse a mode of BCN that does not exist."""
+    if mode not in MODES:
+        raise ValueError(
+            f'mode={mode!r} is not a mode of BCN. Use one of '
+            f'{", ".join(map(repr, MODES))} (norm_cfg=dict(mode=...))'
+        )
+
+
+def check_eps_mode(eps_mode: str) -> None:
+    """Refuse a place of eps that does not exist."""
+    if eps_mode not in EPS_MODES:
+        raise ValueError(
+            f'eps_mode={eps_mode!r} is not a place for eps. Use one of '
+            f'{", ".join(map(repr, EPS_MODES))} (conv_cfg=dict(eps_mode=...))'
+        )
+
+
+def check_fan_in(fan_in: int) -> None:
+    """Refuse filters of one entry: standardized, they are all zero."""
+    if fan_in < 2:
+        raise ValueError(
+            f'a filter with {fan_in} entry has no variance and cannot be '
+            'standardized: in_channels / groups * prod(kernel_size) must be '
+            'at least 2. Use a plain convolution here (conv_cfg=None)'
+        )
+
+
+def _one_value_message(x: Tensor, mode: str) -> str:
+    return (
+        f'mode={mode!r} needs more than one value per channel in training, '
+        f'got an input of shape {tuple(x.shape)}. Use '
+        "norm_cfg=dict(mode='estimate'), which has no such limit"
+    )
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.half, torch.bfloat16) else x
+
+
+def _like(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if parameter is None else parameter.to(x.dtype)
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    return values.to(x.dtype).view(-1, *[1] * (x.dim() - 2))

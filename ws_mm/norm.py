@@ -1,0 +1,233 @@
+"""Batch-Channel Normalization as a layer (arXiv 1911.09738)."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from .checkpoint import to_native_layout
+from .functional import batch_channel_norm, check_mode
+
+OUTER_AFFINES = ('group', 'channel')
+
+
+@MODELS.register_module()
+class BCN(nn.GroupNorm):
+    """Batch-channel normalization, by default from running estimates.
+
+    A channel (group) normalization whose input is first normalized per
+    channel, by estimates that need no large batch; see
+    :func:`~ws_mm.functional.batch_channel_norm` for the formula and the
+    modes. With estimates (0, 1), inner affine (1, 0) and
+    ``outer_affine='channel'`` it is its own ``nn.GroupNorm``.
+
+    State: parameters ``weight``, ``bias`` (outer affine, one entry per group
+        or per channel) and ``bn_weight``, ``bn_bias`` (inner affine, per
+        channel); buffers ``running_mean``, ``running_var`` (per channel,
+        float32 whatever the dtype of the model). In training each forward
+        updates the buffers; the recomputation of activation checkpointing
+        does not.
+    Distributed: mode 'estimate' does not communicate;
+        :class:`~ws_mm.hooks.SyncEstimatesHook` averages the estimates after
+        each iteration.
+
+    Args:
+        num_features: channels of the input.
+        num_groups: groups of the channel normalization. Where it does not
+            divide ``num_features``, the largest smaller count that does.
+        eps: added to both variances.
+        momentum: update rate of the running values, in (0, 1]: the share
+            that the newest batch gets.
+        affine: whether both affines are learned.
+        mode: 'estimate' for batches of any size down to one image, 'batch'
+            for large batches, 'sync_batch' for batches that are large over
+            all ranks.
+        outer_affine: 'group' as the authors' code, or 'channel' as
+            ``nn.GroupNorm``, into which a GN checkpoint maps exactly.
+        strict_groups: refuse a ``num_groups`` that does not divide
+            ``num_features`` instead of lowering it.
+        device: of parameters and buffers.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: an argument has an illegal value; the message lists the
+            legal ones.
+
+    Example:
+        >>> import torch, ws_mm
+        >>> norm = ws_mm.BCN(64)
+        >>> norm(torch.randn(1, 64, 8, 8)).shape
+        torch.Size([1, 64, 8, 8])
+    """
+
+    # As in torchvision and in the authors' checkpoints: bn1, downsample.1.
+    _abbr_ = 'bn'
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        num_groups: int = 32,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        *,
+        mode: str = 'estimate',
+        outer_affine: str = 'group',
+        strict_groups: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_mode(mode)
+        if outer_affine not in OUTER_AFFINES:
+            raise ValueError(
+                f'outer_affine={outer_affine!r} must be one of '
+                f'{", ".join(map(repr, OUTER_AFFINES))} '
+                '(norm_cfg=dict(outer_affine=...))'
+            )
+        if (
+            isinstance(momentum, bool)
+            or not isinstance(momentum, (int, float))
+            or not 0 < momentum <= 1
+        ):
+            raise ValueError(
+                f'momentum={momentum!r}: the update rate must be a number '
+                'in (0, 1] (norm_cfg=dict(momentum=...))'
+            )
+        num_groups = fit_num_groups(num_features, num_groups, strict_groups)
+        super().__init__(
+            num_groups, num_features, eps, False, device=device, dtype=dtype
+        )
+        self.num_features = num_features
+        self.momentum = momentum
+        self.affine = affine
+        self.mode = mode
+        self.outer_affine = outer_affine
+        outer = num_groups if outer_affine == 'group' else num_features
+        for name, size in (
+            ('weight', outer),
+            ('bias', outer),
+            ('bn_weight', num_features),
+            ('bn_bias', num_features),
+        ):
+            values = torch.empty(size, device=device, dtype=dtype)
+            self.register_parameter(
+                name, nn.Parameter(values) if affine else None
+            )
+        for name in ('running_mean', 'running_var'):
+            values = torch.empty(num_features, device=device, dtype=dtype)
+            if values.dtype in (torch.half, torch.bfloat16):
+                values = values.float()
+            self.register_buffer(name, values)
+        self.reset_running_stats()
+        self.reset_parameters()
+
+    def reset_running_stats(self) -> None:
+        """Set the estimates to mean 0 and variance 1."""
+        nn.init.zeros_(self.running_mean)
+        nn.init.ones_(self.running_var)
+
+    def reset_parameters(self) -> None:
+        """Set both affines to scale 1 and shift 0."""
+        if self.affine:
+            for name in ('weight', 'bn_weight'):
+                nn.init.ones_(getattr(self, name))
+            for name in ('bias', 'bn_bias'):
+                nn.init.zeros_(getattr(self, name))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input`` of shape (N, num_features, *)."""
+        if input.dim() < 2 or input.shape[1] != self.num_features:
+            raise ValueError(
+                f'BCN({self.num_features}) takes an input of shape '
+                f'(N, {self.num_features}, *), got {tuple(input.shape)}'
+            )
+        # Activation checkpointing repeats the forward inside the backward.
+        recomputed = torch._C._current_graph_task_id() != -1
+        return batch_channel_norm(
+            input,
+            self.num_groups,
+            self.running_mean,
+            self.running_var,
+            self.bn_weight,
+            self.bn_bias,
+            self.weight,
+            self.bias,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
+            mode=self.mode,
+            update=not recomputed,
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments that make this layer."""
+        return (
+            f'{self.num_features}, num_groups={self.num_groups}, '
+            f'eps={self.eps}, momentum={self.momentum}, '
+            f'affine={self.affine}, mode={self.mode!r}, '
+            f'outer_affine={self.outer_affine!r}'
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> 'BCN':
+        exact = {'running_mean': self.running_mean}
+        exact['running_var'] = self.running_var
+        super()._apply(fn, recurse)
+        # model.half() must not round the estimates: a small update rate
+        # would no longer move them.
+        for name, values in exact.items():
+            cast = getattr(self, name)
+            if cast.dtype in (torch.half, torch.bfloat16):
+                setattr(self, name, values.to(cast.device))
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        to_native_layout(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def fit_num_groups(
+    num_channels: int, num_groups: int, strict: bool = False
+) -> int:
+    """Return the largest divisor of num_channels up to num_groups.
+
+    Raises:
+        ValueError: ``num_groups`` is not positive, or does not divide
+            ``num_channels`` while ``strict``.
+    """
+    if num_channels < 1 or num_groups < 1:
+        raise ValueError(
+            f'num_features={num_channels} and num_groups={num_groups} must '
+            'both be at least 1 (norm_cfg=dict(num_groups=...))'
+        )
+    if num_channels % num_groups == 0:
+        return num_groups
+    fitting = next(
+        groups
+        for groups in range(min(num_groups, num_channels), 0, -1)
+        if num_channels % groups == 0
+    )
+    if strict:
+        raise ValueError(
+            f'num_groups={num_groups} does not divide {num_channels} '
+            f'channels; the largest count that does is {fitting} '
+            '(norm_cfg=dict(num_groups=..., strict_groups=False))'
+        )
+    _report_fallback(num_channels, num_groups, fitting)
+    return fitting
+
+
+@lru_cache(maxsize=None)
+def _report_fallback(channels: int, asked: int, fitting: int) -> None:
+    print_log(
+        f'BCN: {asked} groups do not divide {channels} channels; layers of '
+        f'{channels} channels use {fitting} groups',
+        logger='current',
+    )
