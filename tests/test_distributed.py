@@ -39,9 +39,7 @@ def _start(rank, function, world, port, args) -> None:
 
 def make_layer(mode: str) -> BCN:
     torch.manual_seed(1)
-    layer = BCN(
-        CHANNELS, GROUPS, momentum=0.3, mode=mode, dtype=torch.float64
-    )
+    layer = BCN(CHANNELS, GROUPS, momentum=0.3, mode=mode, dtype=torch.float64)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(mean=0.5)

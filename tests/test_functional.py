@@ -144,9 +144,7 @@ def run_oracle(
     x: Tensor, state: dict[str, Tensor], **kwargs: Any
 ) -> dict[str, Tensor]:
     """The same of the oracle, in float64."""
-    running = {
-        name: state[name] for name in ('running_mean', 'running_var')
-    }
+    running = {name: state[name] for name in ('running_mean', 'running_var')}
     affine = {k: v for k, v in state.items() if k not in running}
     new: dict[str, Tensor] = {}
 
@@ -225,8 +223,13 @@ def test_batch_channel_norm_gradcheck(mode, training):
 
     def function(x, *affine):
         return batch_channel_norm(
-            x, GROUPS, mean.clone(), var.clone(), *affine,
-            training=training, mode=mode,
+            x,
+            GROUPS,
+            mean.clone(),
+            var.clone(),
+            *affine,
+            training=training,
+            mode=mode,
         )
 
     x = make_input((2, CHANNELS, 2, 2), torch.float64).requires_grad_()

@@ -80,8 +80,9 @@ def test_mmcv_keeps_its_names():
 def test_host_builders_pass_their_arguments():
     bricks = pytest.importorskip('mmcv.cnn.bricks')
     name, layer = bricks.build_norm_layer(
-        dict(type='ws_mm.BCN', num_groups=4, momentum=0.3,
-             requires_grad=False),
+        dict(
+            type='ws_mm.BCN', num_groups=4, momentum=0.3, requires_grad=False
+        ),
         16,
         postfix=2,
     )
@@ -90,7 +91,12 @@ def test_host_builders_pass_their_arguments():
     assert not any(p.requires_grad for p in layer.parameters())
     conv = bricks.build_conv_layer(
         dict(type='ws_mm.WSConv2d', eps_mode='inside'),
-        4, 8, 3, stride=2, padding=1, bias=False,
+        4,
+        8,
+        3,
+        stride=2,
+        padding=1,
+        bias=False,
     )
     assert isinstance(conv, nn.Conv2d)
     assert conv(torch.randn(1, 4, 8, 8)).shape == (1, 8, 4, 4)

@@ -43,7 +43,7 @@ class _WeightStandardized(nn.modules.conv._ConvNd):
                 'wrong. Remove efficient_conv_bn_eval from the config'
             )
         weight = standardize_weight(weight, self.eps, self.eps_mode)
-        return super()._conv_forward(input, weight, bias)  # type: ignore[misc, no-any-return]
+        return super()._conv_forward(input, weight, bias)
 
     def extra_repr(self) -> str:
         return (

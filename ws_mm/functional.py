@@ -4,8 +4,10 @@ Weight Standardization: Qiao et al., https://arxiv.org/abs/1903.10520
 Batch-Channel Normalization: Qiao et al., https://arxiv.org/abs/1911.09738
 """
 
+import math
+
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from .distributed import synchronized_moments
@@ -53,7 +55,7 @@ def standardize_weight(
     # vector_norm has a zero gradient at zero, where sqrt has an infinite one.
     norm = torch.linalg.vector_norm(centered, dim=dims, keepdim=True)
     if eps_mode == 'outside':
-        denominator = norm * (fan_in - 1) ** -0.5 + eps
+        denominator = norm / math.sqrt(fan_in - 1) + eps
     else:
         denominator = (norm.square() / (fan_in - 1) + eps).sqrt()
     return (centered * denominator.reciprocal()).to(weight.dtype)
