@@ -87,7 +87,7 @@ def _map_authors(
 
 
 @WEIGHT_INITIALIZERS.register_module()
-class PretrainedGN(PretrainedInit):  # type: ignore[misc]
+class PretrainedGN(PretrainedInit):
     """Start a BCN model from a GroupNorm checkpoint, exactly.
 
     For checkpoints of OpenMMLab's names (``gn1``, ``layer1.0.gn1``), such as

@@ -58,7 +58,8 @@ def standardize_weight(
         denominator = norm / math.sqrt(fan_in - 1) + eps
     else:
         denominator = (norm.square() / (fan_in - 1) + eps).sqrt()
-    return (centered * denominator.reciprocal()).to(weight.dtype)
+    standardized: Tensor = centered * denominator.reciprocal()
+    return standardized.to(weight.dtype)
 
 
 def updated_estimates(
