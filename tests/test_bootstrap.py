@@ -1,0 +1,658 @@
+"""The set-up of a bare machine; nothing here installs torch or compiles."""
+
+import ast
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / 'tools/bootstrap.py'
+sys.path[:0] = [str(SCRIPT.parent)]
+
+import bootstrap  # noqa: E402
+from bootstrap import SetUp, Stop  # noqa: E402
+
+# Stands in for an environment's Python: notes how it is called, and builds a
+# wheel at once, for ever, or not at all, as the file `mode` says.
+FAKE_PYTHON = """\
+#!/bin/sh
+here=$(dirname "$0")
+echo "$*" >> "$here/calls"
+mode=$(cat "$here/mode")
+case "$*" in
+  *' wheel '*)
+    while [ "$1" != -w ]; do shift; done
+    echo half > "$2/onedl_mmcv-2.3.6-cp311-cp311-linux.whl"
+    echo ' [1/78] c++ nms.cpp'
+    if [ $mode = hang ]; then echo $$ > "$here/pid"; exec sleep 60; fi
+    if [ $mode = fail ]; then
+      echo 'nms.cpp:3:10: fatal error: torch.h: No such file'
+      echo 'ninja: build stopped: subcommand failed.'
+      echo 'error: subprocess-exited-with-error'
+      exit 1
+    fi
+    echo whole > "$2/onedl_mmcv-2.3.6-cp311-cp311-linux.whl" ;;
+  *json.dumps*)
+    echo '{"torch": "2.10.0", "cuda": "12.8", "archs": [], "cuda_home": null}'
+    ;;
+  *roi_align*) [ $mode != broken ] ;;
+  *' pytest '*) exit 5 ;;
+  *' mypy '*) exit 2 ;;
+  */tools/demo.py*)
+    echo "$PWD gpus=$CUDA_VISIBLE_DEVICES"
+    if [ $mode = hang ]; then echo $$ > "$here/pid"; exec sleep 60; fi ;;
+esac
+"""
+
+
+@pytest.fixture
+def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SetUp:
+    """Return an environment with its packages and a stand-in for Python."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    env = tmp_path / 'env'
+    (env / 'bin').mkdir(parents=True)
+    (env / bootstrap.MARKER).touch()
+    (env / 'bin/mode').write_text('build')
+    (env / 'bin/python').write_text(FAKE_PYTHON)
+    (env / 'bin/python').chmod(0o755)
+    made = SetUp(env, bootstrap.cache_dir())
+    made.note(**{k: made.steps[k] for k in ('environment', 'packages')})
+    return made
+
+
+def cli(*words: str, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *words],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def one_line(result: subprocess.CompletedProcess, about: str = '') -> str:
+    """Return the only line about something of a command that has failed."""
+    assert result.returncode == 1
+    (line,) = (x for x in result.stderr.splitlines() if about in x)
+    return line
+
+
+def calls(setup: SetUp, word: str = '') -> list[str]:
+    path = setup.env / 'bin/calls'
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line for line in lines if f' {word}' in line]
+
+
+def left_over(setup: SetUp) -> list[Path]:
+    """Return what a build has left besides its lock."""
+    folder = setup.cache / 'building'
+    return [path for path in folder.iterdir() if path.suffix != '.lock']
+
+
+def start(setup: SetUp, command: str = 'env') -> subprocess.Popen:
+    """Start a command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), command, '--env', str(setup.env)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(3000):
+        if path.exists() and path.read_text():
+            return
+        time.sleep(0.01)
+    raise TimeoutError(path)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path): path.read_bytes() if path.is_file() else b''
+        for path in folder.rglob('*')
+    }
+
+
+# Checks.
+
+
+def test_python_3_6_can_read_it() -> None:
+    ast.parse(SCRIPT.read_text(), feature_version=(3, 6))
+
+
+@pytest.mark.parametrize('minor', [6, 7, 8, 9, 13, 14])
+def test_unfit_interpreter_says_so(minor: int) -> None:
+    pyenv = Path(os.environ.get('PYENV_ROOT', Path.home() / '.pyenv'))
+    found = sorted(pyenv.glob(f'versions/3.{minor}.*/bin/python'))
+    python = str(found[0]) if found else f'/usr/bin/python3.{minor}'
+    if not Path(python).exists():
+        pytest.skip(f'no Python 3.{minor} in /usr/bin or {pyenv}')
+    result = subprocess.run(
+        [python, str(SCRIPT), 'demo', '--seed', 'a b'],
+        capture_output=True,
+        text=True,
+    )
+    age = 'old' if minor < 10 else 'new'
+    line = one_line(result)
+    assert re.match(rf'bootstrap: Python 3\.{minor}\.\d+ is too {age} ', line)
+    assert '3.10, 3.11 or 3.12' in line
+
+
+def test_unfit_python_is_told_which_one_to_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('PATH', str(tmp_path))
+    version, line = (3, 14, 1), 'tools/bootstrap.py demo'
+    told = bootstrap.check_python(version, line)
+    assert told.endswith(': install one of them')
+    for minor, code in ((11, 127), (12, 0)):  # 3.11: a shim to nothing
+        path = tmp_path / f'python3.{minor}'
+        path.write_text(f'#!/bin/sh\nexit {code}\n')
+        path.chmod(0o755)
+    told = bootstrap.check_python(version, line)
+    assert told.endswith(': run: python3.12 tools/bootstrap.py demo')
+    assert bootstrap.check_python((3, 10, 0), line) == ''
+    assert bootstrap.check_python((3, 12, 9), line) == ''
+
+
+def test_other_systems_are_refused(
+    setup: SetUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, 'platform', 'win32')
+    assert setup.problems() == ['this system is win32: use linux (or its WSL)']
+
+
+def test_missing_compiler_stops_before_anything(tmp_path: Path) -> None:
+    env, cache = tmp_path / 'env', tmp_path / 'cache'
+    result = cli(
+        *('env', '--env', str(env)),
+        PATH=str(tmp_path),
+        CXX='',
+        XDG_CACHE_HOME=str(cache),
+    )
+    line = one_line(result, 'compiler')
+    assert 'no C++ compiler on PATH (looked for c++, g++, clang++)' in line
+    assert 'apt-get install g++' in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_compiler_named_by_cxx_must_exist(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv('CXX', 'c++-not-here -m64')
+    assert 'looked for c++-not-here -m64' in bootstrap.check_compiler()
+
+
+def test_compiler_is_not_needed_for_a_kept_wheel(
+    setup: SetUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bootstrap, 'compiler', list)
+    assert 'no C++ compiler' in setup.problems()[0]
+    key = bootstrap.operator_key(
+        setup.pins, '2.10.0+cu128', bootstrap.python_tag(), 'cpu'
+    )
+    wheel = setup.cache / 'wheels' / key / 'onedl_mmcv.whl'
+    wheel.parent.mkdir(parents=True)
+    wheel.touch()
+    assert setup.problems() == []
+
+
+def test_missing_headers_and_venv(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, 'compiler', lambda: ['c++'])
+    paths = {'include': '/nowhere'}
+    monkeypatch.setattr(bootstrap.sysconfig, 'get_paths', lambda: paths)
+    assert re.search(
+        r'/nowhere has no Python\.h: .*apt-get install python3\.\d+-dev',
+        bootstrap.check_compiler(),
+    )
+    assert bootstrap.check_venv() == ''
+    monkeypatch.setattr(bootstrap.importlib.util, 'find_spec', {'venv': 1}.get)
+    assert re.search(
+        r'no module ensurepip.*apt-get install python3\.\d+-venv',
+        bootstrap.check_venv(),
+    )
+
+
+def test_too_little_disk(
+    setup: SetUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple('usage', 'total used free')
+    free = usage(0, 0, 4.26e9)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: free)
+    before = snapshot(tmp_path)
+    fresh = SetUp(tmp_path / 'new/env', tmp_path / 'new/cache')
+    env, cache = fresh.problems()
+    assert f'{tmp_path}, where the environment goes, has 4.3 GB free' in env
+    assert '10 GB are needed' in env
+    assert '--env DIR' in env
+    assert f'{tmp_path}, where the cache goes, has 4.3 GB free' in cache
+    assert '$XDG_CACHE_HOME' in cache
+    assert snapshot(tmp_path) == before
+    # With the packages there, nothing as large is still to come.
+    assert setup.problems() == []
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / 'file').touch()
+    result = cli('env', '--env', str(tmp_path / 'file/env'))
+    line = one_line(result, 'written')
+    assert f'{tmp_path}/file cannot be written (Not a directory)' in line
+    assert '--env DIR or $WS_MM_ENV' in line
+
+
+def test_foreign_environment_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin/python').write_text('mine')
+    before = snapshot(tmp_path)
+    line = one_line(cli('tests', WS_MM_ENV=str(tmp_path)))
+    assert f'{tmp_path} was not made by tools/bootstrap.py' in line
+    assert '--env DIR' in line
+    assert snapshot(tmp_path) == before
+
+
+def test_environment_of_another_python(setup: SetUp) -> None:
+    tag = bootstrap.python_tag()
+    assert bootstrap.check_owner(setup.env, tag) == ''
+    problem = bootstrap.check_owner(setup.env, 'cp399')
+    assert f'was made by {tag} and this Python is cp399' in problem
+    (setup.env / 'bin/python').unlink()
+    (setup.env / 'bin/python').symlink_to('/nowhere/python')
+    assert 'is gone: delete that folder' in bootstrap.check_owner(
+        setup.env, tag
+    )
+
+
+def test_no_network() -> None:
+    with socket.socket() as closed:
+        closed.bind(('127.0.0.1', 0))
+        port = closed.getsockname()[1]
+    environ = {k: v for k, v in os.environ.items() if k[:4] != 'PIP_'}
+    environ['PIP_CONFIG_FILE'] = os.devnull
+    environ['PIP_INDEX_URL'] = f'http://127.0.0.1:{port}/simple'
+    pip = [sys.executable, '-m', 'pip']
+    problem = bootstrap.check_network(pip, {'wheel': '0.48.0'}, environ)
+    assert 'pip cannot fetch wheel==0.48.0 from the package index' in problem
+    assert 'check the network' in problem
+
+
+def test_network_is_checked_before_anything_long(
+    setup: SetUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(setup.env)
+    ran = []
+    monkeypatch.setattr(
+        setup, 'logged', lambda title, words: ran.append(title)
+    )
+    monkeypatch.setattr(bootstrap, 'check_network', lambda *unused: 'no index')
+    with pytest.raises(Stop, match='^no index$'):
+        setup.run()
+    assert ran == ['venv']
+
+
+@pytest.mark.parametrize('words', [['build'], [], ['--demo']])
+def test_unknown_command(words: list[str]) -> None:
+    with pytest.raises(Stop, match='one of demo, tests, lint, env'):
+        bootstrap.parse(words)
+
+
+def test_options_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv('WS_MM_ENV', raising=False)
+    own = str(ROOT / '.venv')
+    words = ['-k', 'a or b', 'tests/test_norm.py', '-x', '--en', '-h']
+    assert bootstrap.parse(['tests', *words]) == (own, 'tests', words)
+    for line in (['--env', '/x', 'demo', '-o'], ['demo', '--env=/x', '-o']):
+        assert bootstrap.parse(line) == ('/x', 'demo', ['-o'])
+    monkeypatch.setenv('WS_MM_ENV', '/y')
+    assert bootstrap.parse(['lint'])[0] == '/y'
+
+
+# What is kept and what is printed.
+
+
+def test_key_names_all_that_a_wheel_depends_on() -> None:
+    pins = {'onedl-mmcv': '2.3.6'}
+    arguments = [pins, '2.10.0+cu128', 'cp311', 'cpu']
+    keys = {bootstrap.operator_key(*arguments)}
+    others = [{'onedl-mmcv': '2.3.7'}, '2.10.0+cpu', 'cp312', 'cuda12.8_sm_90']
+    for place, other in enumerate(others):
+        changed = [*arguments[:place], other, *arguments[place + 1 :]]
+        keys.add(bootstrap.operator_key(*changed))
+    assert len(keys) == 5
+    assert all(key.endswith(os.uname().machine) for key in keys)
+
+
+def test_operators_for_the_gpu_need_its_compiler() -> None:
+    probe = {'cuda': '12.8', 'archs': []}
+    device = bootstrap.operator_device
+    assert device(probe, 'release 12.8, V12.8') == ('cpu', '')
+    probe['archs'] = ['sm_80', 'sm_90']
+    assert device(probe, 'release 12.4, V12.4') == ('cuda12.8_sm_80_sm_90', '')
+    for version, shown in (('', 'absent'), ('release 11.8, V11.8', '11')):
+        built_for, why = device(probe, version)
+        assert built_for == 'cpu'
+        assert f'nvcc is {shown},' in why
+        assert 'CUDA 12.8' in why
+
+
+def test_progress_of_a_build() -> None:
+    line = '  [26/78] c++ -MMD -c nms.cpp -o nms.o'
+    told = bootstrap.build_progress(line, 100)
+    assert told == '26 of 78 objects, about 3:20 left'
+    for other in ('copying a [1/2] b', '[0/1] x', 'x.cpp:[3/4] warning', ''):
+        assert bootstrap.build_progress(other, 100) == ''
+
+
+def test_progress_of_pip() -> None:
+    progress = bootstrap.pip_progress
+    assert progress('Progress 5000000 of 899800000', 1) == (
+        'downloading, 5 of 900 MB'
+    )
+    line = '  Downloading torch-2.10.0-cp311.whl (899.8 MB)\n'
+    assert progress(line, 1) == line.strip()
+    assert progress('Requirement already satisfied: numpy', 1) == ''
+
+
+def test_error_lines_show_the_cause() -> None:
+    log = 'c++ -o nms.o\nnms.cpp:3: fatal error: torch.h\nninja: stopped\n'
+    log += 'error: subprocess-exited-with-error\nnote: an error elsewhere\n'
+    assert bootstrap.error_lines(log) == ['nms.cpp:3: fatal error: torch.h']
+    assert bootstrap.error_lines('one\n\ntwo\n') == ['one', 'two']
+
+
+# Steps, with the stand-in.
+
+
+def test_steps_are_done_once(setup: SetUp) -> None:
+    result = cli('env', '--env', str(setup.env))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f'source {setup.env}/bin/activate\n'
+    assert setup.todo() == []
+    (wheel,) = setup.wheels('*')
+    assert Path(wheel).read_text() == 'whole\n'
+    assert not left_over(setup)
+    done = calls(setup)
+    assert cli('env', '--env', str(setup.env)).returncode == 0
+    assert calls(setup) == done
+
+    # One step is done again without the others.
+    setup.note(ws_mm='')
+    assert cli('env', '--env', str(setup.env)).returncode == 0
+    assert calls(setup)[: len(done)] == done
+    (again,) = calls(setup)[len(done) :]
+    assert again.endswith(f'-e {ROOT}')
+
+    # Another environment takes the wheel from the cache.
+    setup.note(operators='', ws_mm='')
+    (setup.env / 'bin/calls').unlink()
+    assert cli('env', '--env', str(setup.env)).returncode == 0
+    assert calls(setup, 'install')
+    assert not calls(setup, 'wheel -v')
+    assert not calls(setup, 'download')
+
+
+def test_steps_follow_what_they_depend_on(
+    setup: SetUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup.note(**setup.steps)
+    (tmp_path / 'tools').mkdir()
+    for name in ('pyproject.toml', 'tools/requirements.txt'):
+        shutil.copy(ROOT / name, tmp_path / name)
+    monkeypatch.setattr(bootstrap, 'ROOT', tmp_path)  # the checkout moved
+    moved = SetUp(setup.env, setup.cache)
+    assert moved.todo() == ['ws_mm']
+    setup.note(**moved.steps)
+    for name, steps in (
+        ('pyproject.toml', ['ws_mm']),
+        ('tools/requirements.txt', ['packages', 'operators']),
+    ):
+        with (tmp_path / name).open('a') as file:
+            file.write('\n')
+        changed = SetUp(setup.env, setup.cache)
+        assert changed.todo() == steps
+        setup.note(**changed.steps)
+
+
+def test_step_cut_short_is_done_again(
+    setup: SetUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup.note(**setup.steps)
+    # Pins that change and change back must not leave the first stamp.
+    monkeypatch.setitem(setup.steps, 'packages', 'other pins')
+    monkeypatch.setattr(bootstrap, 'check_network', lambda *unused: '')
+
+    def cut_short() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(setup, 'install_packages', cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        setup.run()
+    assert SetUp(setup.env, setup.cache).todo() == ['packages']
+
+
+def test_interrupted_build_leaves_nothing(setup: SetUp) -> None:
+    mode, pid = setup.env / 'bin/mode', setup.env / 'bin/pid'
+    mode.write_text('hang')
+    process = start(setup)
+    wait_for(pid)
+    process.terminate()
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert told.splitlines()[-1] == (
+        'bootstrap: interrupted; the same command goes on where this one '
+        'stopped'
+    )
+    assert not list(setup.cache.rglob('*.whl'))
+    assert not left_over(setup)
+    with pytest.raises(ProcessLookupError, match='No such process'):
+        os.kill(int(pid.read_text()), 0)
+    mode.write_text('build')
+    setup.run()
+    assert setup.todo() == []
+
+
+def test_killed_build_is_cleared_by_the_next(setup: SetUp) -> None:
+    mode, pid = setup.env / 'bin/mode', setup.env / 'bin/pid'
+    mode.write_text('hang')
+    process = start(setup)
+    wait_for(pid)
+    process.kill()
+    process.communicate(timeout=30)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+    assert left_over(setup)
+    assert setup.wheels('*') == []
+    mode.write_text('build')
+    setup.run()
+    (wheel,) = setup.wheels('*')
+    assert Path(wheel).read_text() == 'whole\n'
+    assert not left_over(setup)
+
+
+def test_failed_build_shows_the_cause_and_the_log(setup: SetUp) -> None:
+    (setup.env / 'bin/mode').write_text('fail')
+    result = cli('env', '--env', str(setup.env))
+    log = setup.cache / 'logs/operators.log'
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-2:] == [
+        f"bootstrap: mmcv's operators failed (all output: {log})",
+        '  nms.cpp:3:10: fatal error: torch.h: No such file',
+    ]
+    assert 'ninja: build stopped' in log.read_text()
+    assert not list(setup.cache.rglob('*.whl'))
+    assert not left_over(setup)
+
+
+def test_operators_that_do_not_run_are_not_kept(
+    setup: SetUp, capsys: pytest.CaptureFixture
+) -> None:
+    setup.run()
+    (kept,) = setup.wheels('*')
+    setup.note(operators='')
+    (setup.env / 'bin/mode').write_text('broken')
+    with pytest.raises(Stop, match='check failed'):
+        setup.run()
+    assert f'{kept} does not run here: building' in capsys.readouterr().err
+    assert len(calls(setup, 'wheel -v')) == 2
+    assert setup.wheels('*') == []
+    assert 'operators' in setup.todo()
+
+
+def test_two_at_once_take_turns(setup: SetUp) -> None:
+    with (setup.env / bootstrap.MARKER).open('a') as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write('4711')
+        other.flush()
+        process = start(setup)
+        line = process.stderr.readline()
+        assert line == (
+            f'bootstrap: waiting for process 4711, at work on {setup.env}\n'
+        )
+        with pytest.raises(subprocess.TimeoutExpired, match='timed out'):
+            process.wait(1)
+        assert not calls(setup)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    # What a process that is gone left in the file holds nobody up, and where
+    # nothing is to be done there is nothing to wait for.
+    setup.note(ws_mm='')
+    assert 'waiting' not in cli('env', '--env', str(setup.env)).stderr
+    with (setup.env / bootstrap.MARKER).open('a') as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert 'waiting' not in cli('env', '--env', str(setup.env)).stderr
+
+
+def test_no_other_environment_leaks_in(
+    setup: SetUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('PYTHONPATH', '/elsewhere')
+    monkeypatch.setenv('PIP_TARGET', '/elsewhere')
+    monkeypatch.setenv('PIP_USER', '1')
+    environ = setup.environ()
+    assert not {'PYTHONPATH', 'PIP_TARGET'} & set(environ)
+    assert environ['PIP_USER'] == '0'
+    assert environ['PATH'].split(':')[0] == str(setup.env / 'bin')
+
+
+# Commands.
+
+
+def test_command_runs_in_the_environment(
+    setup: SetUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup.note(**setup.steps)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('WS_MM_ENV', str(setup.env))
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '1')
+    assert cli('tests', '-k', 'norm').returncode == 5
+    assert cli('lint').returncode == 2
+    demo = cli('demo', '--seed', '1')
+    assert (demo.returncode, demo.stdout) == (0, f'{tmp_path} gpus=1\n')
+    assert re.search(r'demo took \d:\d\d in all$', demo.stderr)
+    assert calls(setup) == [
+        '-m pytest -k norm',
+        '-m ruff check .',
+        '-m ruff format --check .',
+        '-m mypy ws_mm',
+        '-m codespell_lib',
+        f'{ROOT}/tools/demo.py --seed 1',
+    ]
+
+
+def test_gpu_without_operators_is_hidden_and_said_so(setup: SetUp) -> None:
+    setup.note(cpu_only='the GPU stays unused: no nvcc', **setup.steps)
+    demo = cli('demo', '--env', str(setup.env), CUDA_VISIBLE_DEVICES='1')
+    assert demo.stdout.endswith(' gpus=\n')
+    assert 'bootstrap: the GPU stays unused: no nvcc\n' in demo.stderr
+
+
+def test_command_that_is_ended_ends_with_what_it_runs(setup: SetUp) -> None:
+    setup.note(**setup.steps)
+    (setup.env / 'bin/mode').write_text('hang')
+    process = start(setup, 'demo')
+    pid = setup.env / 'bin/pid'
+    wait_for(pid)
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError, match='No such process'):
+        os.kill(int(pid.read_text()), 0)
+
+
+# The files beside it.
+
+
+def test_pins_are_exact() -> None:
+    with pytest.raises(Stop, match=r"'numpy>=2', which is no exact pin"):
+        bootstrap.read_pins('# comment\ntorch==2.10.0\nnumpy>=2  # no\n')
+
+
+def test_pins_fit_the_ranges_of_pyproject() -> None:
+    pins = bootstrap.read_pins((ROOT / 'tools/requirements.txt').read_text())
+    with (ROOT / 'pyproject.toml').open('rb') as file:
+        pyproject = tomllib.load(file)
+    project = pyproject['project']
+    extras = project['optional-dependencies'].values()
+    ranges = [project['dependencies'], *extras]
+    ranges.append(pyproject['build-system']['requires'])
+    for line in itertools.chain(*ranges):
+        wanted = Requirement(line)
+        assert wanted.specifier.contains(pins[wanted.name]), line
+    assert project['requires-python'] == '>=3.10'
+    assert min(bootstrap.PYTHONS) == (3, 10)
+
+
+def test_the_wheel_cannot_overwrite_an_openmmlab_environment() -> None:
+    with (ROOT / 'pyproject.toml').open('rb') as file:
+        project = tomllib.load(file)['project']
+    names = [Requirement(line).name for line in project['dependencies']]
+    assert names == ['torch']
+    # As a dependency, mmcv is built without operators and nobody is told.
+    extras = json.dumps(project['optional-dependencies'])
+    assert 'mmcv' not in extras
+
+
+@pytest.mark.parametrize(
+    ('lint', 'tests', 'code'), [(0, 0, 0), (1, 0, 1), (0, 1, 1)]
+)
+def test_ci_fails_if_either_fails(
+    tmp_path: Path, lint: int, tests: int, code: int
+) -> None:
+    python = tmp_path / 'python3'
+    python.write_text(
+        '#!/bin/sh\n'
+        'case "$*" in\n'
+        '  -c*) exit 0 ;;\n'
+        f'  *lint) exit {lint} ;;\n'
+        '  *tests) echo "== 3 passed in 1s =="; echo later; '
+        f'exit {tests} ;;\n'
+        'esac\n'
+    )
+    python.chmod(0o755)
+    result = subprocess.run(
+        ['bash', str(ROOT / '.ci/run')],
+        env={**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}'},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == code
+    assert result.stdout.splitlines()[-1] == '== 3 passed in 1s =='
