@@ -1,0 +1,8 @@
+# DeepLabV3+: the DeepLabV3 with a separable ASPP and the decoder that joins
+# it with layer1.
+_base_ = './deeplabv3_r50-d16.py'
+model = dict(
+    decode_head=dict(
+        type='DepthwiseSeparableASPPHead', c1_in_channels=256, c1_channels=48
+    )
+)

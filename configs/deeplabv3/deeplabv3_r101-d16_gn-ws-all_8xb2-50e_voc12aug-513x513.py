@@ -1,0 +1,10 @@
+# DeepLabv3.pytorch, DeepLabV3 R101 GN+WS: 77.20 mIoU.
+_base_ = './deeplabv3_r50-d16_gn-ws-all_8xb2-50e_voc12aug-513x513.py'
+model = dict(
+    backbone=dict(
+        depth=101,
+        init_cfg=dict(
+            checkpoint='open-mmlab://jhu/resnet101_gn_ws',
+        ),
+    )
+)

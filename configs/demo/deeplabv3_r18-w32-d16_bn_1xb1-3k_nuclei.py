@@ -1,0 +1,15 @@
+# BN over the one image of each step in the backbone; GN in the head, whose
+# image pooling leaves one value per channel, for which BN has no variance.
+# No published row: a model for a CPU.
+_base_ = [
+    '../_base_/models/deeplabv3_r18-w32-d16.py',
+    '../_base_/datasets/nuclei_semantic.py',
+    '../_base_/schedules/nuclei_3k.py',
+]
+
+model = dict(
+    backbone=dict(norm_cfg=dict(type='BN', requires_grad=True)),
+    decode_head=dict(
+        norm_cfg=dict(type='GN', num_groups=16, requires_grad=True)
+    ),
+)

@@ -1,0 +1,13 @@
+# GN, weight standardization; no published row: a model for a CPU.
+_base_ = [
+    '../_base_/models/deeplabv3_r18-w32-d16.py',
+    '../_base_/datasets/nuclei_semantic.py',
+    '../_base_/schedules/nuclei_3k.py',
+]
+
+conv_cfg = dict(type='ws_mm.WSConv2d')
+norm_cfg = dict(type='GN', num_groups=16, requires_grad=True)
+model = dict(
+    backbone=dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg),
+    decode_head=dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg),
+)

@@ -1,0 +1,13 @@
+# GN, weight standardization; no published row: a model for a CPU.
+_base_ = '../_base_/mask-rcnn_r18_fpn64_stardist.py'
+
+conv_cfg = dict(type='ws_mm.WSConv2d')
+norm_cfg = dict(type='GN', num_groups=16, requires_grad=True)
+model = dict(
+    backbone=dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg),
+    neck=dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg),
+    roi_head=dict(
+        bbox_head=dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg),
+        mask_head=dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg),
+    ),
+)

@@ -1,0 +1,17 @@
+# mmdet faster_rcnn, R50 1x: 37.4 box AP.
+_base_ = [
+    '../_base_/models/faster-rcnn_r50_fpn.py',
+    '../_base_/datasets/coco_detection.py',
+    '../_base_/schedules/schedule_1x.py',
+    '../_base_/runtime_det.py',
+]
+model = dict(
+    backbone=dict(
+        # Wholly frozen; the published row still learns scale and shift.
+        norm_cfg=dict(type='BN', requires_grad=False),
+        norm_eval=True,
+        init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet50'),
+    ),
+    # Nothing to freeze in a head that starts from scratch: mmdet's own one.
+    roi_head=dict(bbox_head=dict(type='Shared2FCBBoxHead')),
+)

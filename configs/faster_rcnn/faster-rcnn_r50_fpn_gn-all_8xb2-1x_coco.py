@@ -1,0 +1,26 @@
+# mmdet v1 gn, Faster R-CNN R50 1x: 37.8 box AP.
+_base_ = [
+    '../_base_/models/faster-rcnn_r50_fpn.py',
+    '../_base_/datasets/coco_detection.py',
+    '../_base_/schedules/schedule_1x.py',
+    '../_base_/runtime_det.py',
+]
+norm_cfg = dict(type='GN', num_groups=32)
+model = dict(
+    # Detectron's weights take BGR with the mean subtracted and no scaling.
+    data_preprocessor=dict(
+        mean=[103.53, 116.28, 123.675],
+        std=[1.0, 1.0, 1.0],
+        bgr_to_rgb=False,
+    ),
+    backbone=dict(
+        norm_cfg=norm_cfg,
+        init_cfg=dict(
+            type='Pretrained', checkpoint='open-mmlab://detectron/resnet50_gn'
+        ),
+    ),
+    neck=dict(norm_cfg=norm_cfg),
+    roi_head=dict(
+        bbox_head=dict(norm_cfg=norm_cfg),
+    ),
+)

@@ -1,0 +1,22 @@
+# mmdet gn+ws, Faster R-CNN R50 1x: 39.7 box AP.
+_base_ = [
+    '../_base_/models/faster-rcnn_r50_fpn.py',
+    '../_base_/datasets/coco_detection.py',
+    '../_base_/schedules/schedule_1x.py',
+    '../_base_/runtime_det.py',
+]
+conv_cfg = dict(type='ws_mm.WSConv2d')
+norm_cfg = dict(type='GN', num_groups=32)
+model = dict(
+    backbone=dict(
+        conv_cfg=conv_cfg,
+        norm_cfg=norm_cfg,
+        init_cfg=dict(
+            type='Pretrained', checkpoint='open-mmlab://jhu/resnet50_gn_ws'
+        ),
+    ),
+    neck=dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg),
+    roi_head=dict(
+        bbox_head=dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg),
+    ),
+)

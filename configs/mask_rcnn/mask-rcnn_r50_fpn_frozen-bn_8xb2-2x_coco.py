@@ -1,0 +1,17 @@
+# mmdet mask_rcnn, R50 2x: 39.2 box, 35.4 mask AP.
+_base_ = [
+    '../_base_/models/mask-rcnn_r50_fpn.py',
+    '../_base_/datasets/coco_instance.py',
+    '../_base_/schedules/schedule_2x.py',
+    '../_base_/runtime_det.py',
+]
+model = dict(
+    backbone=dict(
+        # Wholly frozen; the published row still learns scale and shift.
+        norm_cfg=dict(type='BN', requires_grad=False),
+        norm_eval=True,
+        init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet50'),
+    ),
+    # Nothing to freeze in a head that starts from scratch: mmdet's own one.
+    roi_head=dict(bbox_head=dict(type='Shared2FCBBoxHead')),
+)
