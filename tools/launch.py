@@ -1,0 +1,354 @@
+"""What train.py and test.py share: options, config, processes."""
+
+import argparse
+import difflib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from checks import ROOT, SetupError, did_you_mean, iter_datasets
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+# Both scripts run from a checkout in which ws_mm was not installed.
+if importlib.util.find_spec('ws_mm') is None:
+    sys.path.insert(0, str(ROOT))
+
+# Environment names of rank, world size and local rank, per launcher.
+ENVIRONMENT = {
+    'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+    'mpi': (
+        'OMPI_COMM_WORLD_RANK',
+        'OMPI_COMM_WORLD_SIZE',
+        'OMPI_COMM_WORLD_LOCAL_RANK',
+    ),
+}
+LOCAL_SIZE = {
+    'pytorch': 'LOCAL_WORLD_SIZE',
+    'slurm': 'SLURM_NTASKS_PER_NODE',
+    'mpi': 'OMPI_COMM_WORLD_LOCAL_SIZE',
+}
+# Extras of this package that bring what a default_scope names.
+EXTRAS = {'mmdet': "-e '.[det]'", 'mmseg': "-e '.[seg]'"}
+
+
+class KeyValues(DictAction):
+    """``--cfg-options``, with an error for an item that has no ``=``."""
+
+    def __call__(  # noqa: D102
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        for value in values:
+            if '=' not in value:
+                parser.error(
+                    f'{option_string}: {value!r} is not of the form KEY=VALUE'
+                )
+        super().__call__(parser, namespace, values, option_string)
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Options that training and testing have in common."""
+    parser.add_argument(
+        '--work-dir',
+        help='folder for logs and outputs; default: work_dir of the config, '
+        'else work_dirs/ and the name of the config',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=KeyValues,
+        metavar='KEY=VALUE',
+        help='replace settings of the config, such as '
+        'train_dataloader.batch_size=1 or a.b="[(1,2),(3,4)]" (quoted, '
+        'without spaces)',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', *ENVIRONMENT],
+        default='none',
+        help='what started the processes; without a GPU they talk over gloo',
+    )
+    # torch.distributed.launch passes it, in the one spelling or the other.
+    parser.add_argument(
+        '--local_rank',
+        '--local-rank',
+        help=argparse.SUPPRESS,
+    )
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call ``main``; a SetupError becomes one message, without traceback."""
+    try:
+        main()
+    except SetupError as error:
+        # The first process of the machine speaks for the others. They wait
+        # for it, since the launcher ends all as soon as one has failed.
+        local = os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID'))
+        if local not in (None, '0'):
+            time.sleep(30)
+        print(f'error: {error}', file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def say(text: str) -> None:
+    """Print once, however many processes there are."""
+    ranks = (os.environ.get(names[0]) for names in ENVIRONMENT.values())
+    if next(filter(None, ranks), '0') == '0':
+        print(text, flush=True)
+
+
+def load_config(args: argparse.Namespace, needed: Sequence[str]) -> Config:
+    """Read the config file and apply the common options.
+
+    Args:
+        args: parsed options.
+        needed: top-level keys without which this run is impossible.
+
+    Raises:
+        SetupError: no such file, an unknown key, or an unusable config.
+    """
+    if not os.path.isfile(args.config):
+        raise SetupError(
+            f'No config file {args.config}.{did_you_mean(args.config, "*.py")}'
+        )
+    try:
+        cfg = Config.fromfile(args.config)
+    except FileNotFoundError as error:
+        raise SetupError(f'{args.config}: {error}') from error
+    options = args.cfg_options or {}
+    for key in options:
+        _check_key(cfg, key)
+    try:
+        cfg.merge_from_dict(options)
+    except (KeyError, TypeError, IndexError) as error:
+        raise SetupError(f'--cfg-options: {error}') from error
+    lacking = [key for key in needed if cfg.get(key) is None]
+    if lacking:
+        raise SetupError(
+            f'{args.config} has no {", ".join(lacking)}: it is a part that '
+            'other configs build on. Give a config outside of _base_.'
+        )
+    scope = cfg.get('default_scope')
+    if scope and importlib.util.find_spec(scope) is None:
+        raise SetupError(
+            f'{args.config} needs {scope} (its default_scope), which is not '
+            f'installed. Install it with: pip install '
+            f'{EXTRAS.get(scope, scope)}'
+        )
+    if scope == 'mmdet' and importlib.util.find_spec('mmcv._ext') is None:
+        raise SetupError(
+            'mmdet needs the operators of mmcv, and this mmcv has none. '
+            'Uninstall it, then: pip install --no-build-isolation onedl-mmcv '
+            '(README.md names the version).'
+        )
+    cfg.launcher = args.launcher
+    if args.local_rank is not None:
+        os.environ.setdefault('LOCAL_RANK', args.local_rank)
+    if args.work_dir:
+        cfg.work_dir = args.work_dir
+    elif not cfg.get('work_dir'):
+        cfg.work_dir = os.path.join('work_dirs', Path(args.config).stem)
+    return cfg
+
+
+def _check_key(cfg: Config, key: str) -> None:
+    """Refuse a key that is new but nearly an existing one."""
+    node: Any = cfg._cfg_dict
+    parts = key.split('.')
+    for depth, part in enumerate(parts):
+        if isinstance(node, (list, tuple)) and part.isdecimal():
+            if int(part) >= len(node):
+                return
+            node = node[int(part)]
+            continue
+        if not isinstance(node, dict):
+            return
+        if part not in node:
+            close = difflib.get_close_matches(part, list(node), 1, 0.85)
+            if close:
+                meant = '.'.join([*parts[:depth], close[0]])
+                raise SetupError(
+                    f'--cfg-options: the config has no {key!r}; did you mean '
+                    f'{meant!r}? (A key that is really new belongs in a '
+                    'config file.)'
+                )
+            return
+        node = node[part]
+
+
+def set_up_processes(cfg: Config) -> None:
+    """Check the GPUs; without any, start the processes over gloo.
+
+    mmengine always selects a GPU for a launcher, so on a machine without
+    one the process group has to be there before the Runner.
+
+    Args:
+        cfg: the config; ``launcher`` is read, ``model_wrapper_cfg`` set.
+
+    Raises:
+        SetupError: fewer GPUs than processes, or no launcher's environment.
+    """
+    launcher = cfg.launcher
+    if launcher == 'none':
+        os.environ.setdefault('LOCAL_RANK', '0')
+        return
+    names = ENVIRONMENT[launcher]
+    unset = [name for name in names if name not in os.environ]
+    if unset:
+        raise SetupError(
+            f'--launcher {launcher} but {", ".join(unset)} is not set: start '
+            'it with tools/dist_train.sh or tools/dist_test.sh (pytorch), '
+            'tools/slurm_train.sh (slurm) or mpirun (mpi).'
+        )
+    rank, world_size, local_rank = (os.environ[name] for name in names)
+    os.environ.update(RANK=rank, WORLD_SIZE=world_size, LOCAL_RANK=local_rank)
+    gpus = torch.cuda.device_count()
+    if gpus:
+        # Slurm writes "8(x2)" for two nodes of eight.
+        local = os.environ.get(LOCAL_SIZE[launcher], '').split('(')[0]
+        wanted = int(local) if local else int(local_rank) + 1
+        if wanted > gpus:
+            raise SetupError(
+                f'{wanted} processes on this machine need {wanted} GPUs, but '
+                f'torch sees {gpus}. Ask for {gpus} (the GPUS argument), or '
+                "set CUDA_VISIBLE_DEVICES='' to run on the CPU."
+            )
+        return
+    if launcher == 'slurm' and 'MASTER_ADDR' not in os.environ:
+        hosts = subprocess.run(
+            ['scontrol', 'show', 'hostnames', os.environ['SLURM_NODELIST']],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.split()
+        os.environ['MASTER_ADDR'] = hosts[0]
+    os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
+    os.environ.setdefault('MASTER_PORT', '29500')
+    seconds = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout', 1800)
+    say(
+        f'No GPU is visible to torch: {world_size} processes run on the CPU '
+        'and talk over gloo.'
+    )
+    torch.distributed.init_process_group(
+        'gloo', timeout=timedelta(seconds=seconds)
+    )
+    wrapper = cfg.get('model_wrapper_cfg') or dict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
+    cfg.model_wrapper_cfg = {**wrapper, 'device_ids': None}
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the Runner that the config asks for.
+
+    Raises:
+        SetupError: SyncBN, which torch has for GPUs only, on the CPU.
+    """
+    try:
+        if 'runner_type' in cfg:
+            return RUNNERS.build(cfg)
+        return Runner.from_cfg(cfg)
+    except ValueError as error:
+        if 'SyncBatchNorm layers only work with GPU' not in str(error):
+            raise
+        raise SetupError(
+            'SyncBN does not run on the CPU in several processes. Set the '
+            "type in norm_cfg to 'BN', 'GN' or 'ws_mm.BCN', or run one "
+            'process (without --launcher), where it is plain BN.'
+        ) from error
+
+
+def build_loops(runner: Runner, phases: Sequence[str]) -> None:
+    """Load the data sets now, so that an unusable one is reported clearly.
+
+    Args:
+        runner: built, not yet run.
+        phases: of ``train``, ``val``, ``test``, those that will run.
+
+    Raises:
+        SetupError: an annotation file without images, or not readable.
+    """
+    for phase in phases:
+        if getattr(runner, f'_{phase}_loop', None) is None:
+            continue
+        loader = f'{phase}_dataloader'
+        try:
+            loop = getattr(runner, f'{phase}_loop')
+            count = len(loop.dataloader.dataset)
+        except (ValueError, TypeError) as error:
+            reason = _empty_or_broken(runner.cfg, loader, error)
+            if reason is None:
+                raise
+            raise SetupError(reason) from error
+        if not count:
+            raise SetupError(_no_images(runner.cfg, loader))
+
+
+def gather_in_work_dir(runner: Runner, phase: str) -> None:
+    """Let the processes exchange results within the work dir.
+
+    Otherwise mmengine leaves ``.dist_test`` in the current folder, and fails
+    at the end of the first evaluation where that is not writable.
+    """
+    evaluator = getattr(getattr(runner, f'{phase}_loop'), 'evaluator', None)
+    for metric in getattr(evaluator, 'metrics', ()):
+        if metric.collect_device == 'cpu' and metric.collect_dir is None:
+            metric.collect_dir = os.path.join(runner.log_dir, 'collect')
+
+
+def _sources(cfg: Config, loader: str) -> str:
+    """The files or folders that a dataloader reads, with their keys."""
+    named = []
+    for key, data in iter_datasets(cfg[loader].dataset, f'{loader}.dataset'):
+        name = 'ann_file' if data.get('ann_file') else 'data_root'
+        path = os.path.join(
+            data.get('data_root') or '', data.get('ann_file') or ''
+        )
+        named.append(f'{key}.{name} = {path}')
+    return '; '.join(named)
+
+
+def _no_images(cfg: Config, loader: str) -> str:
+    return (
+        f'No images for {loader}: {_sources(cfg, loader)}. Either the file '
+        'lists none, or none is left of those it lists, because filter_cfg '
+        'drops images without objects and no category of the file is among '
+        'metainfo.classes.'
+    )
+
+
+def _empty_or_broken(cfg: Config, loader: str, error: Exception) -> str | None:
+    """What a data set's exception means, None if it is something else."""
+    # mmengine concatenates the serialized samples, of which there are none.
+    if 'need at least one array to concatenate' in str(error):
+        return _no_images(cfg, loader)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, json.JSONDecodeError):
+            return (
+                f'{_sources(cfg, loader)} is not valid JSON ({cause}). '
+                'Fetch or write the annotation file again.'
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def innermost_datasets(cfg: Config, loader: str) -> list[ConfigDict]:
+    """The data sets of a dataloader, without their wrappers."""
+    return [data for _, data in iter_datasets(cfg[loader].dataset, loader)]

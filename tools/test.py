@@ -1,0 +1,178 @@
+"""Evaluate a checkpoint of a detector or a segmentor."""
+
+import argparse
+import os
+import sys
+from copy import deepcopy
+
+import checks
+import launch
+from checks import SetupError
+from mmengine.config import Config, ConfigDict
+from mmengine.evaluator import DumpResults
+from mmengine.runner import Runner
+
+HOOKS = {'mmdet': 'DetVisualizationHook', 'mmseg': 'SegVisualizationHook'}
+VISUALIZERS = {'mmdet': 'DetLocalVisualizer', 'mmseg': 'SegLocalVisualizer'}
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line of testing."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    parser.add_argument(
+        '--out', metavar='FILE.pkl', help='write the predictions to this file'
+    )
+    parser.add_argument(
+        '--show', action='store_true', help='show the predictions in a window'
+    )
+    parser.add_argument(
+        '--show-dir', help='write pictures of the predictions to this folder'
+    )
+    parser.add_argument(
+        '--wait-time',
+        type=float,
+        default=2,
+        help='seconds that --show stays on a picture (default: 2)',
+    )
+    parser.add_argument(
+        '--tta',
+        action='store_true',
+        help='test-time augmentation: tta_model and tta_pipeline of the '
+        'config, or horizontal flips',
+    )
+    launch.add_common_options(parser)
+    return parser.parse_args()
+
+
+def check_out(path: str) -> None:
+    """See that the predictions can be written in the end."""
+    if not path.endswith(('.pkl', '.pickle')):
+        raise SetupError(
+            f'--out {path}: the name must end with .pkl or .pickle.'
+        )
+    checks.check_writable(os.path.dirname(os.path.abspath(path)), '--out')
+
+
+def apply_show(cfg: Config, args: argparse.Namespace) -> None:
+    """Switch the drawing hook of the host on."""
+    scope = cfg.get('default_scope')
+    if scope not in HOOKS:
+        raise SetupError(
+            f'--show and --show-dir know default_scope {" and ".join(HOOKS)}, '
+            f'not {scope!r}.'
+        )
+    windows = ('DISPLAY', 'WAYLAND_DISPLAY')
+    if (
+        args.show
+        and sys.platform == 'linux'
+        and not any(os.environ.get(name) for name in windows)
+    ):
+        raise SetupError(
+            '--show needs a screen and DISPLAY is not set. Write the pictures '
+            'to a folder with --show-dir.'
+        )
+    hooks = cfg.setdefault('default_hooks', ConfigDict())
+    hook = hooks.setdefault('visualization', ConfigDict(type=HOOKS[scope]))
+    hook.draw = True
+    if args.show:
+        hook.show = True
+        hook.wait_time = args.wait_time
+    if args.show_dir:
+        folder = os.path.abspath(args.show_dir)
+        checks.check_writable(folder, '--show-dir')
+        visualizer = cfg.setdefault('visualizer', ConfigDict())
+        visualizer.setdefault('type', VISUALIZERS[scope])
+        if scope == 'mmdet':
+            hook.test_out_dir = folder
+        else:
+            visualizer.save_dir = folder
+            visualizer.vis_backends = [dict(type='LocalVisBackend')]
+
+
+def apply_tta(cfg: Config) -> None:
+    """Wrap the model and its test pipeline for augmentation."""
+    scope = cfg.get('default_scope')
+    if scope == 'mmdet' and _has_masks(cfg.model):
+        raise SetupError(
+            "--tta: mmdet's DetTTAModel merges boxes, not masks. Evaluate the "
+            'boxes alone: --cfg-options model.roi_head.mask_head=None '
+            'model.roi_head.mask_roi_extractor=None test_evaluator.metric=bbox'
+        )
+    datasets = launch.innermost_datasets(cfg, 'test_dataloader')
+    if 'tta_pipeline' not in cfg:
+        pipeline = deepcopy(datasets[0].pipeline)
+        pack = pipeline.pop()
+        if scope == 'mmdet':
+            # Undoing a flip needs to know about it.
+            pack.meta_keys = (
+                'img_id',
+                'img_path',
+                'ori_shape',
+                'img_shape',
+                'scale_factor',
+                'flip',
+                'flip_direction',
+            )
+        # Unflipped first: mmseg takes the ground truth of the first view.
+        flips = [dict(type='RandomFlip', prob=p) for p in (0.0, 1.0)]
+        pipeline.append(dict(type='TestTimeAug', transforms=[flips, [pack]]))
+        cfg.tta_pipeline = pipeline
+    if 'tta_model' not in cfg:
+        nms = dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
+        cfg.tta_model = (
+            dict(type='DetTTAModel', tta_cfg=nms)
+            if scope == 'mmdet'
+            else dict(type='SegTTAModel')
+        )
+    for dataset in datasets:
+        dataset.pipeline = cfg.tta_pipeline
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+
+
+def _has_masks(model: ConfigDict) -> bool:
+    """Whether the detector predicts instance masks."""
+    heads = (model, model.get('roi_head') or {})
+    return any(head.get('mask_head') for head in heads)
+
+
+def dump_predictions(runner: Runner, path: str) -> None:
+    """Add the metric that writes the predictions instead of scoring them."""
+    metric = DumpResults
+    if runner.cfg.get('default_scope') == 'mmdet':
+        from mmdet.evaluation import DumpDetResults as metric
+    runner.test_evaluator.metrics.append(metric(out_file_path=path))
+
+
+def main() -> None:
+    """Check everything, then evaluate."""
+    args = parse_args()
+    needed = ('model', 'test_dataloader', 'test_cfg', 'test_evaluator')
+    cfg = launch.load_config(args, needed)
+    cfg.load_from = args.checkpoint
+    cfg.resume = False
+    checks.check_data(cfg, ('test_dataloader',))
+    if checks.is_local(args.checkpoint):
+        checks.read_checkpoint(args.checkpoint)
+    if args.tta:
+        apply_tta(cfg)
+    checks.check_writable(cfg.work_dir, '--work-dir')
+    if args.out:
+        check_out(args.out)
+    if args.show or args.show_dir:
+        apply_show(cfg, args)
+    launch.set_up_processes(cfg)
+
+    runner = launch.build_runner(cfg)
+    if isinstance(runner, Runner):
+        checks.check_weights_fit(args.checkpoint, runner.model)
+        launch.build_loops(runner, ('test',))
+    if args.out:
+        dump_predictions(runner, args.out)
+    launch.gather_in_work_dir(runner, 'test')
+    runner.test()
+
+
+if __name__ == '__main__':
+    launch.run(main)
