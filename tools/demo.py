@@ -57,7 +57,7 @@ MODELS = {
     'det': Model(
         'Mask R-CNN',
         {
-            norm: f'mask-rcnn_r18_fpn64_{norm}-all_1xb1-200i_stardist.py'
+            norm: f'mask-rcnn_r18_fpn64_{norm}-all_1xb1-400i_stardist.py'
             for norm in NORMS
         },
         0.75,
@@ -347,7 +347,8 @@ class Demo:
         demo_figures.draw_curves(curves, origin, pictures[-1])
         if len(rows) > len(MODELS):
             pictures.append(self.work_dir / 'comparison.png')
-            demo_figures.draw_comparison(curves, metrics, origin, pictures[-1])
+            title = f'{origin}\nbn of DeepLabV3: gn in the head'
+            demo_figures.draw_comparison(curves, metrics, title, pictures[-1])
         return pictures
 
     def print_summary(self, summary: dict[str, Any]) -> None:

@@ -151,8 +151,8 @@ def draw_comparison(
             )
             axis.bar_label(bars, fmt='%.3g', fontsize=7)
         axis.set_xticks(range(len(norms)), norms)
-        axis.legend(fontsize=8)
-        axis.margins(y=0.15)
+        axis.legend(fontsize=8, ncols=len(names), loc='upper right')
+        axis.margins(y=0.25)  # room for the legend
         axis.set_title(f'{model}, held-out tiles', fontsize=9)
     return _save(figure, target)
 

@@ -1,5 +1,5 @@
 # What the Mask R-CNNs of tools/demo.py share: tiles of 128 px shown at 256,
-# 200 steps of one image, COCO metrics on the held-out tiles.
+# 400 steps of one image, COCO metrics on the held-out tiles.
 _base_ = [
     'models/mask-rcnn_r18_fpn64.py',
     'datasets/nuclei_instance.py',
@@ -19,7 +19,7 @@ test_evaluator = val_evaluator
 # Grey values of the training tiles.
 model = dict(data_preprocessor=dict(mean=[30.4] * 3, std=[23.5] * 3))
 
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=200, val_interval=200)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=400, val_interval=400)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
