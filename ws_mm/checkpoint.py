@@ -1,6 +1,6 @@
 """Known checkpoint layouts of a normalization, read into that of BCN."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from mmengine.model import PretrainedInit
@@ -8,15 +8,15 @@ from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner import load_checkpoint
 from torch import nn
 
-if TYPE_CHECKING:
-    from .norm import BCN
-
 # The authors' README names the inner normalization bn, their code pbn.
 AUTHORS_INNER = ('pbn.', 'bn.')
 
 
 def to_native_layout(
-    layer: 'BCN', state_dict: dict[str, Any], prefix: str
+    state_dict: dict[str, Any],
+    prefix: str,
+    num_features: int,
+    outer_affine: str,
 ) -> None:
     """Rename, in place, what a checkpoint holds for one BCN layer.
 
@@ -31,8 +31,14 @@ def to_native_layout(
     ``weight``, ``running_mean``, ...       BN: refused
     ======================================  ============================
 
+    Args:
+        state_dict: the checkpoint.
+        prefix: what the names of the layer's entries begin with.
+        num_features: of the layer.
+        outer_affine: of the layer.
+
     Raises:
-        ValueError: the entries mean something else than this layer does.
+        ValueError: the entries mean something else than the layer does.
     """
 
     def has(name: str) -> bool:
@@ -40,7 +46,9 @@ def to_native_layout(
 
     for inner in AUTHORS_INNER:
         if has(inner + 'running_mean'):
-            _map_authors(layer, state_dict, prefix, inner)
+            _map_authors(
+                state_dict, prefix + inner, prefix, num_features, outer_affine
+            )
             return
     if has('bn_weight') or not has('weight'):
         return
@@ -51,13 +59,13 @@ def to_native_layout(
             'something else. Use a BCN or a GN checkpoint, or train from '
             'scratch (backbone.init_cfg=None, load_from=None)'
         )
-    if layer.outer_affine != 'channel':
+    if outer_affine != 'channel':
         raise ValueError(
             f'{prefix[:-1]}: the checkpoint holds a GroupNorm here, whose '
             'affine is per channel, and this BCN has one per group. Set '
             "norm_cfg=dict(outer_affine='channel') to load it exactly"
         )
-    ones = torch.ones(layer.num_features)
+    ones = torch.ones(num_features)
     for name, values in (
         ('bn_weight', ones),
         ('bn_bias', 0 * ones),
@@ -68,22 +76,22 @@ def to_native_layout(
 
 
 def _map_authors(
-    layer: 'BCN', state_dict: dict[str, Any], prefix: str, inner: str
+    state_dict: dict[str, Any],
+    inner: str,
+    prefix: str,
+    num_features: int,
+    outer_affine: str,
 ) -> None:
     for name in ('weight', 'bias'):
         outer = state_dict[prefix + name].flatten()
-        if layer.outer_affine == 'channel' and layer.num_channels:
-            outer = outer.repeat_interleave(
-                layer.num_channels // outer.numel()
-            )
+        if outer_affine == 'channel':
+            outer = outer.repeat_interleave(num_features // outer.numel())
         state_dict[prefix + name] = outer
-        state_dict[f'{prefix}bn_{name}'] = state_dict.pop(
-            prefix + inner + name
-        )
+        state_dict[f'{prefix}bn_{name}'] = state_dict.pop(inner + name)
     for name in ('running_mean', 'running_var'):
-        state_dict[prefix + name] = state_dict.pop(prefix + inner + name)
+        state_dict[prefix + name] = state_dict.pop(inner + name)
     for name in ('num_batches_tracked', 'estbn_moving_speed'):
-        state_dict.pop(prefix + inner + name, None)
+        state_dict.pop(inner + name, None)
 
 
 @WEIGHT_INITIALIZERS.register_module()

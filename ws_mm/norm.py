@@ -194,7 +194,9 @@ class BCN(nn.GroupNorm):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:
-        to_native_layout(self, state_dict, prefix)
+        to_native_layout(
+            state_dict, prefix, self.num_features, self.outer_affine
+        )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

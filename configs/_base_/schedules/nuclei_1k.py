@@ -1,8 +1,8 @@
-# 3000 steps of one image, polynomial decay after a short warm-up; logged and
+# 1000 steps of one image, polynomial decay after a short warm-up; logged and
 # saved by iteration, which is why it builds on the runtime.
 _base_ = '../runtime_seg.py'
 
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=3000, val_interval=1000)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=1000, val_interval=1000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
@@ -19,7 +19,7 @@ param_scheduler = [
         eta_min=0.0,
         by_epoch=False,
         begin=100,
-        end=3000,
+        end=1000,
     ),
 ]
 auto_scale_lr = dict(enable=False, base_batch_size=1)

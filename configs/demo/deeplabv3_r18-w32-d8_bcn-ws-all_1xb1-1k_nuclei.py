@@ -1,9 +1,9 @@
 # BCN from estimates, weight standardization; no published row: a model for
 # a CPU.
 _base_ = [
-    '../_base_/models/deeplabv3_r18-w32-d16.py',
+    '../_base_/models/deeplabv3_r18-w32-d8.py',
     '../_base_/datasets/nuclei_semantic.py',
-    '../_base_/schedules/nuclei_3k.py',
+    '../_base_/schedules/nuclei_1k.py',
 ]
 
 conv_cfg = dict(type='ws_mm.WSConv2d')

@@ -2,9 +2,9 @@
 # image pooling leaves one value per channel, for which BN has no variance.
 # No published row: a model for a CPU.
 _base_ = [
-    '../_base_/models/deeplabv3_r18-w32-d16.py',
+    '../_base_/models/deeplabv3_r18-w32-d8.py',
     '../_base_/datasets/nuclei_semantic.py',
-    '../_base_/schedules/nuclei_3k.py',
+    '../_base_/schedules/nuclei_1k.py',
 ]
 
 model = dict(
