@@ -127,9 +127,12 @@ def save_atomically(runner: Runner) -> None:
     def save_then_rename(
         out_dir: str, filename: str, *args: Any, **kwargs: Any
     ) -> None:
-        # The file client, which mmengine passes by position, and backends
-        # may write to anything that has no rename.
-        if any(args) or kwargs.get('backend_args'):
+        # A file client or a backend may write to what has no rename.
+        remote = (
+            *args,
+            *map(kwargs.get, ('file_client_args', 'backend_args')),
+        )
+        if any(remote):
             save(out_dir, filename, *args, **kwargs)
             return
         part = f'{filename}.part'

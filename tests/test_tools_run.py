@@ -1,0 +1,269 @@
+"""The real scripts, run on tiny data: train, kill, resume, test, draw."""
+
+import os
+import pickle
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import DET, ROOT, SEG, call, write_config, write_data
+
+pytest.importorskip('mmdet')
+pytest.importorskip('mmseg')
+
+BOXES_ONLY = (
+    'model.roi_head.mask_head=None',
+    'model.roi_head.mask_roi_extractor=None',
+    'test_evaluator.metric=bbox',
+)
+
+
+@pytest.fixture(scope='module')
+def det(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data and a detection config."""
+    folder = write_data(tmp_path_factory.mktemp('det') / 'data of squares')
+    write_config(folder, DET)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def trained(det: Path) -> Path:
+    """Checkpoint of two iterations in two processes."""
+    work_dir = det / 'two processes'
+    done = call(
+        'dist_train.sh',
+        det / 'tiny.py',
+        2,
+        '--work-dir',
+        work_dir,
+        '--cfg-options',
+        'train_cfg.max_epochs=2',
+    )
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count('2 processes run on the CPU') == 1
+    # Two images in two processes are one iteration an epoch.
+    assert 'Epoch(train) [2][1/1]' in done.stdout
+    return work_dir / 'epoch_2.pth'
+
+
+def predictions(path: Path) -> dict[int, dict]:
+    """Dumped predictions by image id."""
+    samples = pickle.loads(path.read_bytes())
+    return {s['img_id']: s['pred_instances'] for s in samples}
+
+
+def test_two_processes_predict_what_one_does(
+    det: Path, trained: Path, tmp_path: Path
+) -> None:
+    one = call(
+        'test.py',
+        det / 'tiny.py',
+        trained,
+        *('--work-dir', tmp_path / 'one', '--out', tmp_path / 'one.pkl'),
+        *('--show-dir', tmp_path / 'pictures'),
+    )
+    assert one.returncode == 0, one.stdout
+    assert 'coco/segm_mAP' in one.stdout
+    drawn = {path.name for path in (tmp_path / 'pictures').iterdir()}
+    assert drawn == {'0.png', '1.png'}
+    two = call(
+        'dist_test.sh',
+        det / 'tiny.py',
+        trained,
+        2,
+        *('--work-dir', tmp_path / 'two', '--out', tmp_path / 'two.pkl'),
+    )
+    assert two.returncode == 0, two.stdout
+    ours = predictions(tmp_path / 'one.pkl')
+    theirs = predictions(tmp_path / 'two.pkl')
+    assert set(ours) == set(theirs) == {0, 1}
+    for index in ours:
+        assert len(ours[index]['scores']) > 0
+        torch.testing.assert_close(
+            ours[index]['bboxes'], theirs[index]['bboxes']
+        )
+        assert len(ours[index]['masks']) == len(ours[index]['scores'])
+    # Nothing is left where the scripts were called from.
+    assert not (Path.cwd() / '.dist_test').exists()
+
+
+def test_augmentation_merges_boxes_of_the_flipped_image(
+    det: Path, trained: Path, tmp_path: Path
+) -> None:
+    done = call(
+        'test.py',
+        det / 'tiny.py',
+        trained,
+        *('--tta', '--work-dir', tmp_path, '--out', tmp_path / 'tta.pkl'),
+        *('--cfg-options', *BOXES_ONLY),
+    )
+    assert done.returncode == 0, done.stdout
+    assert 'coco/bbox_mAP' in done.stdout
+    # Two views of at most 5 boxes each.
+    merged = predictions(tmp_path / 'tta.pkl')
+    assert all(0 < len(boxes['scores']) <= 10 for boxes in merged.values())
+    assert any(len(boxes['scores']) > 5 for boxes in merged.values())
+
+
+def test_a_killed_training_resumes_from_its_last_whole_checkpoint(
+    det: Path, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / 'tools' / 'train.py'),
+        str(det / 'tiny.py'),
+        *('--work-dir', str(tmp_path), '--cfg-options'),
+    ]
+    env = os.environ | {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'}
+    with subprocess.Popen(
+        [*command, 'train_cfg.max_epochs=1000'],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        while process.poll() is None:
+            if len(list(tmp_path.glob('*.pth'))) > 10:
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.02)
+    numbers = sorted(
+        int(path.stem.removeprefix('epoch_'))
+        for path in tmp_path.glob('epoch_*.pth')
+    )
+    # Older versions of the host write in place: half a file, too, happens.
+    newest = tmp_path / f'epoch_{numbers[-1]}.pth'
+    os.truncate(newest, newest.stat().st_size // 2)
+    (tmp_path / 'last_checkpoint').write_text(str(newest))
+    (tmp_path / 'epoch_999.pth.part').write_bytes(b'PK')
+
+    last = numbers[-2]
+    done = call(
+        'train.py',
+        det / 'tiny.py',
+        *('--work-dir', tmp_path, '--resume'),
+        *('--cfg-options', f'train_cfg.max_epochs={last + 1}'),
+    )
+    assert done.returncode == 0, done.stdout
+    assert re.search(
+        f'passed over while resuming: .*{newest.name} is truncated',
+        done.stdout,
+    )
+    assert f'resumed epoch: {last}, iter: {2 * last}' in done.stdout
+    assert f'Epoch(train) [{last + 1}][2/2]' in done.stdout
+    # The truncated one was written anew.
+    whole = torch.load(newest, weights_only=False)
+    assert whole['meta']['epoch'] == last + 1
+    assert whole['optimizer']['state']
+    assert not list(tmp_path.glob('*.part'))
+
+
+def fake_slurm(folder: Path) -> Path:
+    """Commands of Slurm's names that run one task here."""
+    (folder / 'srun').write_text(
+        '#!/usr/bin/env bash\n'
+        'echo "srun got: $*"\n'
+        'while [[ $1 != python ]]; do shift; done\n'
+        'export SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0\n'
+        'export SLURM_NODELIST=localhost\n'
+        'exec "$@"\n'
+    )
+    (folder / 'scontrol').write_text('#!/bin/sh\necho 127.0.0.1\n')
+    for path in folder.iterdir():
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return folder
+
+
+def free_port() -> str:
+    """A port that nothing listens on."""
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        return str(server.getsockname()[1])
+
+
+def test_segmentation_trains_under_slurm_and_is_tested_augmented(
+    tmp_path: Path,
+) -> None:
+    config = write_config(write_data(tmp_path / 'data'), SEG)
+    (tmp_path / 'bin').mkdir()
+    slurm = fake_slurm(tmp_path / 'bin')
+    done = call(
+        *('slurm_train.sh', 'gpu', 'a job', config, tmp_path / 'work dir'),
+        *('--cfg-options', 'train_cfg.max_iters=1'),
+        PATH=f'{slurm}:{Path(sys.executable).parent}:{os.environ["PATH"]}',
+        GPUS='4',
+        SRUN_ARGS='--quotatype auto',
+        MASTER_PORT=free_port(),
+    )
+    assert done.returncode == 0, done.stdout
+    assert re.search(
+        'srun got: --partition gpu --job-name a job --gres gpu:4 --ntasks 4 '
+        '--ntasks-per-node 4 .*--quotatype auto python',
+        done.stdout,
+    )
+    assert '1 processes run on the CPU' in done.stdout
+
+    out = tmp_path / 'out.pkl'
+    done = call(
+        *('test.py', config, tmp_path / 'work dir' / 'iter_1.pth', '--tta'),
+        *('--work-dir', tmp_path / 'test', '--out', out),
+        *('--show-dir', tmp_path / 'pictures'),
+    )
+    assert done.returncode == 0, done.stdout
+    assert 'mIoU' in done.stdout
+    samples = pickle.loads(out.read_bytes())
+    assert len(samples) == 2
+    assert all(
+        sample['pred_sem_seg']['data'].shape == (1, 64, 64)
+        for sample in samples
+    )
+    assert len(list((tmp_path / 'pictures').rglob('*.png'))) == 2
+
+
+def test_sync_bn_without_gpu_is_refused_once_for_all_processes(
+    tmp_path: Path,
+) -> None:
+    norm = "model['backbone'].update(norm_cfg=dict(type='SyncBN'))\n"
+    config = write_config(write_data(tmp_path / 'data'), DET, norm)
+    done = call('dist_train.sh', config, 2, '--work-dir', tmp_path / 'work')
+    assert done.returncode != 0
+    assert len(re.findall(r'^error: SyncBN', done.stdout, re.MULTILINE)) == 1
+    assert "Set the type in norm_cfg to 'BN', 'GN' or" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ('command', 'usage'),
+    [
+        (('dist_train.sh', 'a.py'), 'CONFIG GPUS'),
+        (('dist_train.sh', 'a.py', '--resume'), 'CONFIG GPUS'),
+        (('dist_train.sh', 'a.py', '0'), 'CONFIG GPUS'),
+        (('dist_test.sh', 'a.py', '2'), 'CONFIG CHECKPOINT GPUS'),
+        (('dist_test.sh', 'a.py', 'b.pth', 'x'), 'CONFIG CHECKPOINT GPUS'),
+        (('slurm_train.sh', 'p', 'j'), 'JOB_NAME CONFIG [WORK_DIR]'),
+        (('slurm_test.sh', 'p', 'j', 'a.py'), 'JOB_NAME CONFIG CHECKPOINT'),
+    ],
+)
+def test_missing_arguments_print_the_usage(
+    command: tuple[str, ...], usage: str
+) -> None:
+    done = call(*command)
+    assert done.returncode == 2
+    assert done.stdout.startswith('usage: ')
+    assert usage in done.stdout
+    assert done.stdout.count('\n') == 1
+
+
+def test_a_taken_port_and_a_missing_srun_are_named() -> None:
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = str(server.getsockname()[1])
+        done = call('dist_train.sh', 'a.py', 2, PORT=port)
+    assert done.returncode == 1
+    assert done.stdout.startswith(f'error: PORT={port} is in use on 127.0.0.1')
+    assert done.stdout.count('\n') == 1
+    done = call('slurm_test.sh', 'p', 'j', 'a.py', 'b.pth', PATH='/usr/bin')
+    assert done.returncode == 1
+    assert done.stdout.startswith('error: srun is not in PATH')
