@@ -280,21 +280,27 @@ def test_empty_batch_changes_nothing_and_has_gradients():
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_normalized_in_float32(dtype):
-    # A spread of 1 around 100: squares and sums would drown in the rounding.
+    # A spread of 1 around 100. Between the two steps it is one of 0.6 around
+    # 58, which half precision would round to a few dozen values.
     x = (torch.randn(2, CHANNELS, 16, 16) + 100).to(dtype)
     state = make_state(torch.float32, 'group')
-    arguments = dict(training=True, momentum=0.2, mode='estimate')
-    actual = run_ours(x, state, **arguments)
-    expected = run_oracle(x, state, **arguments)
-    assert actual['output'].dtype == dtype
-    for name in ('running_mean', 'running_var'):
-        assert actual[name].dtype == torch.float32
-    names = ('output', 'running_mean', 'running_var')
-    assert not disagreements(
-        {name: actual[name] for name in names},
-        {name: expected[name] for name in names},
-        TOLERANCE[dtype],
-    )
+    state['bn_weight'].fill_(1)
+    state['bn_bias'].zero_()
+    state['running_mean'].zero_()
+    state['running_var'].fill_(3)
+    for training in (False, True):
+        arguments = dict(training=training, momentum=1e-3, mode='estimate')
+        actual = run_ours(x, state, **arguments)
+        expected = run_oracle(x, state, **arguments)
+        assert actual['output'].dtype == dtype
+        for name in ('running_mean', 'running_var'):
+            assert actual[name].dtype == torch.float32
+        names = ('output', 'running_mean', 'running_var')
+        assert not disagreements(
+            {name: actual[name] for name in names},
+            {name: expected[name] for name in names},
+            TOLERANCE[dtype],
+        )
 
 
 def test_batch_channel_norm_refuses():

@@ -196,7 +196,7 @@ def batch_channel_norm(
         mean, var = updated_estimates(x, running_mean, running_var, momentum)
         running_mean.copy_(mean)
         running_var.copy_(var)
-    if training and mode == 'batch' and not empty:
+    if training and mode == 'batch':
         if x.numel() == x.shape[1]:
             raise ValueError(_one_value_message(x, mode))
         y = F.batch_norm(
