@@ -4,13 +4,11 @@ Weight Standardization: Qiao et al., https://arxiv.org/abs/1903.10520
 Batch-Channel Normalization: Qiao et al., https://arxiv.org/abs/1911.09738
 """
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .distributed import synchronized_moments
+from .kernels import cpu, fused_runs, plain
 
 EPS_MODES = ('outside', 'inside')
 MODES = ('estimate', 'batch', 'sync_batch')
@@ -45,25 +43,26 @@ def standardize_weight(
         ValueError: ``eps_mode`` is unknown, or a filter has a single entry.
     """
     check_eps_mode(eps_mode)
-    dims = tuple(range(1, weight.dim()))
     fan_in = weight.shape[1:].numel()
     check_fan_in(fan_in)
     raw = _at_least_float32(weight)
-    # Written as sums and products: the gradients of a mean, a difference and
-    # a quotient each pass over all filters once more.
-    centered = raw + raw.sum(dims, keepdim=True) * (-1 / fan_in)
-    # vector_norm has a zero gradient at zero, where sqrt has an infinite one.
-    norm = torch.linalg.vector_norm(centered, dim=dims, keepdim=True)
-    if eps_mode == 'outside':
-        denominator = norm / math.sqrt(fan_in - 1) + eps
+    standardized: Tensor
+    # Of two entries, the gradient is what cancellation leaves: no closed form.
+    if fused_runs(raw) and fan_in > 2:
+        standardized = cpu.StandardizeWeight.apply(
+            raw, eps, eps_mode == 'inside'
+        )
     else:
-        denominator = (norm.square() / (fan_in - 1) + eps).sqrt()
-    standardized: Tensor = centered * denominator.reciprocal()
+        standardized = plain.standardize_weight(raw, eps, eps_mode)
     return standardized.to(weight.dtype)
 
 
 def updated_estimates(
-    input: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    moments: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Move per-channel estimates towards the moments of one batch.
 
@@ -77,49 +76,33 @@ def updated_estimates(
         its update, not around batch_mean. Its expectation is then the
         total variance, spread between images included, even when every
         batch holds one image. Out of place and without gradient.
+
+    Args:
+        input: the activations.
+        running_mean: the estimates before.
+        running_var: the estimates before.
+        momentum: update rate, in (0, 1].
+        moments: mean and biased variance of every (sample, channel) of
+            input, both (N, C), where they are known.
+
     Source: ``EstBN``, README of the authors' BCN repository.
     """
     with torch.no_grad():
         input = _at_least_float32(input)
-        dims = (0, *range(2, input.dim()))
-        batch_mean = input.mean(dims)
-        deviation = input - _per_channel(running_mean, input)
-        batch_var = deviation.square_().mean(dims)
+        if moments is None:
+            dims = (0, *range(2, input.dim()))
+            batch_mean = input.mean(dims)
+            deviation = input - _per_channel(running_mean, input)
+            batch_var = deviation.square_().mean(dims)
+        else:
+            means, variances = moments
+            batch_mean = means.mean(0)
+            deviation = means - running_mean
+            batch_var = (variances + deviation.square()).mean(0)
         return (
             torch.lerp(running_mean, batch_mean.to(running_mean), momentum),
             torch.lerp(running_var, batch_var.to(running_var), momentum),
         )
-
-
-def channel_norm(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """Normalize groups of channels within each sample.
-
-    Like ``F.group_norm``, which it equals when the affine has one entry per
-    channel; an affine with one entry per group is expanded to it.
-
-    Raises:
-        ValueError: a group holds a single value, whose variance is zero.
-    """
-    num_channels = input.shape[1]
-    group_size = num_channels // num_groups
-    if group_size * input.shape[2:].numel() == 1:
-        raise ValueError(
-            f'a group of one value cannot be normalized: input of shape '
-            f'{tuple(input.shape)} with num_groups={num_groups} leaves one '
-            'value per group. Give this layer fewer groups than channels '
-            '(norm_cfg=dict(num_groups=...)) or a larger feature map'
-        )
-    if weight is not None and weight.numel() != num_channels:
-        weight = weight.repeat_interleave(group_size)
-    if bias is not None and bias.numel() != num_channels:
-        bias = bias.repeat_interleave(group_size)
-    return F.group_norm(input, num_groups, weight, bias, eps)
 
 
 def batch_channel_norm(
@@ -189,56 +172,119 @@ def batch_channel_norm(
     Source: ``BCNorm`` and ``EstBN`` of the authors' BCN repository.
     """
     check_mode(mode)
+    _check_group_size(input, num_groups)
     x = _at_least_float32(input)
-    empty = x.numel() == 0
+    scale, shift = _like(bn_weight, x), _like(bn_bias, x)
+    outer_scale, outer_shift = _like(weight, x), _like(bias, x)
+    if training and mode == 'sync_batch':
+        y = _synchronized_batch_norm(
+            x, running_mean, running_var, scale, shift, momentum, eps, update
+        )
+        output = plain.channel_norm(
+            y, num_groups, outer_scale, outer_shift, eps
+        )
+        return output.to(input.dtype)
+
+    of_batch = training and mode == 'batch' and x.numel() > 0
+    if of_batch and x.numel() == x.shape[1]:
+        raise ValueError(_one_value_message(x, mode))
+    fused = fused_runs(x) and cpu.takes_rows(x)
+    moments = cpu.instance_moments(x.detach()) if fused else None
     mean, var = running_mean, running_var
-    if training and mode == 'estimate' and update and not empty:
-        mean, var = updated_estimates(x, running_mean, running_var, momentum)
+    if of_batch:
+        mean, var = _batch_statistics(x, moments)
+        if update:
+            count = x.numel() / x.shape[1]
+            unbiased = var * (count / (count - 1))
+            running_mean.lerp_(mean.to(running_mean), momentum)
+            running_var.lerp_(unbiased.to(running_var), momentum)
+    elif training and update and x.numel():
+        mean, var = updated_estimates(
+            x, running_mean, running_var, momentum, moments
+        )
         running_mean.copy_(mean)
         running_var.copy_(var)
-    if training and mode == 'batch':
-        if x.numel() == x.shape[1]:
-            raise ValueError(_one_value_message(x, mode))
-        y = F.batch_norm(
-            x,
-            running_mean if update else running_mean.clone(),
-            running_var if update else running_var.clone(),
-            _like(bn_weight, x),
-            _like(bn_bias, x),
-            training=True,
-            momentum=momentum,
-            eps=eps,
-        )
-    elif training and mode == 'sync_batch':
-        mean, var, count = synchronized_moments(x)
-        if count == 1:
-            raise ValueError(_one_value_message(x, mode))
-        if update and count > 0:
-            with torch.no_grad():
-                unbiased = var * (count / (count - 1))
-                running_mean.lerp_(mean.to(running_mean), momentum)
-                running_var.lerp_(unbiased.to(running_var), momentum)
-        scale = torch.rsqrt(var + eps)
-        if bn_weight is not None:
-            scale = scale * bn_weight
-        y = (x - _per_channel(mean, x)) * _per_channel(scale, x)
-        if bn_bias is not None:
-            y = y + _per_channel(bn_bias, x)
-    else:
+    elif torch.is_grad_enabled():
         # The buffers change in later calls; what backward keeps must not.
-        if mean is running_mean and torch.is_grad_enabled():
-            mean, var = mean.clone(), var.clone()
-        y = F.batch_norm(
-            x,
-            _like(mean, x),
-            _like(var, x),
-            _like(bn_weight, x),
-            _like(bn_bias, x),
-            training=False,
-            eps=eps,
+        mean, var = mean.clone(), var.clone()
+    mean, var = mean.to(x.dtype), var.to(x.dtype)
+    if moments is not None:
+        output = cpu.BatchChannelNorm.apply(
+            input,
+            scale,
+            shift,
+            outer_scale,
+            outer_shift,
+            x.detach(),
+            moments,
+            mean,
+            var,
+            num_groups,
+            eps,
+            of_batch,
         )
-    output = channel_norm(y, num_groups, _like(weight, x), _like(bias, x), eps)
+    else:
+        output = plain.batch_channel_norm(
+            x,
+            scale,
+            shift,
+            outer_scale,
+            outer_shift,
+            mean,
+            var,
+            num_groups,
+            eps,
+            of_batch,
+        )
     return output.to(input.dtype)
+
+
+def _batch_statistics(
+    x: Tensor, moments: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        if moments is None:
+            dims = (0, *range(2, x.dim()))
+            var, mean = torch.var_mean(x, dims, correction=0)
+            return mean, var
+        means, variances = moments
+        mean = means.mean(0)
+        return mean, (variances + (means - mean).square()).mean(0)
+
+
+def _synchronized_batch_norm(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    update: bool,
+) -> Tensor:
+    mean, var, count = synchronized_moments(x)
+    if count == 1:
+        raise ValueError(_one_value_message(x, 'sync_batch'))
+    if update and count > 0:
+        with torch.no_grad():
+            unbiased = var * (count / (count - 1))
+            running_mean.lerp_(mean.to(running_mean), momentum)
+            running_var.lerp_(unbiased.to(running_var), momentum)
+    scale = torch.rsqrt(var + eps)
+    if bn_weight is not None:
+        scale = scale * bn_weight
+    y = (x - _per_channel(mean, x)) * _per_channel(scale, x)
+    return y if bn_bias is None else y + _per_channel(bn_bias, x)
+
+
+def _check_group_size(input: Tensor, num_groups: int) -> None:
+    if input.shape[1:].numel() == num_groups:
+        raise ValueError(
+            f'a group of one value cannot be normalized: input of shape '
+            f'{tuple(input.shape)} with num_groups={num_groups} leaves one '
+            'value per group. Give this layer fewer groups than channels '
+            '(norm_cfg=dict(num_groups=...)) or a larger feature map'
+        )
 
 
 def check_mode(mode: str) -> None:

@@ -153,7 +153,11 @@ class BCN(nn.GroupNorm):
                 f'(N, {self.num_features}, *), got {tuple(input.shape)}'
             )
         # Activation checkpointing repeats the forward inside the backward.
-        recomputed = torch._C._current_graph_task_id() != -1
+        # A compiler decides itself what it recomputes, and keeps updates out.
+        recomputed = (
+            not torch.compiler.is_compiling()
+            and torch._C._current_graph_task_id() != -1
+        )
         return batch_channel_norm(
             input,
             self.num_groups,

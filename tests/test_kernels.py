@@ -1,0 +1,349 @@
+"""The fused implementations: same numbers as the formula, and who gets them.
+
+The oracles of test_functional.py run on whatever implementation is chosen;
+here are both of them by name, and what only the fused one can get wrong.
+"""
+
+from functools import partial
+from itertools import product
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from comparison import TOLERANCE, disagreements, values_and_gradients
+from torch import Tensor
+
+from ws_mm import BCN, WSConv2d, batch_channel_norm, standardize_weight
+from ws_mm.kernels import cpu, fused_runs
+
+LAYOUTS = {
+    'NCHW': torch.contiguous_format,
+    'channels_last': torch.channels_last,
+}
+MODES = ('estimate', 'batch')
+# Scaled-down relatives of what detectors and segmentors put in.
+SHAPES = {
+    'stem': (1, 64, 50, 84),
+    'stage': (2, 32, 13, 21),
+    'rois': (33, 32, 7, 7),
+    'pooled': (1, 64, 1, 1),
+    # Two samples would be ill-conditioned: their outputs are +-1 anyhow.
+    'pooled-3': (3, 64, 1, 1),
+    'long': (2, 32, 131),
+    'volume': (1, 32, 3, 5, 4),
+}
+
+
+@pytest.fixture(params=['auto', 'plain'])
+def kernels(request, monkeypatch) -> str:
+    monkeypatch.setenv('WS_MM_KERNELS', request.param)
+    return request.param
+
+
+def calls(monkeypatch, function: type[torch.autograd.Function]) -> list[str]:
+    """Record the calls of a fused function."""
+    seen: list[str] = []
+    apply = function.apply
+
+    def recorded(*args):
+        seen.append(function.__name__)
+        return apply(*args)
+
+    monkeypatch.setattr(function, 'apply', recorded)
+    return seen
+
+
+def in_layout(x: Tensor, layout: str) -> Tensor:
+    if x.dim() == 4:
+        return x.to(memory_format=LAYOUTS[layout])
+    return x
+
+
+def state_of(channels: int, dtype: torch.dtype, outer: int) -> dict:
+    sizes = dict(
+        bn_weight=channels, bn_bias=channels, weight=outer, bias=outer
+    )
+    state = {k: torch.randn(n).to(dtype) for k, n in sizes.items()}
+    state['running_mean'] = torch.randn(channels).to(dtype)
+    state['running_var'] = (torch.rand(channels) * 3 + 0.3).to(dtype)
+    return state
+
+
+def input_of(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    per_channel = torch.linspace(0.3, 3, shape[1]).view(
+        -1, *[1] * (len(shape) - 2)
+    )
+    return (torch.randn(shape) * per_channel + 4 - 3 * per_channel).to(dtype)
+
+
+# One value per channel has no batch variance; channels_last is 4-D only.
+CASES = [
+    case
+    for case in product(
+        SHAPES, LAYOUTS, ('group', 'channel'), ('train', 'eval'), MODES
+    )
+    if (case[0], *case[3:]) != ('pooled', 'train', 'batch')
+    and (case[1] == 'NCHW' or len(SHAPES[case[0]]) == 4)
+]
+
+
+@pytest.mark.parametrize('case', CASES, ids='-'.join)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=str)
+def test_batch_channel_norm_equals_formula(kernels, dtype, case):
+    shape_name, layout, outer, phase, mode = case
+    shape, training = SHAPES[shape_name], phase == 'train'
+    channels, groups = shape[1], 8
+    state = state_of(channels, dtype, groups if outer == 'group' else channels)
+    names = 'running_mean', 'running_var'
+    running = {name: state.pop(name) for name in names}
+    x = in_layout(input_of(shape, dtype), layout)
+    settings = dict(training=training, momentum=0.2, mode=mode)
+    new: dict[str, Tensor] = {}
+
+    def ours(x, **affine):
+        new.update({k: v.clone() for k, v in running.items()})
+        output = batch_channel_norm(
+            in_layout(x, layout), groups, **new, **affine, **settings
+        )
+        return output.contiguous()
+
+    expected_new = {}
+
+    def oracle(x, **affine):
+        output, statistics = reference.batch_channel_norm(
+            x.flatten(2).unsqueeze(3),
+            {**affine, **running},
+            groups,
+            **settings,
+        )
+        expected_new.update(statistics)
+        return output.view(shape)
+
+    actual = values_and_gradients(ours, {'x': x, **state}, 'bcn')
+    double = {k: v.double() for k, v in {'x': x, **state}.items()}
+    expected = values_and_gradients(oracle, double, 'bcn')
+    expected.update(expected_new)
+    assert not disagreements({**actual, **new}, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize('eps_mode', ['outside', 'inside'])
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize(
+    'shape', [(8, 4, 3, 3), (6, 32, 1, 1), (8, 1, 5, 5), (4, 3, 3)], ids=str
+)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=str)
+def test_standardize_weight_equals_formula(
+    kernels, dtype, shape, layout, eps_mode
+):
+    scale = torch.logspace(-3, 1, shape[0]).view(-1, *[1] * (len(shape) - 1))
+    weight = in_layout(((torch.randn(shape) + 0.3) * scale).to(dtype), layout)
+
+    def ours(weight):
+        return standardize_weight(
+            in_layout(weight, layout), eps_mode=eps_mode
+        ).contiguous()
+
+    actual = values_and_gradients(ours, {'weight': weight}, 'ws')
+    expected = values_and_gradients(
+        partial(reference.standardize_weight, eps_mode=eps_mode),
+        {'weight': weight.double()},
+        'ws',
+    )
+    assert not disagreements(actual, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('mode', MODES)
+def test_half_precision_is_normalized_in_float32(kernels, mode, dtype):
+    layer = BCN(32, 8, mode=mode)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, mean=0.5)
+    # Squares of these overflow in float16.
+    x = (input_of((2, 32, 9, 9), torch.float32) * 300).to(dtype)
+    x.requires_grad_()
+    state = {k: v.double() for k, v in layer.state_dict().items()}
+    expected, running = reference.batch_channel_norm(
+        x, state, 8, training=True, momentum=0.1, mode=mode
+    )
+    output = layer(x)
+    assert output.dtype == dtype
+    cotangent = torch.randn(output.shape).to(dtype)
+    (gradient,) = torch.autograd.grad(output, x, cotangent)
+    assert gradient.dtype == dtype
+    (expected_gradient,) = torch.autograd.grad(expected, x, cotangent.double())
+    assert not disagreements(
+        {'output': output, 'dx': gradient, 'var': layer.running_var},
+        {
+            'output': expected,
+            'dx': expected_gradient,
+            'var': running['running_var'],
+        },
+        TOLERANCE[dtype],
+    )
+
+
+def test_autocast_changes_nothing_inside(kernels):
+    layer, conv = BCN(32, 8), WSConv2d(32, 32, 3)
+    x = input_of((1, 32, 9, 9), torch.float32).requires_grad_()
+    plain = layer(x), standardize_weight(conv.weight)
+    layer.reset_running_stats()
+    with torch.autocast('cpu', torch.bfloat16):
+        cast = layer(x), standardize_weight(conv.weight)
+        cotangents = [torch.randn_like(y) for y in cast]
+        low = torch.autograd.grad(cast, (x, conv.weight), cotangents)
+        assert conv(x).dtype == torch.bfloat16
+    high = torch.autograd.grad(plain, (x, conv.weight), cotangents)
+    for one, other in zip((*plain, *high), (*cast, *low), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_statistics_of_inputs_far_from_zero(kernels):
+    # mean / std = 1000: E[x^2] - E[x]^2 would keep no digit of the variance.
+    x = torch.randn(2, 16, 20, 20) * 0.01 + 10
+    layer = BCN(16, 4, momentum=1.0)
+    layer.running_mean.fill_(10)
+    layer(x)
+    expected = (x.double() - 10).square().mean((0, 2, 3))
+    torch.testing.assert_close(
+        layer.running_var.double(), expected, rtol=1e-3, atol=0
+    )
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_differentiates_twice(kernels, mode):
+    state = state_of(6, torch.float64, 3)
+    running = {k: state.pop(k) for k in ('running_mean', 'running_var')}
+    x = torch.randn(2, 6, 3, 2, dtype=torch.float64)
+    leaves = [v.requires_grad_() for v in (x, *state.values())]
+
+    def function(x, *affine):
+        return batch_channel_norm(
+            x,
+            3,
+            *(v.clone() for v in running.values()),
+            *affine,
+            training=True,
+            mode=mode,
+            update=False,
+        )
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize('frozen', ['input', 'affine', 'no affine'])
+def test_gradients_of_what_asks_for_them(kernels, frozen):
+    layer = BCN(12, 4, affine=frozen != 'no affine')
+    layer.requires_grad_(frozen != 'affine')
+    x = torch.randn(2, 12, 4, 4, requires_grad=frozen != 'input')
+    layer(x).backward(torch.randn(2, 12, 4, 4))
+    assert (x.grad is None) == (frozen == 'input')
+    assert all(
+        (p.grad is None) == (frozen == 'affine') for p in layer.parameters()
+    )
+
+
+def test_expanded_cotangent_and_strided_input(kernels):
+    base = torch.randn(2, 24, 8, 8, dtype=torch.float64)
+    strided = base[:, ::2, :, ::2].detach().requires_grad_()
+    dense = strided.detach().clone().contiguous().requires_grad_()
+    layer = BCN(12, 4, dtype=torch.float64)
+    cotangent = torch.randn(2, 12, 1, 1).double().expand(2, 12, 8, 4)
+    gradients = []
+    for x in (strided, dense):
+        layer.reset_running_stats()
+        gradients.append(torch.autograd.grad(layer(x), x, cotangent)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def saved_bytes(function, x: Tensor) -> int:
+    """Bytes that autograd keeps alive, each storage once."""
+    storages = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = function(x)
+    assert output.requires_grad
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_saves_what_group_norm_saves(dtype):
+    x = torch.randn(1, 64, 60, 60).to(dtype).requires_grad_()
+    group_norm = torch.nn.GroupNorm(32, 64).to(dtype)
+    ours = saved_bytes(BCN(64).to(dtype), x)
+    theirs = saved_bytes(group_norm, x)
+    # The difference is one number per channel and affine, not activations.
+    assert ours - theirs < 0.01 * x.nbytes
+
+
+def test_fused_runs_where_it_should(monkeypatch):
+    norm = calls(monkeypatch, cpu.BatchChannelNorm)
+    weight = calls(monkeypatch, cpu.StandardizeWeight)
+    conv, bcn = WSConv2d(8, 8, 3), BCN(8, 4)
+    x = torch.randn(1, 8, 6, 6)
+    for training, layout in product((True, False), LAYOUTS):
+        bcn.train(training)
+        bcn(conv(in_layout(x, layout)))
+    assert (len(weight), len(norm)) == (4, 4)
+    monkeypatch.setenv('WS_MM_KERNELS', 'plain')
+    bcn(conv(x))
+    assert (len(weight), len(norm)) == (4, 4)
+    assert not fused_runs(x)
+
+
+def test_refuses_an_unknown_choice(monkeypatch):
+    monkeypatch.setenv('WS_MM_KERNELS', 'fast')
+    with pytest.raises(ValueError, match="WS_MM_KERNELS='fast'.*'plain'"):
+        standardize_weight(torch.randn(2, 2, 3, 3))
+
+
+def test_functional_transforms_see_plain_operations():
+    weight = torch.randn(3, 4, 2, 2, dtype=torch.float64)
+    direction = torch.randn_like(weight)
+
+    def loss(weight):
+        return (standardize_weight(weight) * direction).sum()
+
+    leaf = weight.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(weight), expected)
+    batched = torch.vmap(standardize_weight)(weight.expand(2, *weight.shape))
+    torch.testing.assert_close(batched[1], standardize_weight(weight))
+
+
+def test_compiled_and_exported_equal_eager():
+    class Pair(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = WSConv2d(8, 16, 3, bias=False)
+            self.norm = BCN(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.norm(self.conv(x)))
+
+    pair = Pair()
+    x, cotangent = torch.randn(2, 8, 9, 9), torch.randn(2, 16, 7, 7)
+    results = []
+    for run in (
+        pair,
+        torch.compile(pair, backend='aot_eager', fullgraph=True),
+    ):
+        pair.zero_grad()
+        pair.norm.reset_running_stats()
+        output = run(x)
+        output.backward(cotangent)
+        results.append(
+            [output.detach(), pair.norm.running_var.clone()]
+            + [p.grad.clone() for p in pair.parameters()]
+        )
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+    pair.eval()
+    exported = torch.export.export(pair, (x,)).module()
+    torch.testing.assert_close(exported(x), pair(x))
