@@ -16,19 +16,24 @@ except ImportError as error:
 from .checkpoint import PretrainedGN
 from .conv import WSConv1d, WSConv2d, WSConv3d
 from .functional import batch_channel_norm, standardize_weight
-from .hooks import SyncEstimatesHook
+from .hooks import CheckModelHook, SyncEstimatesHook
 from .norm import BCN
+from .surgery import bake, check, convert
 
 __version__ = '0.1.0'
 
 __all__ = [
     'BCN',
+    'CheckModelHook',
     'PretrainedGN',
     'SyncEstimatesHook',
     'WSConv1d',
     'WSConv2d',
     'WSConv3d',
     '__version__',
+    'bake',
     'batch_channel_norm',
+    'check',
+    'convert',
     'standardize_weight',
 ]

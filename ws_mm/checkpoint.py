@@ -94,6 +94,30 @@ def _map_authors(
         state_dict.pop(inner + name, None)
 
 
+def from_batch_norm(
+    state_dict: dict[str, Any], prefix: str, outer: torch.Tensor | None
+) -> None:
+    """Make a BCN of a BatchNorm, in place; another function.
+
+    The running statistics become the estimates, the affine the inner one.
+    The normalization over groups that follows is new, with outer affine
+    (1, 0).
+
+    Args:
+        state_dict: holds the entries of the BatchNorm.
+        prefix: what the names of these entries begin with.
+        outer: a tensor like the scale of the outer affine; None for a layer
+            without affines.
+    """
+    for name in ('weight', 'bias'):
+        if prefix + name in state_dict:
+            state_dict[f'{prefix}bn_{name}'] = state_dict.pop(prefix + name)
+    if outer is not None:
+        state_dict[f'{prefix}weight'] = torch.ones_like(outer)
+        state_dict[f'{prefix}bias'] = torch.zeros_like(outer)
+    state_dict.pop(f'{prefix}num_batches_tracked', None)
+
+
 @WEIGHT_INITIALIZERS.register_module()
 class PretrainedGN(PretrainedInit):
     """Start a BCN model from a GroupNorm checkpoint, exactly.

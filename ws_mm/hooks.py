@@ -1,14 +1,18 @@
 """What has to happen between training iterations."""
 
+import logging
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import nn
 
 from .norm import BCN
+from .surgery import check
 
 
 @HOOKS.register_module()
@@ -39,6 +43,51 @@ class SyncEstimatesHook(Hook):
     ) -> None:
         """Average the estimates."""
         average_over_ranks(self._buffers)
+
+
+@HOOKS.register_module()
+class CheckModelHook(Hook):
+    """Look for standardized convolutions without a norm before training.
+
+    It judges by names and order, see :func:`~ws_mm.surgery.check`, which a
+    model with unusual names can mislead; ``tools/check_model.py`` runs the
+    model instead.
+
+    Args:
+        on_mistake: 'raise' to stop before the first step, or 'print'.
+
+    Raises:
+        ValueError: ``on_mistake`` is unknown; before training, in 'raise',
+            with every mistake and what mends it.
+    """
+
+    def __init__(self, on_mistake: str = 'raise') -> None:
+        if on_mistake not in ('raise', 'print'):
+            raise ValueError(
+                f"on_mistake={on_mistake!r} must be 'raise' or 'print' "
+                "(custom_hooks=[dict(type='ws_mm.CheckModelHook', "
+                'on_mistake=...)])'
+            )
+        self.on_mistake = on_mistake
+
+    def before_train(self, runner: Any) -> None:
+        """Check the model that is about to be trained."""
+        model = runner.model
+        if is_model_wrapper(model):
+            model = model.module
+        mistakes = check(model).mistakes
+        if not mistakes:
+            return
+        message = '\n'.join(
+            (
+                'The model standardizes convolutions that nothing normalizes:',
+                *mistakes,
+                "If this is not so, set on_mistake='print' in CheckModelHook.",
+            )
+        )
+        if self.on_mistake == 'raise':
+            raise ValueError(message)
+        print_log(message, logger='current', level=logging.WARNING)
 
 
 def estimate_buffers(model: nn.Module) -> list[torch.Tensor]:

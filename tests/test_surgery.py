@@ -1,0 +1,341 @@
+"""What is found in models, and whether rebuilt ones compute the same."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from comparison import relative_error
+from mmengine.registry import HOOKS
+from torch import nn
+
+from ws_mm import BCN, WSConv2d, bake, check, convert
+
+IMAGE = (2, 3, 12, 12)
+
+
+class Net(nn.Module):
+    """Misleading on purpose: bn1 and bn2 are run in the other order."""
+
+    def __init__(self, conv=WSConv2d, norm=lambda c: BCN(c, 4)):
+        super().__init__()
+        self.conv1 = conv(3, 8, 3, bias=True, padding=1)
+        self.bn1 = norm(8)
+        self.conv2 = conv(8, 8, 3, groups=2, padding_mode='reflect', padding=1)
+        self.bn2 = norm(8)
+        self.logits = nn.Conv2d(8, 2, 1)
+        self.auxiliary = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = F.relu(self.bn2(self.conv1(x)))
+        return self.logits(F.relu(self.bn1(self.conv2(x))))
+
+
+class Run(nn.Module):
+    """Any layers, run by any function of them and the image."""
+
+    def __init__(self, run, **layers):
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def randomize(model):
+    for name, values in model.state_dict().items():
+        if values.is_floating_point():
+            values.copy_(torch.randn(values.shape))
+            if name.endswith('running_var'):
+                values.copy_(torch.rand(values.shape) + 0.2)
+    return model
+
+
+def image(dtype=torch.float32):
+    return torch.randn(IMAGE, dtype=dtype)
+
+
+def norms_of(report):
+    return {conv.name: (conv.norms, conv.how) for conv in report}
+
+
+def test_execution_is_believed_over_names():
+    report = check(Net(), image())
+    assert norms_of(report) == {
+        'conv1': (('bn2',), 'proven'),
+        'conv2': (('bn1',), 'proven'),
+        'logits': ((), 'proven'),
+        'auxiliary': ((), 'guessed'),
+    }
+    assert [conv.standardized for conv in report] == [True, True, False, False]
+    assert not report.mistakes
+    assert 'bn2 (BCN)' in str(report).splitlines()[1]
+
+
+def test_names_are_believed_without_inputs():
+    assert norms_of(check(Net()))['conv1'] == (('bn1',), 'guessed')
+
+
+def test_guess_wants_fitting_channels_and_order():
+    first, second = nn.Sequential(), nn.Sequential()
+    first.conv, first.norm = WSConv2d(3, 8, 1), nn.GroupNorm(2, 6)
+    second.norm, second.conv = nn.GroupNorm(2, 8), WSConv2d(8, 8, 1)
+    third = nn.Sequential(WSConv2d(8, 8, 1), nn.Sequential(nn.ReLU()))
+    third.append(nn.BatchNorm2d(8))
+    fourth = nn.Sequential(WSConv2d(8, 8, 1), nn.ReLU(), nn.BatchNorm2d(8))
+    report = check(nn.Sequential(first, second, third, fourth))
+    assert [len(conv.norms) for conv in report] == [0, 0, 0, 1]
+    assert len(report.mistakes) == 3
+
+
+def test_check_leaves_the_model_as_it_was():
+    model = randomize(Net()).train()
+    model.bn1.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    check(model, {'x': image()})
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert model.training
+    assert not model.bn1.training
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def layers(**more):
+    return dict(conv=WSConv2d(3, 8, 1), bn=BCN(8, 4), **more)
+
+
+def test_scale_keeping_operations_are_seen_through():
+    def run(m, x):
+        y = F.relu(m.conv(x), inplace=True)
+        return m.bn(F.max_pool2d(F.interpolate(y, scale_factor=2), 2) + y)
+
+    (report,) = check(Run(run, **layers()), image())
+    assert report.norms == ('bn',)
+    assert report.via == (
+        'relu',
+        'upsample_nearest2d',
+        'max_pool2d_with_indices',
+        'add',
+    )
+    assert not report.mistake
+
+
+@pytest.mark.parametrize(
+    ('run', 'found'),
+    [
+        (lambda m, x: m.conv(x), 'no normalization.*output of the model'),
+        (lambda m, x: m.bn(m.conv(x).sigmoid()), 'sigmoid'),
+        (
+            lambda m, x: [m.bn(y := m.conv(x)), y],
+            'not everywhere.*output of the model',
+        ),
+        (lambda m, x: m.bn(y := m.conv(x)) * y, 'not everywhere.*mul'),
+        (lambda m, x: F.relu(m.conv(x), True).exp_(), 'exp_'),
+        (
+            lambda m, x: m.logits(m.conv(x)),
+            r'no normalization.*convolution in logits',
+        ),
+    ],
+)
+def test_unnormalized_ws_conv_is_a_mistake(run, found):
+    model = Run(run, **layers(logits=nn.Conv2d(8, 2, 1)))
+    (mistake,) = check(model, image()).mistakes
+    assert re.search(found, mistake)
+    assert 'conv_cfg=None' in mistake
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.half])
+@pytest.mark.parametrize('eps_mode', ['outside', 'inside'])
+def test_baked_weight_is_bit_identical(dtype, eps_mode, monkeypatch):
+    conv = randomize(WSConv2d(4, 6, 3, eps=0.1, eps_mode=eps_mode)).to(dtype)
+    seen = {}
+    monkeypatch.setattr(
+        nn.Conv2d,
+        '_conv_forward',
+        lambda self, x, weight, bias: seen.setdefault('weight', weight),
+    )
+    conv(torch.ones(1, 4, 3, 3, dtype=dtype))
+    baked = bake(conv)
+    assert type(baked) is nn.Conv2d
+    assert torch.equal(baked.weight, seen['weight'])
+    assert isinstance(conv, WSConv2d)
+    assert not torch.equal(conv.weight, baked.weight)
+
+
+@pytest.mark.parametrize('fold', [False, True])
+@pytest.mark.parametrize('outer_affine', ['group', 'channel'])
+@pytest.mark.parametrize(
+    ('dtype', 'tolerance'), [(torch.float32, 2e-6), (torch.float64, 1e-12)]
+)
+def test_baked_model_computes_the_same(fold, outer_affine, dtype, tolerance):
+    net = Net(norm=lambda c: BCN(c, 4, outer_affine=outer_affine, eps=0.1))
+    net = randomize(net).to(dtype).eval()
+    baked = bake(net, image(dtype), fold_estimates=fold)
+    assert type(baked.conv1) is nn.Conv2d
+    assert type(baked.bn1) is (nn.GroupNorm if fold else BCN)
+    x = image(dtype)
+    # Sharing parameters with the copy would make them equal in any case.
+    expected = net(x)
+    randomize(net)
+    assert relative_error(baked(x), expected) <= tolerance
+    keys, own = set(baked.state_dict()), set(net.state_dict())
+    assert keys - own == ({'conv2.bias'} - own if fold else set())
+    assert all('running' in k or '.bn_' in k for k in own - keys)
+    host = Net(nn.Conv2d, lambda c: nn.GroupNorm(4, c, 0.1)).to(dtype).eval()
+    host.conv1.bias.data.zero_()
+    if fold:
+        host.load_state_dict(baked.state_dict())
+        assert relative_error(host(x), expected) <= tolerance
+
+
+def test_fold_without_affines():
+    net = Net(norm=lambda c: BCN(c, 4, affine=False)).double()
+    randomize(net).eval()
+    x = image(torch.float64)
+    baked = bake(net, x, fold_estimates=True)
+    assert relative_error(baked(x), net(x)) <= 1e-12
+
+
+def twice(m, x):
+    return m.bn(m.conv(x)), m.bn(m.conv(2 * x))
+
+
+def test_a_pair_run_twice_is_folded():
+    model = randomize(Run(twice, **layers()))
+    model.alias = model.conv
+    x = image()
+    baked = bake(model.eval(), x, fold_estimates=True)
+    assert baked.alias is baked.conv
+    for actual, expected in zip(baked(x), model(x), strict=True):
+        assert relative_error(actual, expected) <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ('run', 'why'),
+    [
+        (
+            lambda m, x: m.bn(y := m.conv(x)) + m.other(y),
+            'conv feeds bn and other',
+        ),
+        (
+            lambda m, x: m.other(m.conv(x)) + m.bn(m.bn(m.plain(x))),
+            'bn does not follow',
+        ),
+        (
+            lambda m, x: m.bn(m.conv(x)) + m.bn(m.plain(x)),
+            'bn is shared by conv and plain',
+        ),
+        (
+            lambda m, x: m.bn(y := m.conv(x)) + y.exp(),
+            'conv feeds bn and exp in the model itself',
+        ),
+        (lambda m, x: m.bn(m.conv(x)), 'other is not reached'),
+        (
+            lambda m, x: m.bn(F.relu(m.conv(x), True)),
+            'bn does not follow',
+        ),
+    ],
+)
+def test_fold_refuses_what_it_cannot_prove(run, why):
+    model = Run(run, **layers(other=BCN(8, 4), plain=nn.Conv2d(3, 8, 1)))
+    with pytest.raises(ValueError, match=why):
+        bake(model, image(), fold_estimates=True)
+    with pytest.raises(ValueError, match='inputs='):
+        bake(model, fold_estimates=True)
+
+
+class ConvWS2d(nn.Conv2d):
+    """Named as mmcv's."""
+
+
+def test_foreign_ws_is_seen_and_not_baked():
+    model = nn.Sequential(ConvWS2d(3, 8, 1))
+    assert 'ConvWS2d' in check(model).mistakes[0]
+    with pytest.raises(ValueError, match="0: only.*type='ws_mm.WSConv2d'"):
+        bake(model)
+
+
+def test_convert_replaces_proven_pairs_only():
+    source = Net(nn.Conv2d, nn.BatchNorm2d)
+    del source.auxiliary
+    randomize(source).eval()
+    new = convert(source, dict(eps_mode='inside'), {}, inputs=image())
+    kinds = {name: type(module) for name, module in new.named_children()}
+    assert kinds == {
+        'conv1': WSConv2d,
+        'bn1': BCN,
+        'conv2': WSConv2d,
+        'bn2': BCN,
+        'logits': nn.Conv2d,
+    }
+    assert new.conv1.eps_mode == 'inside'
+    assert type(source.conv1) is nn.Conv2d
+    assert type(source.bn1) is nn.BatchNorm2d
+    assert not check(new, image()).mistakes
+    y = torch.randn(2, 8, 5, 5)
+    inner = F.batch_norm(
+        y, new.bn1.running_mean, new.bn1.running_var,
+        new.bn1.bn_weight, new.bn1.bn_bias,
+    )  # fmt: skip
+    torch.testing.assert_close(inner, source.bn1(y), rtol=0, atol=0)
+    assert torch.equal(new.bn1.weight, torch.ones(8))
+
+
+def test_convert_gn_to_bcn_is_exact():
+    source = Net(nn.Conv2d, lambda c: nn.GroupNorm(4, c)).double()
+    del source.auxiliary
+    randomize(source)
+    x = image(torch.float64)
+    new = convert(source, norm=dict(outer_affine='channel'), inputs=x)
+    assert type(new.conv1) is nn.Conv2d
+    assert type(new.bn1) is BCN
+    new.eval()
+    # The estimates' variance is 1, to which BCN adds its eps.
+    assert relative_error(new(x), source(x)) <= 1e-4
+    with pytest.raises(ValueError, match="outer_affine='channel'"):
+        convert(source, norm={}, inputs=x)
+    with pytest.raises(ValueError, match='bn2: .*4 groups, BCN 2'):
+        convert(source, norm=dict(num_groups=2), inputs=x)
+
+
+def test_convert_refuses_what_it_cannot_prove():
+    source = Net(nn.Conv2d, nn.BatchNorm2d)
+    with pytest.raises(ValueError, match='auxiliary is not reached'):
+        convert(source, {}, inputs=image())
+    part = convert(source, {}, inputs=image(), parts=['conv1'])
+    assert type(part.conv2) is nn.Conv2d
+    assert type(part.conv1) is WSConv2d
+    with pytest.raises(ValueError, match="parts='neck'.*conv1, bn1"):
+        convert(source, {}, inputs=image(), parts=['neck'])
+    two = Run(
+        lambda m, x: m.a(y := m.conv(x)) + m.b(y),
+        conv=nn.Conv2d(3, 8, 1),
+        a=nn.BatchNorm2d(8),
+        b=nn.BatchNorm2d(8),
+    )
+    with pytest.raises(ValueError, match='conv feeds a and b'):
+        convert(two, {}, inputs=image())
+    subclass = nn.Sequential(ConvWS2d(3, 8, 1), nn.BatchNorm2d(8))
+    with pytest.raises(ValueError, match='0 is a ConvWS2d'):
+        convert(subclass, {}, inputs=image())
+    instance = nn.Sequential(nn.Conv2d(3, 8, 1), nn.InstanceNorm2d(8))
+    with pytest.raises(ValueError, match='0 is a InstanceNorm2d'):
+        convert(instance, norm={}, inputs=image())
+
+
+def test_hook_stops_before_training():
+    bad = SimpleNamespace(model=nn.Sequential(WSConv2d(3, 8, 1), nn.ReLU()))
+    good = SimpleNamespace(model=Net())
+    hook = HOOKS.build(dict(type='ws_mm.CheckModelHook'))
+    hook.before_train(good)
+    with pytest.raises(ValueError, match='0 .WSConv2d.*conv_cfg=None'):
+        hook.before_train(bad)
+    HOOKS.build(dict(type='CheckModelHook', on_mistake='print')).before_train(
+        bad
+    )
+    with pytest.raises(ValueError, match="on_mistake='x'"):
+        HOOKS.build(dict(type='CheckModelHook', on_mistake='x'))
