@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import shlex
 import signal
 import socket
 import stat
@@ -257,6 +258,120 @@ def test_missing_arguments_print_the_usage(
     assert done.stdout.startswith('usage: ')
     assert usage in done.stdout
     assert done.stdout.count('\n') == 1
+
+
+def fake_commands(folder: Path) -> str:
+    """PATH on which python and srun only print what they are called with."""
+    folder.mkdir()
+    for name in ('python', 'srun'):
+        path = folder / name
+        path.write_text(
+            '#!/usr/bin/env bash\n'
+            f'[[ $1 != -c ]] || exec {shlex.quote(sys.executable)} "$@"\n'
+            'printf "%s\\n" "$PYTHONPATH" "$@"\n'
+        )
+        path.chmod(0o755)
+    return f'{folder}:{os.environ["PATH"]}'
+
+
+DIST = [
+    *('python', '-m', 'torch.distributed.run'),
+    *('--nnodes', '1', '--node-rank', '0'),
+    *('--master-addr', '127.0.0.1', '--master-port', 'FREE'),
+    *('--nproc-per-node', '3'),
+]
+SRUN = [
+    *('srun', '--partition', 'gpu', '--job-name', 'a job'),
+    *('--gres', 'gpu:8', '--ntasks', '8', '--ntasks-per-node', '8'),
+    *('--cpus-per-task', '5', '--kill-on-bad-exit=1', 'python', '-u'),
+]
+
+
+@pytest.mark.parametrize(
+    ('command', 'started', 'passed'),
+    [
+        ('dist_train.sh|a b.py|3', DIST, 'train.py|a b.py|--launcher|pytorch'),
+        (
+            'dist_train.sh|a b.py|3|--resume|c d|--amp',
+            DIST,
+            'train.py|a b.py|--resume|c d|--amp|--launcher|pytorch',
+        ),
+        (
+            'dist_test.sh|a b.py|c d.pth|3|--tta|--out|e f.pkl',
+            DIST,
+            'test.py|a b.py|c d.pth|--tta|--out|e f.pkl|--launcher|pytorch',
+        ),
+        (
+            'slurm_train.sh|gpu|a job|a b.py',
+            SRUN,
+            'train.py|a b.py|--launcher|slurm',
+        ),
+        (
+            'slurm_train.sh|gpu|a job|a b.py|--resume|c d',
+            SRUN,
+            'train.py|a b.py|--resume|c d|--launcher|slurm',
+        ),
+        (
+            'slurm_train.sh|gpu|a job|a b.py|work dir|--amp',
+            SRUN,
+            'train.py|a b.py|--work-dir|work dir|--amp|--launcher|slurm',
+        ),
+        (
+            'slurm_test.sh|gpu|a job|a b.py|c d.pth|--out|e f.pkl',
+            SRUN,
+            'test.py|a b.py|c d.pth|--out|e f.pkl|--launcher|slurm',
+        ),
+    ],
+)
+def test_scripts_pass_their_arguments_on(
+    command: str, started: list[str], passed: str, tmp_path: Path
+) -> None:
+    path = fake_commands(tmp_path / 'bin')
+    done = call(*command.split('|'), PATH=path, PYTHONPATH='before')
+    assert done.returncode == 0, done.stdout
+    python_path, *got = done.stdout.splitlines()
+    assert python_path == f'{ROOT}:before'
+    if 'FREE' in started:
+        # Not the port that every other run on this machine would take.
+        at = started.index('FREE') - 1
+        assert got[at] not in ('', '0', '29500')
+        got[at] = 'FREE'
+    script, *arguments = passed.split('|')
+    assert got == [*started[1:], str(ROOT / 'tools' / script), *arguments]
+
+
+def test_several_nodes_share_address_and_port(tmp_path: Path) -> None:
+    path = fake_commands(tmp_path / 'bin')
+    node = dict(PATH=path, NNODES='2', NODE_RANK='1', MASTER_ADDR='10.9.8.7')
+    done = call('dist_train.sh', 'a.py', 4, **node)
+    assert (
+        '--nnodes 2 --node-rank 1 --master-addr 10.9.8.7 --master-port 29500 '
+        '--nproc-per-node 4'
+    ) in ' '.join(done.stdout.splitlines())
+    # The first node listens: to the others its port is not a taken one.
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = str(server.getsockname()[1])
+        node |= dict(MASTER_ADDR='127.0.0.1', PORT=port)
+        done = call('dist_test.sh', 'a.py', 'b.pth', 4, **node)
+    assert done.returncode == 0, done.stdout
+    assert f'--master-port\n{port}\n' in done.stdout
+
+
+def test_slurm_asks_for_what_the_environment_says(tmp_path: Path) -> None:
+    path = fake_commands(tmp_path / 'bin')
+    job = dict(PATH=path, GPUS='12', GPUS_PER_NODE='4', CPUS_PER_TASK='2')
+    done = call('slurm_train.sh', 'gpu', 'job', 'a.py', **job)
+    assert (
+        '--gres gpu:4 --ntasks 12 --ntasks-per-node 4 --cpus-per-task 2 '
+        '--kill-on-bad-exit=1 python'
+    ) in ' '.join(done.stdout.splitlines())
+    # No more tasks on a node than there are in all.
+    job = dict(PATH=path, GPUS='2', SRUN_ARGS='--quotatype auto')
+    done = call('slurm_test.sh', 'gpu', 'job', 'a.py', 'b.pth', **job)
+    assert (
+        '--gres gpu:2 --ntasks 2 --ntasks-per-node 2 --cpus-per-task 5 '
+        '--kill-on-bad-exit=1 --quotatype auto python'
+    ) in ' '.join(done.stdout.splitlines())
 
 
 def test_a_taken_port_and_a_missing_srun_are_named() -> None:
