@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,13 @@ from tiny_runs import ROOT
 
 scipy_io = pytest.importorskip('scipy.io')
 
+CONVERTERS = ROOT / 'tools' / 'dataset_converters'
+
 
 def prepare(script: str, *arguments: object) -> subprocess.CompletedProcess:
     """Run a preparation script; output and errors as one text."""
-    path = ROOT / 'tools' / 'dataset_converters' / script
     return subprocess.run(
-        [sys.executable, str(path), *map(str, arguments)],
+        [sys.executable, str(CONVERTERS / script), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -42,8 +44,9 @@ def voc(tmp_path: Path) -> tuple[Path, Path]:
         photo = Image.fromarray(np.zeros((5, 7, 3), np.uint8))
         photo.save(root / 'JPEGImages' / f'{name}.jpg')
         if index < 2:
-            image = Image.fromarray(labels).convert('P')
-            image.putdata(labels.ravel().tolist())
+            # Indices are the labels; the colours are for people.
+            image = Image.fromarray(labels)
+            image.putpalette([9, 0, 200] + 255 * [40, 250, 5])
             image.save(root / 'SegmentationClass' / f'{name}.png')
         # SBD labels VOC's photos, too, differently: 20 there.
         sbd_labels = labels if index > 1 else np.full_like(labels, 20)
@@ -90,13 +93,63 @@ def test_voc_continues_an_interrupted_conversion(
     assert prepare('voc12_aug.py', *voc, '--nproc', 1).returncode == 0
     written = voc[0] / 'VOC2012' / 'SegmentationClassAug'
     kept, cut = written / 'more1.png', written / 'more2.png'
-    whole = cut.read_bytes()
+    other = written / 'train1.png'
+    whole, right = cut.read_bytes(), other.read_bytes()
     os.utime(kept, (1, 1))
-    cut.write_bytes(whole[: len(whole) // 2])
+    # The header stays, so that only decoding shows what is missing.
+    cut.write_bytes(whole[:-30])
+    Image.new('L', (6, 5)).save(other)
     done = prepare('voc12_aug.py', *voc, '--nproc', 1)
     assert done.returncode == 0, done.stdout
     assert kept.stat().st_mtime == 1
     assert cut.read_bytes() == whole
+    assert other.read_bytes() == right
+
+
+def test_voc_files_get_their_names_when_they_are_whole(
+    voc: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(CONVERTERS))
+    import voc12_aug
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    root, sbd = voc[0] / 'VOC2012', voc[1]
+    (root / 'SegmentationClassAug').mkdir()
+    monkeypatch.setattr(voc12_aug.os, 'replace', killed)
+    with pytest.raises(KeyboardInterrupt):
+        voc12_aug.convert('more1', root, sbd, frozenset())
+    assert not (root / 'SegmentationClassAug' / 'more1.png').exists()
+    with pytest.raises(KeyboardInterrupt):
+        voc12_aug.write_atomically(root / 'list.txt', 'more1')
+    assert not (root / 'list.txt').exists()
+
+
+def hears_interrupts(name: str, **_: object) -> str | None:
+    """Stands in for a conversion; names a worker that Ctrl-C would end."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    return None if ignored else name
+
+
+def test_voc_interrupt_is_the_business_of_the_parent(
+    voc: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.syspath_prepend(str(CONVERTERS))
+    import voc12_aug
+
+    monkeypatch.setattr(voc12_aug, 'convert', hears_interrupts)
+    assert voc12_aug.prepare(voc[0] / 'VOC2012', voc[1], 1) == []
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(voc12_aug, 'prepare', interrupted)
+    monkeypatch.setattr('sys.argv', ['voc12_aug.py'])
+    assert voc12_aug.main() == 130
+    assert 'start it again to continue' in capsys.readouterr().out
 
 
 def test_voc_names_what_is_missing(
@@ -123,6 +176,27 @@ def test_voc_names_what_is_missing(
     # Lists would promise labels that are not there.
     sets = devkit / 'VOC2012' / 'ImageSets' / 'Segmentation'
     assert not (sets / 'aug.txt').exists()
+
+    (photos / 'more1.jpg').touch()
+    (sbd / 'dataset' / 'cls' / 'more1.mat').unlink()
+    (devkit / 'VOC2012' / 'SegmentationClass' / 'train1.png').unlink()
+    done = prepare('voc12_aug.py', *voc, '--nproc', 1)
+    lines = ''.join(done.stdout.splitlines())
+    assert (
+        f'missing {sbd}/dataset/cls/more1.mat: from http://www.eecs' in lines
+    )
+    assert 'SegmentationClass/train1.png: from http://host.robots' in lines
+
+
+def test_voc_names_some_and_counts_all_that_is_missing(
+    voc: tuple[Path, Path],
+) -> None:
+    names = [f'z{i}' for i in range(12)]
+    (voc[1] / 'dataset' / 'val.txt').write_text('\n'.join(names))
+    done = prepare('voc12_aug.py', *voc, '--nproc', 1)
+    assert done.returncode == 1
+    assert done.stdout.count('missing ') == 10
+    assert '... 12 problems in all' in done.stdout
 
 
 def test_voc_labels_of_another_size_are_refused(
@@ -168,9 +242,11 @@ def test_coco_names_what_is_missing(coco: Path) -> None:
     (train / second).write_bytes(b'')
     (coco / 'annotations' / 'instances_val2017.json').write_text('{"images')
     (coco / 'train2017.zip').touch()
-    done = prepare('coco.py', coco)
+    done = prepare('coco.py', coco, '--decode', '--nproc', 1)
     assert done.returncode == 1
     assert f'missing {train / first}' in done.stdout
+    # Once is enough.
+    assert 'does not decode' not in done.stdout
     assert f'empty file {train / second}' in done.stdout
     assert f'unzip -q {coco}/train2017.zip -d {coco}' in done.stdout
     assert 'instances_val2017.json is not readable JSON' in done.stdout
@@ -180,8 +256,23 @@ def test_coco_names_what_is_missing(coco: Path) -> None:
     for path in (val / first, val / second):
         path.unlink()
     val.rmdir()
+    annotations = coco / 'annotations' / 'instances_val2017.json'
+    annotations.unlink()
     done = prepare('coco.py', coco, '--splits', 'val2017')
     assert f'missing {val}/: from http' in done.stdout
+    assert f'missing {annotations}: from http' in done.stdout
+    assert str(train) not in done.stdout
+
+
+def test_coco_counts_what_it_does_not_list(coco: Path) -> None:
+    images = [dict(file_name=f'{i:012}.jpg', id=i) for i in range(14)]
+    content = dict(images=images, annotations=[], categories=[])
+    path = coco / 'annotations' / 'instances_val2017.json'
+    path.write_text(json.dumps(content))
+    done = prepare('coco.py', coco, '--splits', 'val2017')
+    assert done.returncode == 1
+    assert done.stdout.count(f'missing {coco}/val2017/') == 10
+    assert f'... 12 images of {coco}/val2017 in all' in done.stdout
 
 
 def test_coco_finds_damaged_images(coco: Path) -> None:
@@ -206,3 +297,15 @@ def test_coco_file_without_images(coco: Path) -> None:
     done = prepare('coco.py', coco)
     assert done.returncode == 1
     assert f'{path} lists no images; get it from http' in done.stdout
+
+
+@pytest.mark.parametrize('text', ['[]', '{"images": [], "annotations": []}'])
+def test_coco_file_of_another_kind(coco: Path, text: str) -> None:
+    path = coco / 'annotations' / 'instances_train2017.json'
+    path.write_text(text)
+    done = prepare('coco.py', coco, '--splits', 'train2017')
+    assert done.returncode == 1
+    assert (
+        f'{path} has no images, annotations, categories: not an instance '
+        'file; get it from http'
+    ) in done.stdout
