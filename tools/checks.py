@@ -84,7 +84,6 @@ def check_writable(folder: str, option: str) -> None:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b'0')
-            file.flush()
     except OSError as error:
         raise SetupError(
             f'{option} {folder} is not writable ({error.strerror}). '
