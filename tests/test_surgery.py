@@ -86,9 +86,11 @@ def test_guess_wants_fitting_channels_and_order():
     third = nn.Sequential(WSConv2d(8, 8, 1), nn.Sequential(nn.ReLU()))
     third.append(nn.BatchNorm2d(8))
     fourth = nn.Sequential(WSConv2d(8, 8, 1), nn.ReLU(), nn.BatchNorm2d(8))
-    report = check(nn.Sequential(first, second, third, fourth))
-    assert [len(conv.norms) for conv in report] == [0, 0, 0, 1]
-    assert len(report.mistakes) == 3
+    fifth = nn.Sequential(WSConv2d(8, 8, 1), nn.BatchNorm2d(8))
+    fifth.order = ('norm', 'act', 'conv')
+    report = check(nn.Sequential(first, second, third, fourth, fifth))
+    assert [len(conv.norms) for conv in report] == [0, 0, 0, 1, 0]
+    assert len(report.mistakes) == 4
 
 
 def test_check_leaves_the_model_as_it_was():

@@ -1,0 +1,184 @@
+"""check_model.py and bake.py on tiny models of both hosts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from test_tools_errors import load, refuses, tools  # noqa: F401
+from tiny_runs import DET, SEG
+
+pytest.importorskip('mmdet')
+pytest.importorskip('mmseg')
+
+GN = "type='GN', num_groups=4"
+BCN = "type='ws_mm.BCN', num_groups=4"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Run the main of a script; return its exit code."""
+
+    def run(name, *args):
+        monkeypatch.setattr('sys.argv', [name, *map(str, args)])
+        try:
+            load(name).main()
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return run
+
+
+def write(folder: Path, text: str, extra: str = '') -> tuple[Path, Path]:
+    """A config and a random checkpoint of it."""
+    config, weights = folder / 'tiny.py', folder / 'tiny.pth'
+    config.write_text(text + extra)
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.default_scope)
+    state = MODELS.build(cfg.model).state_dict()
+    for values in state.values():
+        if values.is_floating_point():
+            values.uniform_(0.1, 0.3)
+    meta = dict(dataset_meta=dict(classes=('square',)), epoch=3)
+    torch.save(dict(state_dict=state, meta=meta, optimizer={}), weights)
+    return config, weights
+
+
+@pytest.mark.parametrize('text', [DET, SEG], ids=['mmdet', 'mmseg'])
+def test_every_convolution_is_listed_and_proven(
+    text, script, tmp_path, capsys
+):
+    config, _ = write(tmp_path, text)
+    assert script('check_model', config) == 0
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if 'Conv' in line]
+    assert sum('WSConv2d' in row for row in rows) >= 20
+    assert all(row.endswith('proven') for row in rows)
+    assert 'bn1 (BCN)' in out
+
+
+def test_mistake_is_named_with_its_key(script, tmp_path, capsys):
+    bad = 'model["roi_head"]["mask_head"]["conv_cfg"] = conv_cfg\n'
+    config, _ = write(tmp_path, DET, bad)
+    assert script('check_model', config) == 1
+    out = capsys.readouterr().out
+    assert 'mistake: roi_head.mask_head.convs.0.conv (WSConv2d)' in out
+    assert 'model.roi_head.mask_head.conv_cfg=None' in out
+
+
+def test_a_model_that_does_not_run_is_judged_by_names(
+    script, tmp_path, capsys
+):
+    config, _ = write(tmp_path, SEG, 'model["backbone"]["in_channels"] = 4\n')
+    assert script('check_model', config) == 0
+    assert 'judged by names' in capsys.readouterr().out
+
+
+EXTRA = """
+custom_imports = dict(imports=['ws_mm'])
+custom_hooks = [dict(type='ws_mm.SyncEstimatesHook')]
+load_from = 'elsewhere.pth'
+"""
+WITHOUT_WS_MM = """
+import sys, torch
+sys.modules['ws_mm'] = None
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+cfg = Config.fromfile(sys.argv[1])
+init_default_scope(cfg.default_scope)
+model = MODELS.build(cfg.model)
+weights = torch.load(sys.argv[2], weights_only=True)
+assert weights['meta']['dataset_meta'] == dict(classes=('square',))
+assert 'ws_mm' not in weights['meta']['cfg']
+assert 'optimizer' not in weights
+print(model.load_state_dict(weights['state_dict']))
+x = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+torch.save(model.eval().extract_feat(x), sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize(
+    ('text', 'norm'),
+    [(DET, GN), (SEG, "type='BN'")],
+    ids=['mmdet-gn', 'mmseg-bn'],
+)
+def test_baked_model_needs_no_ws_mm(text, norm, script, tmp_path):
+    config, weights = write(tmp_path, text.replace(BCN, norm), EXTRA)
+    out = tmp_path / 'baked'
+    assert script('bake', config, weights, out) == 0
+    assert sorted(p.name for p in out.iterdir()) == ['tiny.pth', 'tiny.py']
+    command = [sys.executable, '-c', WITHOUT_WS_MM, out / 'tiny.py']
+    command += [out / 'tiny.pth', tmp_path / 'features.pt']
+    env = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': ''}
+    subprocess.run([*map(str, command)], check=True, env=env, cwd=tmp_path)
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model).eval()
+    model.load_state_dict(torch.load(weights)['state_dict'])
+    x = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model.extract_feat(x)
+    actual = torch.load(tmp_path / 'features.pt')
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bcn_is_refused(refuses, tmp_path):  # noqa: F811
+    config, weights = write(tmp_path, SEG)
+    refuses('BCN .*ONNX', 'bake', config, weights, tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_half_matching_checkpoint_is_refused(refuses, tmp_path):  # noqa: F811
+    config, weights = write(tmp_path, SEG.replace(BCN, GN))
+    content = torch.load(weights)
+    content['state_dict'].pop('backbone.layer1.0.conv1.weight')
+    torch.save(content, weights)
+    out = tmp_path / 'out'
+    refuses('not of this config.*layer1', 'bake', config, weights, out)
+    assert not out.exists()
+
+
+def test_a_difference_is_refused(refuses, tmp_path, monkeypatch):  # noqa: F811
+    import ws_mm
+
+    def wrong(model):
+        baked = ws_mm.surgery.bake(model)
+        weight = baked.backbone.layer2[0].conv1.weight
+        weight.data = weight.flip(0)
+        return baked
+
+    monkeypatch.setattr(ws_mm, 'bake', wrong)
+    config, weights = write(tmp_path, SEG.replace(BCN, GN))
+    content = torch.load(weights)
+    for name, values in content['state_dict'].items():
+        if name.endswith('conv1.weight'):
+            values.normal_()
+    torch.save(content, weights)
+    out = tmp_path / 'out'
+    refuses('computes something else', 'bake', config, weights, out)
+    assert not out.exists()
+
+
+def test_what_is_left_of_ws_mm_is_named(refuses, tmp_path):  # noqa: F811
+    left = "optim_wrapper['constructor'] = dict(type='ws_mm.Other')\n"
+    config, weights = write(tmp_path, SEG.replace(BCN, GN), left)
+    message = 'optim_wrapper.constructor.type = ws_mm.Other'
+    refuses(message, 'bake', config, weights, tmp_path / 'out')
+
+
+@pytest.mark.usefixtures('tools')
+def test_files_are_written_all_or_none(tmp_path):
+    def fails(path):
+        Path(path).write_text('half')
+        raise OSError('disk is full')
+
+    write_together = load('models').write_together
+    writers = {'a': lambda path: Path(path).write_text('1'), 'b': fails}
+    with pytest.raises(OSError, match='full'):
+        write_together(tmp_path, writers)
+    assert not list(tmp_path.iterdir())
