@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from comparison import TOLERANCE, disagreements, values_and_gradients
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ws_mm import BCN, WSConv2d, batch_channel_norm, standardize_weight
 from ws_mm.kernels import cpu, fused_runs
@@ -344,6 +345,17 @@ def test_compiled_and_exported_equal_eager():
         )
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager)
-    pair.eval()
-    exported = torch.export.export(pair, (x,)).module()
-    torch.testing.assert_close(exported(x), pair(x))
+
+
+def test_exported_and_traced_equal_eager():
+    pair = torch.nn.Sequential(WSConv2d(8, 16, 3), BCN(16, 4)).eval()
+    x = torch.randn(2, 8, 9, 9)
+    expected = pair(x)
+    with torch.inference_mode():
+        torch.testing.assert_close(pair(x), expected)
+    for other in (
+        torch.export.export(pair, (x,)).module(),
+        torch.jit.trace(pair, x),
+        make_fx(pair)(x),
+    ):
+        torch.testing.assert_close(other(x), expected)

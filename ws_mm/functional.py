@@ -204,7 +204,7 @@ def batch_channel_norm(
         )
         running_mean.copy_(mean)
         running_var.copy_(var)
-    elif torch.is_grad_enabled():
+    else:
         # The buffers change in later calls; what backward keeps must not.
         mean, var = mean.clone(), var.clone()
     mean, var = mean.to(x.dtype), var.to(x.dtype)
