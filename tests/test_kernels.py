@@ -318,7 +318,7 @@ def test_functional_transforms_see_plain_operations():
     torch.testing.assert_close(batched[1], standardize_weight(weight))
 
 
-def test_compiled_and_exported_equal_eager():
+def test_compiled_equals_eager():
     class Pair(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
