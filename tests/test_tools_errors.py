@@ -292,6 +292,19 @@ def test_unusable_annotations(
     refuses(match, 'train', config, *work)
 
 
+def test_testing_without_images(
+    refuses: Script, config: Path, tmp_path: Path
+) -> None:
+    empty = dict(images=[], annotations=[], categories=[])
+    (config.parent / 'instances.json').write_text(json.dumps(empty))
+    weights = {'state_dict': {'backbone.conv1.weight': torch.ones(1)}}
+    torch.save(weights, tmp_path / 'w.pth')
+    refuses(
+        r'No images for test_dataloader: .*instances\.json',
+        *('test', config, tmp_path / 'w.pth', '--work-dir', tmp_path / 'work'),
+    )
+
+
 def test_images_that_filter_cfg_left_none_of() -> None:
     launch = load('launch')
     cfg = Config(dict(test_dataloader=dict(dataset=dict(ann_file='a.json'))))
@@ -857,7 +870,7 @@ def test_resume_looks_where_the_hook_saves(tmp_path: Path) -> None:
     train = load('train')
     hook = dict(checkpoint=dict(out_dir=str(tmp_path / 'elsewhere')))
     cfg = Config(
-        dict(work_dir=str(tmp_path / 'run/'), default_hooks=hook, resume=True)
+        dict(work_dir=f'{tmp_path}/run/', default_hooks=hook, resume=True)
     )
     (tmp_path / 'elsewhere' / 'run').mkdir(parents=True)
     saved = tmp_path / 'elsewhere' / 'run' / 'iter_3.pth'
@@ -866,7 +879,7 @@ def test_resume_looks_where_the_hook_saves(tmp_path: Path) -> None:
     assert cfg.load_from == str(saved)
     # The hook takes its own folder for one of many runs, the work dir not.
     cfg.default_hooks.checkpoint.out_dir = str(tmp_path / 'run')
-    assert train.checkpoint_dir(cfg) == str(tmp_path / 'run/')
+    assert train.checkpoint_dir(cfg) == f'{tmp_path}/run/'
 
 
 def test_resume_of_the_config_takes_its_load_from(tmp_path: Path) -> None:
@@ -898,10 +911,12 @@ def test_resume_where_no_optimizer_is_saved(
 
 def test_an_interrupted_save_leaves_no_checkpoint(tmp_path: Path) -> None:
     train = load('train')
+    written: list[str] = []
 
     def save(
         out_dir: str, filename: str, *_: object, fail: bool, **__: object
     ) -> None:
+        written.append(filename)
         (Path(out_dir) / filename).write_bytes(b'half')
         if fail:
             raise KeyboardInterrupt
@@ -917,7 +932,7 @@ def test_an_interrupted_save_leaves_no_checkpoint(tmp_path: Path) -> None:
     runner.save_checkpoint(
         str(tmp_path), filename='b.pth', backend_args={'b': 1}, fail=False
     )
-    assert (tmp_path / 'b.pth').exists()
+    assert written == ['a.pth.part', 'a.pth.part', 'b.pth']
 
 
 def test_only_the_first_process_renames_a_checkpoint(
