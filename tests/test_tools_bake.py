@@ -90,6 +90,7 @@ sys.modules['ws_mm'] = None
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 cfg = Config.fromfile(sys.argv[1])
+assert not cfg.load_from
 init_default_scope(cfg.default_scope)
 model = MODELS.build(cfg.model)
 weights = torch.load(sys.argv[2], weights_only=True)
