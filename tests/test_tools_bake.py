@@ -62,6 +62,32 @@ def test_every_convolution_is_listed_and_proven(
     assert 'bn1 (BCN)' in out
 
 
+AUXILIARY = """
+model['auxiliary_head'] = dict(
+    type='FCNHead',
+    in_channels=32,
+    in_index=2,
+    channels=8,
+    num_convs=1,
+    num_classes=2,
+    conv_cfg=dict(type='ws_mm.WSConv2d'),
+)
+"""
+
+
+def test_auxiliary_heads_are_run_too(script, tmp_path, capsys):
+    config, _ = write(tmp_path, SEG, AUXILIARY)
+    assert script('check_model', config) == 1
+    first, second = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith('mistake: ')
+    ]
+    assert 'auxiliary_head.convs.0.conv' in first
+    assert 'auxiliary_head.conv_cat.conv' in second
+    assert '(proven)' in first
+
+
 def test_mistake_is_named_with_its_key(script, tmp_path, capsys):
     bad = 'model["roi_head"]["mask_head"]["conv_cfg"] = conv_cfg\n'
     config, _ = write(tmp_path, DET, bad)
