@@ -155,6 +155,7 @@ def test_the_host_computes_what_the_source_did(
     out = capsys.readouterr().out
     lines = out.splitlines()
     assert 'dropped  module.fc.weight' in lines
+    assert f'eps_mode={eps_mode!r}' in out
     # Every tensor of the file is in the report, once.
     old = ('mapped', 'changed', 'dropped')
     told = [line.split()[1] for line in lines if line.startswith(old)]
