@@ -12,9 +12,11 @@ import torch.multiprocessing as mp
 from comparison import TOLERANCE, disagreements
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
-from ws_mm import BCN, SyncEstimatesHook
+from ws_mm import BCN, SyncEstimatesHook, norm
 
 CHANNELS, GROUPS = 8, 4
 
@@ -111,32 +113,40 @@ class Runner:
         self.model = model
 
 
-def hook_rank(rank: int, world: int, folder: Path) -> None:
+def share(x: Tensor, sizes: tuple[int, ...], rank: int) -> Tensor:
+    return x.split(sizes)[rank]
+
+
+def hook_rank(rank: int, sizes: tuple[int, ...], folder: Path) -> None:
     model = DistributedDataParallel(Net(), broadcast_buffers=False)
     hook = HOOKS.build(dict(type='ws_mm.SyncEstimatesHook'))
     hook.before_train(Runner(model))
     calls = []
     reduce = dist.all_reduce
     dist.all_reduce = lambda *args: calls.append(1) or reduce(*args)
-    x, _ = make_batch(2 * world)
-    model(x[2 * rank : 2 * rank + 2])
-    assert not calls
-    hook.after_train_iter(Runner(model), 0)
-    assert len(calls) == 1
+    x, dy = make_batch(sum(sizes))
+    for step in range(2):
+        model(share(x, sizes, rank)).backward(share(dy, sizes, rank))
+        assert not calls
+        hook.after_train_iter(Runner(model), step)
+        assert len(calls) == 1
+        calls.clear()
     dist.all_reduce = reduce
     torch.save(dict(model.module.named_buffers()), folder / f'{rank}.pt')
 
 
-@pytest.mark.parametrize('world', [2, 4])
-def test_hook_averages_estimates_in_one_collective(world, tmp_path):
-    run_ranks(hook_rank, world, world, tmp_path)
+@pytest.mark.parametrize('sizes', [(3, 1), (4, 0, 1, 3)])
+def test_hook_averages_estimates_in_one_collective(sizes, tmp_path):
+    world = len(sizes)
+    run_ranks(hook_rank, world, sizes, tmp_path)
     ranks = [torch.load(tmp_path / f'{r}.pt') for r in range(world)]
     for name in ranks[0]:
         same = all(torch.equal(r[name], ranks[0][name]) for r in ranks)
         assert same == (not name.startswith('batch')), name
     # The first layer sees the same inputs as one process would.
     layer = make_layer('estimate')
-    layer(make_batch(2 * world)[0])
+    for _ in range(2):
+        layer(make_batch(sum(sizes))[0])
     assert not disagreements(
         {k: ranks[0][f'first.{k}'] for k, _ in layer.named_buffers()},
         dict(layer.named_buffers()),
@@ -153,3 +163,67 @@ def test_hook_is_silent_in_one_process():
     hook.after_train_iter(Runner(model), 0)
     for name, values in model.named_buffers():
         assert torch.equal(values, before[name])
+
+
+def idle_rank(rank: int, folder: Path) -> None:
+    model = Net()
+    hook = SyncEstimatesHook()
+    hook.before_train(Runner(model))
+    before = {k: v.clone() for k, v in model.named_buffers()}
+    hook.after_train_iter(Runner(model), 0)
+    for name, values in model.named_buffers():
+        assert torch.equal(values, before[name])
+    # Recomputation counts no values a second time.
+    layer = model.first
+    x, dy = make_batch(2)
+    checkpoint(layer, x.requires_grad_(), use_reentrant=False).backward(dy)
+    assert layer.values_seen.item() == x.numel() / CHANNELS
+    assert 'values_seen' not in layer.state_dict()
+
+
+def test_hook_without_values_and_with_recomputation(tmp_path):
+    run_ranks(idle_rank, 2, tmp_path)
+
+
+def unsynchronized_rank(rank: int, folder: Path, compiled: bool) -> None:
+    said = []
+    # As a logger, it is nothing that a compiler could trace.
+    norm.print_log = torch.compiler.disable(
+        lambda message, **kwargs: said.append(message)
+    )
+    layer = make_layer('estimate')
+    x, _ = make_batch(2)
+    layer.eval()(x)
+    assert not said
+    layer.train()
+    run = layer
+    if compiled:
+        run = torch.compile(layer, backend='aot_eager', fullgraph=True)
+    for _ in range(2):
+        run(x)
+        make_layer('estimate')(x)
+    assert len(said) == (rank == 0)
+    assert all("type='ws_mm.SyncEstimatesHook'" in line for line in said)
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_missing_hook_is_named_once(compiled, tmp_path):
+    run_ranks(unsynchronized_rank, 2, tmp_path, compiled)
+
+
+def compiled_rank(rank: int) -> None:
+    layer, expected = make_layer('estimate'), make_layer('estimate')
+    for module in (layer, expected):
+        SyncEstimatesHook().before_train(Runner(module))
+    counter = CompileCounterWithBackend('aot_eager')
+    run = torch.compile(layer, backend=counter, fullgraph=True)
+    for seed in range(3):
+        x = make_batch(2)[0] + seed
+        actual = dict(output=run(x), seen=layer.values_seen)
+        wanted = dict(output=expected(x), seen=expected.values_seen)
+        assert not disagreements(actual, wanted, TOLERANCE[torch.float64])
+    assert counter.frame_count == 1
+
+
+def test_counting_compiles_once(tmp_path):
+    run_ranks(compiled_rank, 2)

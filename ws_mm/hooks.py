@@ -19,12 +19,20 @@ from .surgery import check
 class SyncEstimatesHook(Hook):
     """Average the estimates of all BCN layers over the ranks.
 
-    After every training iteration, in one collective for the whole model.
-    The estimates move linearly with the batch moments, so the average of
-    ranks that started equal is what one process would hold after the
-    concatenated batch (ranks of equal batch size, one call per layer).
-    Without it each rank trains and validates with its own estimates, and
-    the checkpoint holds those of rank 0.
+    Formula, for each layer, over the ranks r:
+        estimate = sum(n_r * estimate_r) / sum(n_r)
+    with n_r the values per channel that moved estimate_r in this iteration.
+
+    Convention: the estimates move linearly with the batch moments, so ranks
+        that started equal then hold what one process would hold after the
+        concatenated batch, unequal batches and ranks with N = 0 included.
+        Of a layer that is called several times per iteration, they are the
+        average of each rank's own sequence of updates instead. Where no
+        rank saw a value, nothing changes.
+    Distributed: one collective per training iteration for the whole model,
+        the same on every rank whatever it saw. Without this hook each rank
+        trains and validates with its own estimates, and the checkpoint
+        holds those of rank 0.
     """
 
     # Before CheckpointHook (VERY_LOW) saves and before any validation.
@@ -32,7 +40,13 @@ class SyncEstimatesHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         """Find the layers once, after the model was wrapped."""
-        self._buffers = estimate_buffers(runner.model)
+        self._layers = estimating_layers(runner.model)
+        if _world_size() == 1:
+            return
+        for layer in self._layers:
+            layer.values_seen = layer.running_mean.new_zeros(
+                1, dtype=torch.float64
+            )
 
     def after_train_iter(
         self,
@@ -42,7 +56,7 @@ class SyncEstimatesHook(Hook):
         outputs: Any = None,
     ) -> None:
         """Average the estimates."""
-        average_over_ranks(self._buffers)
+        average_estimates(self._layers)
 
 
 @HOOKS.register_module()
@@ -90,27 +104,45 @@ class CheckModelHook(Hook):
         print_log(message, logger='current', level=logging.WARNING)
 
 
-def estimate_buffers(model: nn.Module) -> list[torch.Tensor]:
-    """The running estimates of a model's BCN layers in 'estimate' mode."""
+def estimating_layers(model: nn.Module) -> list[BCN]:
+    """The BCN layers of a model that are in 'estimate' mode."""
     return [
-        buffer
+        module
         for module in model.modules()
         if isinstance(module, BCN) and module.mode == 'estimate'
-        for buffer in (module.running_mean, module.running_var)
     ]
 
 
 @torch.no_grad()
-def average_over_ranks(tensors: list[torch.Tensor]) -> None:
-    """Replace each tensor by its mean over the ranks, in one collective."""
-    if not tensors or not (dist.is_available() and dist.is_initialized()):
+def average_estimates(layers: list[BCN]) -> None:
+    """Average over the ranks, by values seen, in one collective."""
+    if not layers or _world_size() == 1:
         return
-    world = dist.get_world_size()
-    if world == 1:
-        return
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    weighted = []
+    for layer in layers:
+        assert layer.values_seen is not None
+        values = layer.values_seen
+        weighted += [
+            values,
+            values * layer.running_mean,
+            values * layer.running_var,
+        ]
+    flat = torch.cat(weighted)
     dist.all_reduce(flat)
-    flat /= world
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
-        tensor.copy_(part.view_as(tensor))
+    parts = iter(flat.split([part.numel() for part in weighted]))
+    for layer in layers:
+        assert layer.values_seen is not None
+        layer.values_seen.zero_()
+        total, mean, var = next(parts), next(parts), next(parts)
+        for estimate, part in (
+            (layer.running_mean, mean),
+            (layer.running_var, var),
+        ):
+            average = (part / total).to(estimate)
+            estimate.copy_(torch.where(total > 0, average, estimate))
+
+
+def _world_size() -> int:
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    return dist.get_world_size()

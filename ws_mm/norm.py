@@ -1,9 +1,11 @@
 """Batch-Channel Normalization as a layer (arXiv 1911.09738)."""
 
+import logging
 from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -32,7 +34,8 @@ class BCN(nn.GroupNorm):
         does not.
     Distributed: mode 'estimate' does not communicate;
         :class:`~ws_mm.hooks.SyncEstimatesHook` averages the estimates after
-        each iteration.
+        each iteration. Training in several processes without it is said
+        once, by the first rank.
 
     Args:
         num_features: channels of the input.
@@ -73,6 +76,10 @@ class BCN(nn.GroupNorm):
     bn_bias: nn.Parameter | None
     running_mean: Tensor
     running_var: Tensor
+    # Values per channel that moved the estimates in this iteration, if
+    # SyncEstimatesHook asks for them. No buffer: copies of the model made
+    # before training (EMA) pair buffers by position.
+    values_seen: Tensor | None = None
 
     def __init__(
         self,
@@ -158,6 +165,12 @@ class BCN(nn.GroupNorm):
             not torch.compiler.is_compiling()
             and torch._C._current_graph_task_id() != -1
         )
+        if self.training and self.mode == 'estimate' and not recomputed:
+            if self.values_seen is None:
+                _report_unsynchronized()
+            else:
+                values = input.shape[0] * input.shape[2:].numel()
+                self.values_seen.add_(values)
         return batch_channel_norm(
             input,
             self.num_groups,
@@ -242,3 +255,24 @@ def _report_fallback(channels: int, asked: int, fitting: int) -> None:
         f'{channels} channels use {fitting} groups',
         logger='current',
     )
+
+
+_reported: list[str] = []
+
+
+# While it traces, a compiler runs this and puts nothing into its graph.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _report_unsynchronized() -> bool:
+    if _reported or not (dist.is_available() and dist.is_initialized()):
+        return False
+    if dist.get_world_size() == 1 or dist.get_rank() != 0:
+        return False
+    message = (
+        "BCN in mode='estimate' trains in several processes and nothing "
+        'averages their estimates: each rank will validate with its own, and '
+        'the checkpoint will hold those of rank 0. Add to the config: '
+        "custom_hooks = [dict(type='ws_mm.SyncEstimatesHook')]"
+    )
+    _reported.append(message)
+    print_log(message, logger='current', level=logging.WARNING)
+    return True
