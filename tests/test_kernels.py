@@ -258,6 +258,23 @@ def test_expanded_cotangent_and_strided_input(kernels):
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('samples', [1, 2])
+def test_output_may_be_changed_in_place(kernels, samples, layout):
+    conv, norm = WSConv2d(8, 8, 3), BCN(8, 4)
+    x = in_layout(torch.randn(samples, 8, 9, 9), layout)
+    cotangent = torch.randn(samples, 8, 7, 7)
+    gradients = []
+    for change in (F.relu, torch.relu_):
+        norm.reset_running_stats()
+        conv.zero_grad()
+        change(norm(conv(x))).backward(cotangent)
+        gradients.append(conv.weight.grad)
+    torch.testing.assert_close(*gradients)
+    if layout == 'NCHW':
+        standardize_weight(conv.weight).mul_(2).backward(conv.weight.detach())
+
+
 def saved_bytes(function, x: Tensor) -> int:
     """Bytes that autograd keeps alive, each storage once."""
     storages = {}

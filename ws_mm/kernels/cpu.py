@@ -49,7 +49,8 @@ class StandardizeWeight(torch.autograd.Function):
         output.mul_(1 / (rstd * denominator))
         ctx.save_for_backward(weight, output, denominator, ratio)
         ctx.settings = eps, inside
-        return _in_memory_order(output.view(shape), weight, back=True)
+        output = _reshape(output, shape)
+        return _in_memory_order(output, weight, back=True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -94,6 +95,16 @@ def _in_memory_order(
     if weight.dim() != 4 or weight.is_contiguous():
         return values
     return values.permute(0, 3, 1, 2) if back else values.permute(0, 2, 3, 1)
+
+
+def _reshape(output: Tensor, shape: torch.Size) -> Tensor:
+    """Like view, but to autograd a new tensor.
+
+    A view that leaves a function could not be changed in place, as the ReLU
+    after a normalization does.
+    """
+    reshaped: Tensor = aten._unsafe_view(output, shape)
+    return reshaped
 
 
 def takes_rows(input: Tensor) -> bool:
@@ -233,7 +244,8 @@ class BatchChannelNorm(torch.autograd.Function):
         scale = r * a if w is None else r * a * w
         if b is not None:
             shift = shift + b
-        return _affine(as_rows(x), m, scale, shift).view(input.shape)
+        output = _affine(as_rows(x), m, scale, shift)
+        return _reshape(output, input.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
