@@ -129,6 +129,7 @@ def host(state, norm_cfg, eps_mode):
 
 
 BCN = dict(type='ws_mm.BCN')
+WS = ('--ws-source',)
 
 
 @pytest.mark.usefixtures('tools')
@@ -146,7 +147,8 @@ def test_the_host_computes_what_the_source_did(
 ):
     source = source_of(layout, centered=True)
     state = {f'module.{k}': v for k, v in source.state_dict().items()}
-    new = host(convert(state, '--norm', norm), norm_cfg, eps_mode)
+    options = ('--norm', norm, *(WS if layout == 'gn' else ()))
+    new = host(convert(state, *options), norm_cfg, eps_mode)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected, (actual,) = source(x), new(x)
@@ -202,7 +204,8 @@ def test_swapped_tensors_are_found(
     torch.save(source_of(layout).state_dict(), tmp_path / 'old.pth')
     out = tmp_path / 'new.pth'
     paths = [str(tmp_path / 'old.pth'), str(out)]
-    monkeypatch.setattr(sys, 'argv', ['x', *paths])
+    options = WS if layout == 'gn' else ()
+    monkeypatch.setattr(sys, 'argv', ['x', *paths, *options])
     with pytest.raises(module.SetupError, match='computes something else'):
         module.main()
     assert not out.exists()
@@ -211,10 +214,11 @@ def test_swapped_tensors_are_found(
 @pytest.mark.parametrize(
     ('layout', 'options', 'change', 'match'),
     [
-        ('gn', (), {'layer1.0.extra.weight': 1}, 'layer1.0.extra.weight'),
-        ('gn', (), {'layer1.0.bn3.weight': 1}, 'no block.*layer1.0.bn3'),
-        ('gn', (), {'layer1.0.bn2.weight': None}, 'no layer1.0.bn2.weight'),
-        ('gn', (), {'conv1.weight': None}, 'no ResNet'),
+        ('gn', WS, {'layer1.0.extra.weight': 1}, 'layer1.0.extra.weight'),
+        ('gn', WS, {'layer1.0.bn3.weight': 1}, 'no block.*layer1.0.bn3'),
+        ('gn', WS, {'layer1.0.bn2.weight': None}, 'no layer1.0.bn2.weight'),
+        ('gn', WS, {'conv1.weight': None}, 'no ResNet'),
+        ('gn', (), {}, 'do not show whether.*--ws-source'),
         ('bn', ('--norm', 'gn'), {}, 'become bn or bcn'),
     ],
 )

@@ -78,6 +78,12 @@ def parse_args() -> argparse.Namespace:
         help='of the convolutions; default: inside for BCN releases, which '
         'were trained so, else outside',
     )
+    parser.add_argument(
+        '--ws-source',
+        action='store_true',
+        help='say that a GN checkpoint was trained with standardized weights,'
+        ' which its tensors cannot show; needed for GN',
+    )
     return parser.parse_args()
 
 
@@ -391,6 +397,13 @@ def main() -> None:
     """Recognise, convert, verify, write."""
     args = parse_args()
     source = recognise(checks.read_checkpoint(args.source))
+    if source.layout == 'gn' and not args.ws_source:
+        raise SetupError(
+            'The checkpoint is a ResNet with GN, and its tensors do not show '
+            'whether it was trained with weight standardization. If not, '
+            'nothing can keep its function: GN has no scale per filter. Add '
+            '--ws-source if it is a GN+WS network; nothing was written.'
+        )
     kind = args.norm or source.layout
     eps_mode = args.eps_mode or (
         'inside' if source.layout == 'bcn' else 'outside'
