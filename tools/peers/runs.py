@@ -1,0 +1,8 @@
+"""Rows of the host contract: runs."""
+
+from rows import main
+
+ROWS = {}
+
+if __name__ == '__main__':
+    main(ROWS)
