@@ -120,3 +120,116 @@ def test_refuses_a_weight_that_is_not_its_own():
     x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
     with pytest.raises(RuntimeError, match='efficient_conv_bn_eval'):
         layer._conv_forward(x, layer.weight * 2, layer.bias)
+
+
+def computes(layer: nn.Module, weight: torch.Tensor, bias=None) -> bool:
+    """Whether a layer convolves with this weight, standardized."""
+    x = torch.randn(1, 4, 6, 6, dtype=weight.dtype)
+    standard = reference.standardize_weight(weight).to(weight.dtype)
+    bias = layer.bias if bias is None else bias
+    expected = nn.functional.conv2d(x, standard, bias)
+    error = (layer(x) - expected).abs().max() / expected.abs().max()
+    return error.item() < TOLERANCE[x.dtype]
+
+
+def scaled(weight: torch.Tensor, *factors: float) -> nn.Parameter:
+    factor = torch.ones(len(weight), 1, 1, 1).to(weight)
+    factor[: len(factors), 0, 0, 0] = torch.tensor(factors)
+    return nn.Parameter(weight.detach() * factor)
+
+
+@pytest.mark.parametrize(
+    'factors', [(2.0,), (-1.0,), (0.0, 0.5), 8 * (1 - 5e-6,)], ids=str
+)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_refuses_its_own_weight_scaled(factors, dtype):
+    layer = build(ws_mm.WSConv2d, kernel_size=3).to(dtype)
+    weight = layer.weight
+    with pytest.raises(RuntimeError, match=r'fuse_conv_bn.*tools/bake\.py'):
+        layer.weight = scaled(weight, *factors)
+    assert layer.weight is weight
+    bare = build(ws_mm.WSConv2d, kernel_size=3, bias=False)
+    with pytest.raises(RuntimeError, match=r'new bias.*ws_mm\.bake'):
+        bare.bias = nn.Parameter(torch.zeros(8))
+    assert bare.bias is None
+
+
+def test_takes_weights_that_are_no_fusion():
+    other = build(ws_mm.WSConv2d, kernel_size=3)
+    layer = build(ws_mm.WSConv2d, kernel_size=3)
+    layer.weight, layer.bias = other.weight, other.bias
+    assert layer.weight is other.weight
+    assert computes(layer, other.weight, other.bias)
+    # A filter that is zero stays zero, and so does what it computes.
+    for weight in (
+        scaled(other.weight),
+        scaled(other.weight, 0.0),
+        scaled(other.weight, *[0.0] * 8),
+        nn.Parameter(torch.randn(8, 4, 3, 3)),
+        nn.Parameter(torch.randn(8, 4, 3, 3, dtype=torch.float64)),
+        nn.Parameter(torch.randn(4, 4, 3, 3, device='meta')),
+    ):
+        layer.weight = weight
+        assert layer.weight is weight
+
+
+def test_loads_scaled_weights_by_assignment():
+    layer = build(ws_mm.WSConv2d, kernel_size=3)
+    state = {k: v.detach() * 3 for k, v in layer.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
+    assert computes(layer, state['weight'], state['bias'])
+    with pytest.raises(RuntimeError, match='fuse_conv_bn'):
+        layer.weight = scaled(layer.weight, 3.0)
+    # An error while loading leaves the care in place.
+    layer.register_load_state_dict_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        layer.load_state_dict(state)
+    with pytest.raises(RuntimeError, match='fuse_conv_bn'):
+        layer.weight = scaled(layer.weight, 3.0)
+
+
+class Doubled(nn.Module):
+    """A parametrization that no standardized weight should feel."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight + 1
+
+
+def test_weight_may_be_parametrized():
+    layer = build(ws_mm.WSConv2d, kernel_size=3)
+    raw = layer.weight.detach().clone()
+    nn.utils.parametrize.register_parametrization(layer, 'weight', Doubled())
+    assert computes(layer, 2 * raw + 1)
+    layer(torch.randn(1, 4, 6, 6, dtype=torch.float64)).mean().backward()
+    assert layer.parametrizations.weight.original.grad.any()
+    nn.utils.parametrize.remove_parametrizations(layer, 'weight')
+    assert computes(layer, 2 * raw + 1)
+    nn.utils.parametrizations.weight_norm(layer)
+    assert computes(layer, 2 * raw + 1)
+    layer = nn.utils.weight_norm(build(ws_mm.WSConv2d, kernel_size=3))
+    assert computes(layer, layer.weight)
+
+
+def test_weight_may_be_given_by_functional_call():
+    layer = build(ws_mm.WSConv2d, kernel_size=3)
+    weight = layer.weight.detach() * -3
+
+    class Called:
+        bias = layer.bias
+
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.func.functional_call(layer, {'weight': weight}, x)
+
+    assert computes(Called(), weight)
+
+
+def test_meta_device_half_and_to_empty():
+    layer = ws_mm.WSConv2d(4, 8, 3, device='meta').to_empty(device='cpu')
+    layer.reset_parameters()
+    assert computes(layer, layer.weight)
+    meta = ws_mm.WSConv2d(4, 8, 3, device='meta')
+    meta.load_state_dict(layer.state_dict(), assign=True)
+    assert computes(meta, layer.weight, layer.bias)
+    half = copy.deepcopy(layer).half()
+    assert half.weight.dtype == torch.half
+    assert half(torch.randn(1, 4, 6, 6).half()).isfinite().all()

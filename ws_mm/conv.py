@@ -10,14 +10,22 @@ convolutions.
 
 from typing import Any
 
+import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .functional import check_eps_mode, check_fan_in, standardize_weight
+from .functional import (
+    check_eps_mode,
+    check_fan_in,
+    check_not_symbolic,
+    standardize_weight,
+)
 
 
 class _WeightStandardized(nn.modules.conv._ConvNd):
     """What the three classes share; each also names its torch base."""
+
+    _loading = False
 
     def __init__(
         self,
@@ -32,24 +40,81 @@ class _WeightStandardized(nn.modules.conv._ConvNd):
         self.eps = eps
         self.eps_mode = eps_mode
 
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve ``input`` with the standardized weight."""
+        check_not_symbolic(input, type(self).__name__)
+        weight = standardize_weight(self.weight, self.eps, self.eps_mode)
+        return super()._conv_forward(input, weight, self.bias)
+
     def _conv_forward(
         self, input: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        if weight is not self.weight:
-            # Standardizing erases any scale that the caller folded in.
-            raise RuntimeError(
-                f'{type(self).__name__} was handed a weight that is not its '
-                'own, as efficient_conv_bn_eval does: the result would be '
-                'wrong. Remove efficient_conv_bn_eval from the config'
-            )
-        weight = standardize_weight(weight, self.eps, self.eps_mode)
-        return super()._conv_forward(input, weight, bias)
+        # Standardizing would erase any scale that the caller folded in.
+        raise RuntimeError(
+            f'{type(self).__name__} was handed a weight to convolve with, as '
+            'efficient_conv_bn_eval does: the result would be wrong. Remove '
+            'efficient_conv_bn_eval from the config, or bake the model '
+            '(ws_mm.bake, tools/bake.py)'
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if (
+            name in ('weight', 'bias')
+            and isinstance(value, nn.Parameter)
+            and not self._loading
+        ):
+            parameters = self.__dict__.get('_parameters', {})
+            before = parameters.get(name)
+            if before is None:
+                fused = name in parameters
+            else:
+                fused = name == 'weight' and _is_scaled(before, value)
+            if fused:
+                what = 'weight, scaled,' if name == 'weight' else 'new bias'
+                raise RuntimeError(
+                    f'{type(self).__name__} was given a {what} by attribute, '
+                    'as fuse_conv_bn does: standardizing undoes the scale '
+                    'and the result would be wrong. Bake the model first '
+                    '(ws_mm.bake, tools/bake.py), then fuse the baked one'
+                )
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # load_state_dict(assign=True) may assign any values.
+        self._loading = True
+        try:
+            super()._load_from_state_dict(*args)
+        finally:
+            del self._loading
 
     def extra_repr(self) -> str:
         return (
             f'{super().extra_repr()}, eps={self.eps}, '
             f'eps_mode={self.eps_mode!r}'
         )
+
+
+@torch.no_grad()
+def _is_scaled(before: Tensor, after: Tensor) -> bool:
+    """Whether each filter is a multiple of what it was, some neither 0 nor 1.
+
+    A filter scaled by 0 is 0 standardized, too; by 1 it is the same one.
+    """
+    if (
+        before.shape != after.shape
+        or before.device != after.device
+        or before.is_meta
+        or not all(type(p) is nn.Parameter for p in (before, after))
+    ):
+        return False
+    rounding = 4 * max(torch.finfo(p.dtype).eps for p in (before, after))
+    old, new = (p.flatten(1).double() for p in (before, after))
+    norm = old.square().sum(1, keepdim=True).clamp_min(1e-300)
+    factor = (new * old).sum(1, keepdim=True) / norm
+    size = new.abs().amax(1, keepdim=True)
+    multiple = (new - factor * old).abs() <= rounding * size
+    same = (factor - 1).abs() <= rounding
+    return bool(multiple.all() and not (same | (factor == 0)).all())
 
 
 @MODELS.register_module()

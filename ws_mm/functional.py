@@ -5,7 +5,7 @@ Batch-Channel Normalization: Qiao et al., https://arxiv.org/abs/1911.09738
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from .distributed import synchronized_moments
 from .kernels import cpu, fused_runs, plain
@@ -312,6 +312,17 @@ def check_fan_in(fan_in: int) -> None:
             f'a filter with {fan_in} entry has no variance and cannot be '
             'standardized: in_channels / groups * prod(kernel_size) must be '
             'at least 2. Use a plain convolution here (conv_cfg=None)'
+        )
+
+
+def check_not_symbolic(input: Tensor, layer: str) -> None:
+    """Refuse symbolic tensors of torch.fx: they have no shape to go by."""
+    if isinstance(input, fx.Proxy):
+        raise TypeError(
+            f'{layer} cannot be traced by torch.fx.symbolic_trace, which '
+            'efficient_conv_bn_eval of a config does with the modules that '
+            'it lists. Take those with this layer out of the list, or bake '
+            'the model first (ws_mm.bake, tools/bake.py)'
         )
 
 

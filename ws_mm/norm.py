@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from .checkpoint import to_native_layout
-from .functional import batch_channel_norm, check_mode
+from .functional import batch_channel_norm, check_mode, check_not_symbolic
 
 OUTER_AFFINES = ('group', 'channel')
 
@@ -154,6 +154,7 @@ class BCN(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input`` of shape (N, num_features, *)."""
+        check_not_symbolic(input, 'BCN')
         if input.dim() < 2 or input.shape[1] != self.num_features:
             raise ValueError(
                 f'BCN({self.num_features}) takes an input of shape '
