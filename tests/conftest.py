@@ -1,10 +1,30 @@
 """Fixtures for all tests."""
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
+from gloo import World
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Make the inputs of every test the same in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def world(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[int], World]]:
+    """Gloo processes by their number, kept until the last test."""
+    worlds: dict[int, World] = {}
+
+    def of_size(size: int) -> World:
+        if size not in worlds:
+            worlds[size] = World(size, tmp_path_factory.mktemp('gloo'))
+        return worlds[size]
+
+    yield of_size
+    for each in worlds.values():
+        each.stop()

@@ -1,14 +1,10 @@
 """Statistics over ranks: real gloo processes against one process."""
 
-import os
-import socket
-from collections.abc import Callable
-from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from comparison import TOLERANCE, disagreements
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
@@ -21,22 +17,20 @@ from ws_mm import BCN, SyncEstimatesHook, norm
 CHANNELS, GROUPS = 8, 4
 
 
-def run_ranks(function: Callable[..., None], world: int, *args) -> None:
-    """Call function(rank, *args) in gloo processes; raise what they raise."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    mp.spawn(_start, (function, world, port, args), nprocs=world)
+def failing_rank(rank: int) -> None:
+    if rank == 1:
+        raise KeyError('seen')
+    dist.barrier()
 
 
-def _start(rank, function, world, port, args) -> None:
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', rank=rank, world_size=world)
-    try:
-        function(rank, *args)
-    finally:
-        dist.destroy_process_group()
+def test_a_failing_rank_is_named_and_replaced(world):
+    with pytest.raises(AssertionError, match='rank 1 of 2:(?s:.*)KeyError'):
+        world(2).run(failing_rank)
+    assert world(2).run(add_up, 3) == [3, 4]
+
+
+def add_up(rank: int, number: int) -> int:
+    return rank + number
 
 
 def make_layer(mode: str) -> BCN:
@@ -69,18 +63,16 @@ def step(layer: BCN, x: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
     }
 
 
-def sync_batch_rank(rank: int, sizes: list[int], folder: Path) -> None:
+def sync_batch_rank(rank: int, sizes: list[int]) -> dict[str, Tensor]:
     x, cotangent = (t.split(sizes)[rank] for t in make_batch(sum(sizes)))
-    result = step(make_layer('sync_batch'), x, cotangent)
-    torch.save(result, folder / f'{rank}.pt')
+    return step(make_layer('sync_batch'), x, cotangent)
 
 
 @pytest.mark.parametrize(
     'sizes', [[2, 2], [1, 3], [4, 0], [1, 0, 2, 1]], ids=str
 )
-def test_sync_batch_equals_one_process_on_all_images(sizes, tmp_path):
-    run_ranks(sync_batch_rank, len(sizes), sizes, tmp_path)
-    ranks = [torch.load(tmp_path / f'{r}.pt') for r in range(len(sizes))]
+def test_sync_batch_equals_one_process_on_all_images(sizes, world):
+    ranks = world(len(sizes)).run(sync_batch_rank, sizes)
     expected = step(make_layer('batch'), *make_batch(sum(sizes)))
     actual = {}
     for name in expected:
@@ -117,29 +109,24 @@ def share(x: Tensor, sizes: tuple[int, ...], rank: int) -> Tensor:
     return x.split(sizes)[rank]
 
 
-def hook_rank(rank: int, sizes: tuple[int, ...], folder: Path) -> None:
+def hook_rank(rank: int, sizes: tuple[int, ...]) -> dict[str, Tensor]:
     model = DistributedDataParallel(Net(), broadcast_buffers=False)
     hook = HOOKS.build(dict(type='ws_mm.SyncEstimatesHook'))
     hook.before_train(Runner(model))
-    calls = []
-    reduce = dist.all_reduce
-    dist.all_reduce = lambda *args: calls.append(1) or reduce(*args)
     x, dy = make_batch(sum(sizes))
-    for step in range(2):
-        model(share(x, sizes, rank)).backward(share(dy, sizes, rank))
-        assert not calls
-        hook.after_train_iter(Runner(model), step)
-        assert len(calls) == 1
-        calls.clear()
-    dist.all_reduce = reduce
-    torch.save(dict(model.module.named_buffers()), folder / f'{rank}.pt')
+    with mock.patch.object(dist, 'all_reduce', wraps=dist.all_reduce) as calls:
+        for step in range(2):
+            model(share(x, sizes, rank)).backward(share(dy, sizes, rank))
+            assert not calls.called
+            hook.after_train_iter(Runner(model), step)
+            assert calls.call_count == 1
+            calls.reset_mock()
+    return dict(model.module.named_buffers())
 
 
 @pytest.mark.parametrize('sizes', [(3, 1), (4, 0, 1, 3)])
-def test_hook_averages_estimates_in_one_collective(sizes, tmp_path):
-    world = len(sizes)
-    run_ranks(hook_rank, world, sizes, tmp_path)
-    ranks = [torch.load(tmp_path / f'{r}.pt') for r in range(world)]
+def test_hook_averages_estimates_in_one_collective(sizes, world):
+    ranks = world(len(sizes)).run(hook_rank, sizes)
     for name in ranks[0]:
         same = all(torch.equal(r[name], ranks[0][name]) for r in ranks)
         assert same == (not name.startswith('batch')), name
@@ -165,7 +152,7 @@ def test_hook_is_silent_in_one_process():
         assert torch.equal(values, before[name])
 
 
-def idle_rank(rank: int, folder: Path) -> None:
+def idle_rank(rank: int) -> None:
     model = Net()
     hook = SyncEstimatesHook()
     hook.before_train(Runner(model))
@@ -181,34 +168,34 @@ def idle_rank(rank: int, folder: Path) -> None:
     assert 'values_seen' not in layer.state_dict()
 
 
-def test_hook_without_values_and_with_recomputation(tmp_path):
-    run_ranks(idle_rank, 2, tmp_path)
+def test_hook_without_values_and_with_recomputation(world):
+    world(2).run(idle_rank)
 
 
-def unsynchronized_rank(rank: int, folder: Path, compiled: bool) -> None:
+def unsynchronized_rank(rank: int, compiled: bool) -> None:
     said = []
-    # As a logger, it is nothing that a compiler could trace.
-    norm.print_log = torch.compiler.disable(
-        lambda message, **kwargs: said.append(message)
-    )
+    norm._reported.clear()
     layer = make_layer('estimate')
     x, _ = make_batch(2)
-    layer.eval()(x)
-    assert not said
-    layer.train()
-    run = layer
-    if compiled:
-        run = torch.compile(layer, backend='aot_eager', fullgraph=True)
-    for _ in range(2):
-        run(x)
-        make_layer('estimate')(x)
+    # As a logger, it is nothing that a compiler could trace.
+    log = torch.compiler.disable(lambda message, **_: said.append(message))
+    with mock.patch.object(norm, 'print_log', log):
+        layer.eval()(x)
+        assert not said
+        layer.train()
+        run = layer
+        if compiled:
+            run = torch.compile(layer, backend='aot_eager', fullgraph=True)
+        for _ in range(2):
+            run(x)
+            make_layer('estimate')(x)
     assert len(said) == (rank == 0)
     assert all("type='ws_mm.SyncEstimatesHook'" in line for line in said)
 
 
 @pytest.mark.parametrize('compiled', [False, True])
-def test_missing_hook_is_named_once(compiled, tmp_path):
-    run_ranks(unsynchronized_rank, 2, tmp_path, compiled)
+def test_missing_hook_is_named_once(compiled, world):
+    world(2).run(unsynchronized_rank, compiled)
 
 
 def compiled_rank(rank: int) -> None:
@@ -225,5 +212,5 @@ def compiled_rank(rank: int) -> None:
     assert counter.frame_count == 1
 
 
-def test_counting_compiles_once(tmp_path):
-    run_ranks(compiled_rank, 2)
+def test_counting_compiles_once(world):
+    world(2).run(compiled_rank)
