@@ -35,8 +35,13 @@ class World:
         self.connections: list[Connection] = []
         self.processes: list[Any] = []
 
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Call function(rank, *args) on every rank; what each returned.
+    def run(
+        self, function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> list[Any]:
+        """Call function(rank, *args, **kwargs) on every rank.
+
+        Returns:
+            what each rank returned.
 
         Raises:
             AssertionError: with the traceback of the first rank to fail; the
@@ -45,7 +50,7 @@ class World:
         if not self.processes:
             self._start()
         for connection in self.connections:
-            connection.send_bytes(pickle.dumps((function, args)))
+            connection.send_bytes(pickle.dumps((function, args, kwargs)))
         results: dict[int, Any] = {}
         end = time.monotonic() + LIMIT
         try:
@@ -118,10 +123,10 @@ def _serve(
             return
         error, result = '', None
         try:
-            function, args = pickle.loads(message)
+            function, args, kwargs = pickle.loads(message)
             torch.manual_seed(0)
             torch._dynamo.reset()
-            result = function(rank, *args)
+            result = function(rank, *args, **kwargs)
         except BaseException:
             error = traceback.format_exc()
         connection.send_bytes(pickle.dumps((error, result)))

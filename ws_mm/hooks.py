@@ -32,11 +32,15 @@ class SyncEstimatesHook(Hook):
     Distributed: one collective per training iteration for the whole model,
         the same on every rank whatever it saw. Without this hook each rank
         trains and validates with its own estimates, and the checkpoint
-        holds those of rank 0.
+        holds those of rank 0. mmengine's ``SyncBuffersHook`` averages at the
+        end of an epoch and before a validation only, without weights, which
+        is after an iter-based loop and EMAHook took their copies; DDP's
+        ``broadcast_buffers=True`` drops what the other ranks have seen.
     """
 
-    # Before CheckpointHook (VERY_LOW) saves and before any validation.
-    priority = 'NORMAL'
+    # Before EMAHook copies them (NORMAL, or 49 in configs) and CheckpointHook
+    # saves them (VERY_LOW), and so before any validation.
+    priority = 'HIGH'
 
     def before_train(self, runner: Any) -> None:
         """Find the layers once, after the model was wrapped."""

@@ -270,9 +270,12 @@ def _report_unsynchronized() -> bool:
         return False
     message = (
         "BCN in mode='estimate' trains in several processes and nothing "
-        'averages their estimates: each rank will validate with its own, and '
-        'the checkpoint will hold those of rank 0. Add to the config: '
-        "custom_hooks = [dict(type='ws_mm.SyncEstimatesHook')]"
+        'averages their estimates after each iteration: ranks differ, and a '
+        'checkpoint holds those of rank 0. Add to the config: '
+        "custom_hooks = [dict(type='ws_mm.SyncEstimatesHook')] "
+        '(SyncBuffersHook and broadcast_buffers=True do not replace it: the '
+        "one comes after an iteration's checkpoint was saved, the other "
+        'keeps what rank 0 saw)'
     )
     _reported.append(message)
     print_log(message, logger='current', level=logging.WARNING)
