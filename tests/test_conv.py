@@ -167,6 +167,8 @@ def test_takes_weights_that_are_no_fusion():
         scaled(other.weight, *[0.0] * 8),
         nn.Parameter(torch.randn(8, 4, 3, 3)),
         nn.Parameter(torch.randn(8, 4, 3, 3, dtype=torch.float64)),
+        nn.Parameter(torch.randn(4, 4, 3, 3, dtype=torch.float64)),
+        nn.Parameter(torch.randn(4, 4, 3, 3, device='meta')),
         nn.Parameter(torch.randn(4, 4, 3, 3, device='meta')),
     ):
         layer.weight = weight

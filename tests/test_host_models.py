@@ -2,22 +2,44 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import tiny_runs
 import torch
 import torch.distributed as dist
 from comparison import relative_error
-from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
+from mmengine.config import Config
+from mmengine.model import (
+    BaseModel,
+    MMDistributedDataParallel,
+    convert_sync_batchnorm,
+    revert_sync_batchnorm,
+)
 from mmengine.model.efficient_conv_bn_eval import (
     turn_on_efficient_conv_bn_eval,
 )
+from mmengine.optim import OptimWrapper
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import (
+    Runner,
+    activation_checkpointing,
+    turn_on_activation_checkpointing,
+)
+from mmengine.structures import InstanceData
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ws_mm import BCN, WSConv2d, bake
+from ws_mm import BCN, WSConv2d, bake, hooks
 
 mmdet = pytest.importorskip('mmdet.models', exc_type=ImportError)
 mmseg = pytest.importorskip('mmseg.models', exc_type=ImportError)
+mmdet_structures = pytest.importorskip('mmdet.structures')
+BitmapMasks = pytest.importorskip('mmdet.structures.mask').BitmapMasks
 bricks = pytest.importorskip('mmcv.cnn')
 
 WS = dict(type='ws_mm.WSConv2d')
@@ -52,9 +74,11 @@ def image(size: int = 32, images: int = 1) -> Tensor:
     return torch.randn(images, 3, size, size)
 
 
-def features(model: nn.Module, x: Tensor) -> Tensor:
-    """All outputs of a backbone as one vector."""
-    return torch.cat([level.flatten() for level in model(x)])
+def features(model: nn.Module, x: Tensor | list[Tensor]) -> Tensor:
+    """All outputs of a model as one vector."""
+    levels = model(x)
+    levels = [levels] if isinstance(levels, Tensor) else levels
+    return torch.cat([level.flatten() for level in levels])
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -187,3 +211,228 @@ def test_ws_conv_before_a_converted_sync_bn(implementation: str) -> None:
     assert relative_error(converted.eval()(x), expected) < 1e-6
     reverted = revert_sync_batchnorm(converted)
     assert torch.equal(reverted(x), expected)
+
+
+class Trained(BaseModel):
+    """What a Runner trains: a backbone and a loss."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, inputs: Tensor, mode: str) -> dict[str, Tensor]:
+        return dict(loss=features(self.backbone, inputs).square().mean())
+
+
+def train(model: nn.Module, folder: Path, *hook_types: str) -> None:
+    """Two iterations of the Runner."""
+    Runner(
+        Trained(model),
+        str(folder),
+        train_dataloader=dict(
+            dataset=[dict(inputs=one) for one in image(images=2)],
+            sampler=dict(type='DefaultSampler', shuffle=False),
+            batch_size=1,
+            collate_fn=dict(type='default_collate'),
+            num_workers=0,
+        ),
+        train_cfg=dict(by_epoch=False, max_iters=2),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
+        custom_hooks=[dict(type=name) for name in hook_types],
+        default_hooks=dict(checkpoint=None),
+        experiment_name=folder.name,
+    ).train()
+
+
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The warnings of the hooks."""
+    messages: list[str] = []
+    monkeypatch.setattr(
+        hooks, 'print_log', lambda message, **_: messages.append(message)
+    )
+    hooks._warn_once.cache_clear()
+    return messages
+
+
+FROZEN = ['bn1', *(f'layer1.{i}.bn{j}' for i in (0, 1) for j in (1, 2))]
+
+
+def learned(model: nn.Module) -> dict[str, bool]:
+    """Which BCN layers' estimates are not the initial ones."""
+    return {
+        name: bool(module.running_mean.any())
+        for name, module in model.named_modules()
+        if isinstance(module, BCN)
+    }
+
+
+@pytest.mark.parametrize('package', ['mmdet', 'mmseg'])
+def test_frozen_layers_that_never_learned_are_named(
+    package: str, tmp_path: Path, warned: list[str]
+) -> None:
+    options = dict(base_channels=8, conv_cfg=WS, norm_cfg=BCN4)
+    if package == 'mmseg':
+        options['stem_channels'] = 8
+    model = globals()[package].ResNet(
+        18, frozen_stages=1, norm_eval=True, **options
+    )
+    both = 'SyncEstimatesHook', 'CheckModelHook'
+    train(model, tmp_path, *(f'ws_mm.{hook}' for hook in both))
+    (message,) = warned
+    frozen = [name for name, moved in learned(model).items() if not moved]
+    assert frozen == FROZEN
+    named = ', '.join(f'backbone.{name}' for name in frozen)
+    assert f'any estimates: {named}. ' in message
+    assert 'frozen_stages=-1' in message
+
+
+@pytest.mark.parametrize('name', ['running_mean', 'running_var', 'weight'])
+@pytest.mark.usefixtures('one_process')
+def test_frozen_layers_of_a_checkpoint_are_not_named(
+    name: str, warned: list[str]
+) -> None:
+    model = resnet(norm_cfg=BCN4, norm_eval=True, frozen_stages=0)
+    model.bn2 = BCN(8, 4, affine=False).eval()
+    runner = SimpleNamespace(model=DistributedDataParallel(model))
+    getattr(model.bn1, name).data[0] += 0.1
+    for hook in (hooks.SyncEstimatesHook(), hooks.CheckModelHook()):
+        hook.before_train_iter(runner, 0)
+        assert 'any estimates: bn2. ' in warned.pop()
+        hooks._warn_once.cache_clear()
+        # It is looked for once.
+        hook.before_train_iter(runner, 1)
+        assert not warned
+
+
+def test_norm_eval_does_not_stop_the_estimates() -> None:
+    model = resnet(norm_cfg=BCN4, norm_eval=True)
+    model.train()
+    model(image())
+    assert all(learned(model).values())
+
+
+def detector() -> nn.Module:
+    """A Mask R-CNN with BCN and WS in every part that takes them."""
+    text = tiny_runs.DET.replace(
+        "type='Shared2FCBBoxHead',",
+        "type='Shared4Conv1FCBBoxHead', conv_out_channels=8, **layers,",
+    )
+    text = text.replace("type='FCNMaskHead',", "type='FCNMaskHead', **layers,")
+    layers = 'layers = dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg)\nanchors'
+    cfg = Config.fromstring(text.replace('anchors', layers, 1), '.py')
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build(cfg.model)
+    model.init_weights()
+    return model
+
+
+def one_image(boxes: int) -> dict[str, list]:
+    """What mmdet's pipeline makes of an image with so many boxes."""
+    sample = mmdet_structures.DetDataSample(
+        metainfo=dict(img_shape=(64, 64), pad_shape=(64, 64))
+    )
+    corners = torch.rand(boxes, 2) * 20
+    sample.gt_instances = InstanceData(
+        bboxes=torch.cat([corners, corners + 30], 1),
+        labels=torch.zeros(boxes, dtype=torch.long),
+        masks=BitmapMasks(np.ones((boxes, 64, 64), np.uint8), 64, 64),
+    )
+    pixels = torch.randint(256, (3, 64, 64), dtype=torch.uint8)
+    return dict(inputs=[pixels], data_samples=[sample])
+
+
+@pytest.mark.usefixtures('one_process')
+def test_an_image_without_boxes_trains_under_ddp() -> None:
+    model = detector()
+    wrapped = MMDistributedDataParallel(model, broadcast_buffers=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    steps, seen = OptimWrapper(optimizer), []
+    head = model.roi_head.mask_head
+    head.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    for boxes in (1, 0, 0, 2):
+        before = tensors(head)
+        # DDP raises here if the step before left a gradient out.
+        losses = wrapped.train_step(one_image(boxes), steps)
+        assert all(loss.isfinite() for loss in losses.values())
+        assert all(v.isfinite().all() for v in model.state_dict().values())
+        moved = {
+            name.rpartition('.')[2]
+            for name, values in tensors(head).items()
+            if not torch.equal(values, before[name])
+        }
+        assert ('running_mean' in moved) == (boxes > 0)
+    assert [bool(rois) for rois in seen] == [True, False, False, True]
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Of one training step, with the buffers after it."""
+    x = x.clone().requires_grad_()
+    output = features(model, x)
+    torch.manual_seed(2)
+    output.backward(torch.randn_like(output))
+    found = {name: p.grad for name, p in model.named_parameters()}
+    return found | dict(model.named_buffers()) | {'input': x.grad}
+
+
+@pytest.mark.parametrize('reentrant', [True, False])
+@pytest.mark.parametrize('switch', ['with_cp', 'activation_checkpointing'])
+@pytest.mark.parametrize('package', ['mmdet', 'mmseg'])
+def test_activation_checkpointing_changes_nothing(
+    package: str,
+    switch: str,
+    reentrant: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runs = []
+
+    def checkpoint(*args: Any) -> Tensor:
+        runs.append(1)
+        return recompute(*args, use_reentrant=reentrant)
+
+    recompute = torch.utils.checkpoint.checkpoint
+    for module in (torch.utils.checkpoint, activation_checkpointing):
+        monkeypatch.setattr(module, 'checkpoint', checkpoint)
+    options = dict(conv_cfg=WS, norm_cfg=BCN4, base_channels=8)
+    # One output: a sum of three gradients depends on their order.
+    options |= dict(stem_channels=8, norm_eval=False, out_indices=[3])
+    build = globals()[package].ResNet
+    plain = build(18, **options)
+    if switch == 'with_cp':
+        model = build(18, with_cp=True, **options)
+    else:
+        model = build(18, **options)
+        turn_on_activation_checkpointing(model, ['layer1', 'layer3.0'])
+    model.load_state_dict(plain.state_dict())
+    x = image(images=2)
+    expected, actual = gradients(plain, x), gradients(model, x)
+    assert runs
+    assert expected.keys() == actual.keys()
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+@pytest.mark.parametrize('depth', [18, 50])
+@pytest.mark.parametrize('package', ['mmdet', 'mmseg'])
+def test_every_branch_learns_from_scratch(package: str, depth: int) -> None:
+    model = globals()[package].ResNet(
+        depth,
+        base_channels=8,
+        stem_channels=8,
+        conv_cfg=WS,
+        norm_cfg=BCN4,
+        zero_init_residual=True,
+    )
+    model.init_weights()
+    last = 'bn3' if depth == 50 else 'bn2'
+    ends = [m for n, m in model.named_modules() if n.endswith(last)]
+    starts_at_zero = [not end.weight.any() for end in ends]
+    assert starts_at_zero == [True] * len(ends)
+    assert all(end.bn_weight.all() for end in ends)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        found = gradients(model, image(images=2))
+        optimizer.step()
+    dead = [n for n, p in model.named_parameters() if not found[n].any()]
+    assert not dead

@@ -1,6 +1,7 @@
 """What has to happen between training iterations."""
 
 import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,8 +16,22 @@ from .norm import BCN
 from .surgery import check
 
 
+class _FrozenLayersHook(Hook):
+    """Name, once, the BCN layers that are frozen as they were built."""
+
+    _looked = False
+
+    def before_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        """Look when the first iteration is about to run."""
+        if not self._looked:
+            self._looked = True
+            report_frozen(runner.model)
+
+
 @HOOKS.register_module()
-class SyncEstimatesHook(Hook):
+class SyncEstimatesHook(_FrozenLayersHook):
     """Average the estimates of all BCN layers over the ranks.
 
     Formula, for each layer, over the ranks r:
@@ -36,6 +51,9 @@ class SyncEstimatesHook(Hook):
         end of an epoch and before a validation only, without weights, which
         is after an iter-based loop and EMAHook took their copies; DDP's
         ``broadcast_buffers=True`` drops what the other ranks have seen.
+
+    In any number of processes it warns of BCN layers that ``frozen_stages``
+    froze before they learned any estimates, see :func:`report_frozen`.
     """
 
     # Before EMAHook copies them (NORMAL, or 49 in configs) and CheckpointHook
@@ -64,8 +82,10 @@ class SyncEstimatesHook(Hook):
 
 
 @HOOKS.register_module()
-class CheckModelHook(Hook):
+class CheckModelHook(_FrozenLayersHook):
     """Look for standardized convolutions without a norm before training.
+
+    It also warns of frozen BCN layers, see :func:`report_frozen`.
 
     It judges by names and order, see :func:`~ws_mm.surgery.check`, which a
     model with unusual names can mislead; ``tools/check_model.py`` runs the
@@ -106,6 +126,45 @@ class CheckModelHook(Hook):
         if self.on_mistake == 'raise':
             raise ValueError(message)
         print_log(message, logger='current', level=logging.WARNING)
+
+
+def report_frozen(model: nn.Module) -> None:
+    """Warn of BCN layers that are frozen as they were built.
+
+    These are in eval mode in a model that trains, as ``frozen_stages`` of a
+    backbone puts them, with estimates of mean 0 and variance 1 and constant
+    affines. Learned affines are left alone: those are a GN checkpoint's, and
+    such a layer is its GroupNorm.
+    """
+    inner: Any = model.module if is_model_wrapper(model) else model
+    names = [
+        name
+        for name, module in inner.named_modules()
+        if isinstance(module, BCN)
+        and not module.training
+        and _is_as_built(module)
+    ]
+    if names:
+        _warn_once(
+            'These BCN layers are in eval mode while the model trains, and '
+            f'have never learned any estimates: {", ".join(names)}. They '
+            'stay at mean 0 and variance 1. Set frozen_stages=-1 in the '
+            'config of this part, or start it from a BCN or GN+WS checkpoint '
+            '(init_cfg)'
+        )
+
+
+def _is_as_built(layer: BCN) -> bool:
+    affines = (layer.weight, layer.bias, layer.bn_weight, layer.bn_bias)
+    constant = [layer.running_mean, layer.running_var - 1] + [
+        values - values[0] for values in affines if values is not None
+    ]
+    return not any(values.any() for values in constant)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    print_log(message, logger='current', level=logging.WARNING)
 
 
 def estimating_layers(model: nn.Module) -> list[BCN]:

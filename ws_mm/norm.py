@@ -36,6 +36,10 @@ class BCN(nn.GroupNorm):
         :class:`~ws_mm.hooks.SyncEstimatesHook` averages the estimates after
         each iteration. Training in several processes without it is said
         once, by the first rank.
+    Frozen: ``norm_eval=True`` of a backbone does not reach this layer: its
+        estimates go on moving. ``frozen_stages`` puts it into eval mode:
+        estimates and affines stay what the checkpoint made them, and the
+        hooks of ``ws_mm`` warn where no checkpoint did.
 
     Args:
         num_features: channels of the input.

@@ -43,6 +43,8 @@ class EstBN(nn.Module):
 class BCNorm(nn.Module):
     """EstBN or BatchNorm2d, then a channel norm with one affine per group."""
 
+    _abbr_ = 'bn'
+
     def __init__(
         self,
         num_channels: int,

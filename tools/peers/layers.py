@@ -1,13 +1,17 @@
 """Rows of the host contract: layers."""
 
 import copy
+import logging
 from collections.abc import Callable
+from functools import partial
+from unittest import mock
 
 import timm.layers
 import torch
 import torch.distributed as dist
 from authors import BCNorm
 from mmcv.cnn import ConvModule, fuse_conv_bn
+from mmdet.models import FCNMaskHead, ResNet
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 from mmengine.model.efficient_conv_bn_eval import (
     turn_on_efficient_conv_bn_eval,
@@ -26,6 +30,7 @@ NORMS = {
     'GN': dict(type='GN', num_groups=4),
     "authors' BCN": dict(type=BCNorm, num_groups=4),
 }
+BY_BATCH = NORMS["authors' BCN"] | dict(estimate=False)
 
 
 def together(rows: dict[str, Callable[[], str]]) -> str:
@@ -142,11 +147,126 @@ def sync_bn() -> str:
         dist.destroy_process_group()
 
 
+def resnet(norm: dict, **options: object) -> nn.Module:
+    """A ResNet-18 of mmdet, an eighth as wide, in training, one output."""
+    torch.manual_seed(0)
+    model = ResNet(
+        18, base_channels=8, out_indices=[3], norm_cfg=norm, **options
+    )
+    model.train()
+    return model
+
+
+def frozen() -> str:
+    """Norms that stay at mean 0 and variance 1, from scratch."""
+
+    def of(norm: dict, **options: object) -> str:
+        model = resnet(norm, **options)
+        model(image(2, 64))
+        state = model.state_dict()
+        means = [k for k in state if k.endswith('running_mean')]
+        still = sum(not state[name].any() for name in means)
+        return f'{still} of {len(means)} estimates never move, no word'
+
+    norms = NORMS | {"authors' BCN by batch": BY_BATCH}
+    return together(
+        {
+            f'{name}, {option}={value}': lambda norm=norm, o=option, v=value: (
+                of(norm, **{'norm_eval': False, o: v})
+            )
+            for option, value in (('norm_eval', True), ('frozen_stages', 1))
+            for name, norm in norms.items()
+            if name != 'GN'
+        }
+    )
+
+
+def no_boxes() -> str:
+    """A mask head of mmdet on the RoIs of an image without boxes."""
+
+    def of(norm: dict) -> str:
+        head = FCNMaskHead(
+            2, in_channels=8, conv_out_channels=8, norm_cfg=norm
+        )
+        loss = head(torch.zeros(0, 8, 14, 14)).sum()
+        loss.backward()
+        missing = sum(p.grad is None for p in head.parameters())
+        finite = all(v.isfinite().all() for v in head.state_dict().values())
+        return (
+            f'loss {float(loss)}, buffers {"finite" if finite else "NaN"}, '
+            f'{missing} parameters without gradient'
+        )
+
+    return together({name: lambda n=n: of(n) for name, n in NORMS.items()})
+
+
+def checkpointing() -> str:
+    """Activation checkpointing by with_cp against none."""
+    recompute = torch.utils.checkpoint.checkpoint
+
+    def of(norm: dict, reentrant: bool) -> str:
+        found = []
+        for with_cp in (False, True):
+            model = resnet(norm, with_cp=with_cp, norm_eval=False)
+            with mock.patch(
+                'torch.utils.checkpoint.checkpoint',
+                partial(recompute, use_reentrant=reentrant),
+            ):
+                (output,) = model(image(2, 64))
+            torch.manual_seed(2)
+            output.backward(torch.randn_like(output))
+            state = model.state_dict()
+            name = next((k for k in state if k.endswith('running_mean')), '')
+            name = name.replace('bn1', 'layer1.0.bn1')
+            found.append((model.layer1[0].conv1.weight.grad, state.get(name)))
+        (grad, mean), (other, twice) = found
+        moved = mean is None or torch.equal(mean, twice)
+        return (
+            f'gradient {off(other, grad)}, estimates '
+            f'{"as without" if moved else "moved twice"}'
+        )
+
+    return together(
+        {
+            f'{name}, reentrant={r}': lambda n=n, r=r: of(n, r)
+            for r in (True, False)
+            for name, n in NORMS.items()
+        }
+    )
+
+
+def zero_init() -> str:
+    """Gradients of a residual branch, the second step from scratch."""
+
+    def of(norm: dict) -> str:
+        model = resnet(norm, zero_init_residual=True, norm_eval=False)
+        model.init_weights()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for _ in range(2):
+            optimizer.zero_grad()
+            (output,) = model(image(2, 64))
+            torch.manual_seed(2)
+            output.backward(torch.randn_like(output))
+            optimizer.step()
+        branch = model.layer1[0]
+        dead = [n for n, p in branch.named_parameters() if not p.grad.any()]
+        return (
+            f'{len(dead)} of {len(list(branch.parameters()))} parameters dead'
+        )
+
+    return together({name: lambda n=n: of(n) for name, n in NORMS.items()})
+
+
 ROWS = {
     'fuse': fuse,
     'efficient_conv_bn_eval': efficient_conv_bn_eval,
     'sync_bn': sync_bn,
+    'frozen': frozen,
+    'no_boxes': no_boxes,
+    'checkpointing': checkpointing,
+    'zero_init': zero_init,
 }
 
 if __name__ == '__main__':
+    logging.disable(logging.WARNING)
     main(ROWS)
