@@ -73,7 +73,7 @@ class World:
     def _receive(self, rank: int) -> Any:
         try:
             return pickle.loads(self.connections[rank].recv_bytes())
-        except EOFError:
+        except (EOFError, ConnectionError):
             self.processes[rank].join()
             return f'exit code {self.processes[rank].exitcode}', None
 

@@ -1,5 +1,7 @@
 """Statistics over ranks: real gloo processes against one process."""
 
+from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -10,6 +12,7 @@ from mmengine.registry import HOOKS
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from ws_mm import BCN, SyncEstimatesHook, norm
@@ -150,6 +153,214 @@ def test_hook_is_silent_in_one_process():
     hook.after_train_iter(Runner(model), 0)
     for name, values in model.named_buffers():
         assert torch.equal(values, before[name])
+
+
+def count_collectives(function: Callable[[], Any]) -> int:
+    """Calls of c10d operators, those of DDP in C++ included."""
+    with profile(activities=[ProfilerActivity.CPU]) as events:
+        function()
+    return sum(
+        event.count
+        for event in events.key_averages()
+        if event.key.startswith('c10d::')
+    )
+
+
+def counting_rank(rank: int, mode: str) -> list[int]:
+    net = nn.Sequential(*(make_layer(mode) for _ in range(3)))
+    model = DistributedDataParallel(net, broadcast_buffers=False)
+    hook = SyncEstimatesHook()
+    hook.before_train(Runner(model))
+    x, dy = make_batch(2)
+    x.requires_grad_()  # as the output of a convolution
+    for index in range(2):  # DDP arranges its buckets in the first two
+        model(x).backward(dy)
+        hook.after_train_iter(Runner(model), index)
+    with torch.no_grad():
+        forward = count_collectives(lambda: model(x))
+    return [
+        forward,
+        count_collectives(lambda: model(x).backward(dy)),
+        count_collectives(lambda: hook.after_train_iter(Runner(model), 2)),
+    ]
+
+
+# Forward; forward and backward, of which one is DDP's own; the hook.
+@pytest.mark.parametrize(
+    ('mode', 'counts'),
+    [('estimate', [0, 1, 1]), ('sync_batch', [3, 7, 0]), ('batch', [0, 1, 0])],
+)
+def test_collectives_of_three_layers(mode, counts, world):
+    assert world(2).run(counting_rank, mode) == [counts, counts]
+
+
+def maps_rank(
+    rank: int, maps: list[list[tuple[int, int]]], broadcast: bool
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Train on maps of (images, width), each before one hook call or two."""
+    layer = make_layer('estimate')
+    model = DistributedDataParallel(layer, broadcast_buffers=broadcast)
+    hook = SyncEstimatesHook()
+    hook.before_train(Runner(model))
+    torch.manual_seed(rank)
+    inputs = [
+        torch.randn(n, CHANNELS, 3, width, dtype=torch.float64) * (rank + 1)
+        + 2 * rank
+        for n, width in maps[rank]
+    ]
+    for x in inputs[:-1]:
+        with model.no_sync():
+            model(x).backward(torch.randn_like(x))
+    model(inputs[-1]).backward(torch.randn_like(inputs[-1]))
+    hook.after_train_iter(Runner(model), 0)
+    return inputs, dict(layer.named_buffers())
+
+
+def columns(x: Tensor) -> Tensor:
+    """All values of a channel as one image."""
+    return x.transpose(0, 1).reshape(1, CHANNELS, 1, -1)
+
+
+@pytest.mark.parametrize('broadcast', [False, True])
+@pytest.mark.parametrize(
+    'maps',
+    [
+        [[(1, 7)], [(2, 2)]],
+        [[(0, 5)], [(1, 4)]],
+        [[(2, 1)], [(0, 3)], [(1, 8)], [(1, 2)]],
+    ],
+    ids=str,
+)
+def test_values_are_weighed_not_images(maps, broadcast, world):
+    ranks = world(len(maps)).run(maps_rank, maps, broadcast)
+    layer = make_layer('estimate')
+    layer(torch.cat([columns(inputs[0]) for inputs, _ in ranks], dim=-1))
+    for _, buffers in ranks:
+        assert not disagreements(
+            buffers, dict(layer.named_buffers()), TOLERANCE[torch.float64]
+        )
+
+
+def test_accumulated_batches_weigh_together(world):
+    maps = [[(1, 7), (2, 3)], [(0, 4), (1, 2)]]
+    ranks = world(2).run(maps_rank, maps, False)
+    seen = [sum(n * 3 * width for n, width in of_rank) for of_rank in maps]
+    alone = [make_layer('estimate'), make_layer('estimate')]
+    for layer, (inputs, _) in zip(alone, ranks, strict=True):
+        for x in inputs:
+            layer(x)
+    for name, values in alone[0].named_buffers():
+        other = alone[1].get_buffer(name)
+        wanted = {name: (seen[0] * values + seen[1] * other) / sum(seen)}
+        for _, buffers in ranks:
+            actual = {name: buffers[name]}
+            assert not disagreements(actual, wanted, 1e-12)
+
+
+class Skipping(Net):
+    """A model whose second layer is not called on rank 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(x) if dist.get_rank() == 0 else x
+
+
+def skipping_rank(rank: int) -> dict[str, Tensor]:
+    model = DistributedDataParallel(
+        Skipping(), broadcast_buffers=False, find_unused_parameters=True
+    )
+    hook = SyncEstimatesHook()
+    hook.before_train(Runner(model))
+    x, dy = make_batch(3)
+    for step in range(2):
+        model(x).backward(dy)
+        hook.after_train_iter(Runner(model), step)
+    return dict(model.module.named_buffers())
+
+
+def test_a_rank_that_skips_a_layer_takes_the_estimates_of_the_others(world):
+    ranks = world(2).run(skipping_rank)
+    first, second = make_layer('estimate'), make_layer('estimate')
+    x, _ = make_batch(3)
+    for _ in range(2):
+        second(first(x))
+    for buffers in ranks:
+        actual = {k: buffers[f'second.{k}'] for k, _ in second.named_buffers()}
+        assert not disagreements(actual, dict(second.named_buffers()), 1e-12)
+
+
+class Checkpointed(Net):
+    """Two layers whose activations are computed again in backward."""
+
+    def __init__(self, mode: str, how: str) -> None:
+        super().__init__()
+        self.first, self.second = make_layer(mode), make_layer(mode)
+        del self.batch
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == 'kept':
+            return self.second(self.first(x))
+        reentrant = self.how == 'reentrant'
+        for layer in (self.first, self.second):
+            x = checkpoint(layer, x, use_reentrant=reentrant)
+        return x
+
+
+def checkpointed_rank(rank: int, mode: str, how: str) -> dict[str, Tensor]:
+    net = Checkpointed(mode, how)
+    model = DistributedDataParallel(net, broadcast_buffers=False)
+    hook = SyncEstimatesHook()
+    hook.before_train(Runner(model))
+    x, dy = (share(t, (3, 1), rank) for t in make_batch(4))
+    x = x.requires_grad_()
+    for step in range(2):
+        model(x).backward(dy)
+        hook.after_train_iter(Runner(model), step)
+    gradients = {f'd{k}': p.grad for k, p in net.named_parameters()}
+    return {**gradients, **dict(net.named_buffers()), 'dx': x.grad}
+
+
+@pytest.mark.parametrize('mode', ['estimate', 'sync_batch'])
+@pytest.mark.parametrize('how', ['reentrant', 'not reentrant'])
+def test_recomputed_activations_change_no_bit(mode, how, world):
+    kept = world(2).run(checkpointed_rank, mode, 'kept')
+    recomputed = world(2).run(checkpointed_rank, mode, how)
+    for left, right in zip(kept, recomputed, strict=True):
+        assert left.keys() == right.keys()
+        for name in left:
+            assert torch.equal(left[name], right[name]), name
+
+
+def empty_rank(rank: int) -> str:
+    layer = make_layer('sync_batch')
+    before = {k: v.clone() for k, v in layer.named_buffers()}
+    x, dy = make_batch(2)
+    result = step(layer, x[:0], dy[:0])
+    assert all(values.isfinite().all() for values in result.values())
+    for name, values in layer.named_buffers():
+        assert torch.equal(values, before[name])
+    # The one value of all ranks has no variance: all say so, none waits.
+    with pytest.raises(ValueError, match='more than one value') as error:
+        layer(x[: 1 - rank, :, :1, :1])
+    return str(error.value)
+
+
+def test_sync_batch_without_images_or_with_one_value(world):
+    one, none = world(2).run(empty_rank)
+    assert f'(1, {CHANNELS}, 1, 1)' in one
+    assert f'(0, {CHANNELS}, 1, 1)' in none
+
+
+def plain_rank(rank: int) -> int:
+    model = nn.Conv2d(3, 4, 3)
+    hook = SyncEstimatesHook()
+    hook.before_train(Runner(model))
+    return count_collectives(lambda: hook.after_train_iter(Runner(model), 0))
+
+
+def test_a_model_without_bcn_costs_nothing(world):
+    assert world(2).run(plain_rank) == [0, 0]
 
 
 def idle_rank(rank: int) -> None:

@@ -117,7 +117,7 @@ def train(
         resume=resume,
         randomness=dict(seed=3),
         log_level='ERROR',
-        experiment_name=folder.name + ('-resumed' if resume else ''),
+        experiment_name=f'{folder}-{resume}'.replace('/', '-'),
     )
     runner.train()
     assert get_rank() == rank
