@@ -8,12 +8,14 @@ output is fixed, so logits, box regression and RPN predictions need plain
 convolutions.
 """
 
+import inspect
 from typing import Any
 
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from .arguments import check_eps, refuse_unknown
 from .functional import (
     check_eps_mode,
     check_fan_in,
@@ -34,8 +36,25 @@ class _WeightStandardized(nn.modules.conv._ConvNd):
         eps_mode: str = 'outside',
         **kwargs: Any,
     ) -> None:
+        kind = type(self).__name__
+        legal = {*inspect.signature(super().__init__).parameters}
+        unknown = {key: kwargs[key] for key in kwargs if key not in legal}
+        legal |= {'eps', 'eps_mode'}
+        refuse_unknown(kind, 'conv_cfg', unknown, legal)
+        check_eps(eps, 'conv_cfg')
         check_eps_mode(eps_mode)
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise (TypeError if isinstance(error, TypeError) else ValueError)(
+                f"conv_cfg=dict(type='ws_mm.{kind}') cannot be built: "
+                f'{str(error).splitlines()[0]}'
+            ) from error
+        if self.out_channels < 1:
+            raise ValueError(
+                f'out_channels={self.out_channels} must be at least 1 '
+                f"(conv_cfg=dict(type='ws_mm.{kind}'))"
+            )
         check_fan_in(self.weight.shape[1:].numel())
         self.eps = eps
         self.eps_mode = eps_mode
@@ -143,6 +162,7 @@ class WSConv2d(_WeightStandardized, nn.Conv2d):
             ``dtype`` included.
 
     Raises:
+        TypeError: an argument is unknown or of the wrong type.
         ValueError: filters of one entry (1x1 depthwise, or 1x1 on a single
             input channel), or an unknown ``eps_mode``.
     """

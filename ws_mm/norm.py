@@ -10,10 +10,21 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from .arguments import (
+    check_count,
+    check_eps,
+    check_flag,
+    check_tensor_options,
+    refuse_unknown,
+)
 from .checkpoint import to_native_layout
 from .functional import batch_channel_norm, check_mode, check_not_symbolic
 
 OUTER_AFFINES = ('group', 'channel')
+ARGUMENTS = (
+    *('num_features', 'num_groups', 'eps', 'momentum', 'affine', 'mode'),
+    *('outer_affine', 'strict_groups', 'device', 'dtype'),
+)
 
 
 @MODELS.register_module()
@@ -61,8 +72,10 @@ class BCN(nn.GroupNorm):
             ``num_features`` instead of lowering it.
         device: of parameters and buffers.
         dtype: of the parameters.
+        **unknown: none; a misspelt argument is refused by name.
 
     Raises:
+        TypeError: an argument is unknown or of the wrong type.
         ValueError: an argument has an illegal value; the message lists the
             legal ones.
 
@@ -98,7 +111,15 @@ class BCN(nn.GroupNorm):
         strict_groups: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        **unknown: Any,
     ) -> None:
+        refuse_unknown('BCN', 'norm_cfg', unknown, ARGUMENTS)
+        check_count('num_features', num_features, 'norm_cfg')
+        check_count('num_groups', num_groups, 'norm_cfg')
+        check_eps(eps, 'norm_cfg')
+        check_flag('affine', affine, 'norm_cfg')
+        check_flag('strict_groups', strict_groups, 'norm_cfg')
+        check_tensor_options(device, dtype, 'norm_cfg')
         check_mode(mode)
         if outer_affine not in OUTER_AFFINES:
             raise ValueError(
