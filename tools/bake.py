@@ -112,8 +112,8 @@ def refuse_bcn(model: nn.Module) -> None:
             f'{len(names)} layers are BCN ({names[0]}, ...), whose estimates '
             'fold into the bias of the convolution before: the host builds '
             'convolutions before a norm without bias, so no stock config can '
-            'hold it. Export the model instead: torch.export or ONNX need no '
-            'ws_mm. In Python, ws_mm.bake(model, inputs, '
+            'hold it. Export the model instead (tools/export.py): ONNX and '
+            'torch.export need no ws_mm. In Python, ws_mm.bake(model, inputs, '
             'fold_estimates=True) makes a model of plain layers.'
         )
 

@@ -4,6 +4,8 @@ Weight Standardization: Qiao et al., https://arxiv.org/abs/1903.10520
 Batch-Channel Normalization: Qiao et al., https://arxiv.org/abs/1911.09738
 """
 
+import math
+
 import torch
 from torch import Tensor, fx
 
@@ -278,7 +280,8 @@ def _synchronized_batch_norm(
 
 
 def _check_group_size(input: Tensor, num_groups: int) -> None:
-    if input.shape[1:].numel() == num_groups:
+    # numel() would tie an exported program to the sizes of its example.
+    if math.prod(input.shape[1:]) == num_groups:
         raise ValueError(
             f'a group of one value cannot be normalized: input of shape '
             f'{tuple(input.shape)} with num_groups={num_groups} leaves one '

@@ -1,0 +1,273 @@
+"""export.py and test_onnx.py on tiny models, onnxruntime as the judge."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from test_tools_errors import load, refuses, tools  # noqa: F401
+from tiny_runs import DET, SEG, write_config, write_data
+from torch import nn
+
+import ws_mm
+
+pytest.importorskip('mmdet')
+pytest.importorskip('mmseg')
+onnx = pytest.importorskip('onnx')
+onnxruntime = pytest.importorskip('onnxruntime')
+
+# A corner-aligned head asks the host for a hint about sizes, and an
+# auxiliary head must stay out of the file.
+ALIGNED = """
+model['decode_head']['align_corners'] = True
+model['auxiliary_head'] = dict(
+    type='FCNHead', in_channels=8, in_index=0, channels=8, num_classes=2
+)
+model['data_preprocessor']['mean'] = [1.0, 2.0, 3.0]
+model['data_preprocessor']['std'] = [4.0, 5.0, 6.0]
+"""
+SHALLOW = """
+model['backbone'] |= dict(
+    num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(0, 1)
+)
+model['decode_head'] |= dict(in_channels=16, in_index=1)
+"""
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Run the main of a script."""
+
+    def run(name, *args):
+        monkeypatch.setattr('sys.argv', [name, *map(str, args)])
+        load(name).main()
+
+    return run
+
+
+def randomize(model):
+    """Weights, affines and estimates that no default hides behind."""
+    generator = torch.Generator().manual_seed(0)
+    for name, values in model.state_dict().items():
+        if name.endswith('var'):
+            values.uniform_(0.5, 2, generator=generator)
+        elif values.dim() > 1:
+            values.normal_(0.1, 0.5, generator=generator)
+        elif values.is_floating_point():
+            values.uniform_(-1, 1, generator=generator)
+    return model.eval()
+
+
+def write(folder: Path, text: str):
+    """A config and a random checkpoint of it; also the model."""
+    config, weights = folder / 'tiny.py', folder / 'tiny.pth'
+    config.write_text(text)
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.default_scope)
+    model = randomize(MODELS.build(cfg.model))
+    torch.save(dict(state_dict=model.state_dict()), weights)
+    return config, weights, model
+
+
+def outputs_of(model, image):
+    with torch.no_grad():
+        if hasattr(model, 'encode_decode'):
+            meta = dict(img_shape=image.shape[2:])
+            return [model.encode_decode(image, [meta])]
+        return list(model.extract_feat(image))
+
+
+def assert_same(actual, expected):
+    assert len(actual) == len(expected)
+    for one, two in zip(actual, expected, strict=True):
+        assert one.shape == two.shape
+        error = (torch.as_tensor(one) - two).abs().max() / two.abs().max()
+        assert error < 1e-5
+
+
+KINDS = {'mmdet': DET, 'mmseg': SEG + SHALLOW + ALIGNED}
+GN = SEG.replace("type='ws_mm.BCN', num_groups=4", "type='GN', num_groups=4")
+# None of them is a size that the tool itself has looked at.
+OTHER_SIZES = [(1, 64, 64), (4, 50, 81), (2, 33, 200)]
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_onnx_computes_what_the_model_does(kind, script, tmp_path, capsys):
+    config, weights, model = write(tmp_path, KINDS[kind])
+    out = tmp_path / 'new.onnx'
+    script('export', config, weights, out)
+    told = capsys.readouterr().out
+    assert 'at most' in told
+    assert '3 x 65 x 97: ' in told
+    session = onnxruntime.InferenceSession(str(out))
+    names = [output.name for output in session.get_outputs()]
+    features = [f'feature{index}' for index in range(5)]
+    assert names == (features if kind == 'mmdet' else ['logits'])
+    for size in OTHER_SIZES:
+        image = torch.randn(size[0], 3, *size[1:])
+        actual = session.run(None, {'image': image.numpy()})
+        assert_same(actual, outputs_of(model, image))
+    content = onnx.load(out)
+    assert not {node.domain for node in content.graph.node} - {''}
+    kept = ' '.join(tensor.name for tensor in content.graph.initializer)
+    assert 'auxiliary' not in kept
+    assert 'rpn' not in kept
+    notes = {prop.key: prop.value for prop in content.metadata_props}
+    assert notes['config'] == 'tiny.py'
+    settings = json.loads(notes['preprocessing'])
+    if kind == 'mmdet':
+        assert settings['pad_size_divisor'] == 32
+    if kind == 'mmseg':
+        assert settings['mean'] == [1.0, 2.0, 3.0]
+
+
+WITHOUT_WS_MM = """
+import sys, torch
+for name in ('ws_mm', 'mmdet', 'mmseg', 'mmcv', 'mmengine'):
+    sys.modules[name] = None
+files = {'notes.json': ''}
+program = torch.export.load(sys.argv[1], extra_files=files)
+assert 'tiny.py' in files['notes.json']
+network = program.module()
+images = torch.load(sys.argv[2])
+torch.save([list(network(image)) for image in images], sys.argv[3])
+"""
+
+
+def test_program_needs_torch_only(script, tmp_path):
+    config, weights, model = write(tmp_path, SEG + SHALLOW + ALIGNED)
+    out = tmp_path / 'new.pt2'
+    script('export', config, weights, out)
+    sizes = [(1, 3, 65, 130), (3, 3, 70, 99)]
+    images = [torch.randn(size) for size in sizes]
+    torch.save(images, tmp_path / 'images.pt')
+    command = [sys.executable, '-c', WITHOUT_WS_MM, out]
+    command += [tmp_path / 'images.pt', tmp_path / 'outputs.pt']
+    env = os.environ | {'OMP_NUM_THREADS': '1'}
+    subprocess.run([*map(str, command)], check=True, env=env, cwd=tmp_path)
+    found = torch.load(tmp_path / 'outputs.pt')
+    for image, actual in zip(images, found, strict=True):
+        assert_same(actual, outputs_of(model, image))
+
+
+class Shared(nn.Module):
+    """One norm for two convolutions: no convolution can take its place."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.ModuleDict(
+            dict(
+                one=ws_mm.WSConv2d(3, 8, 3, bias=False),
+                two=ws_mm.WSConv2d(8, 8, 3, bias=False, eps_mode='inside'),
+                norm=ws_mm.BCN(8, 8),
+            )
+        )
+        self.backbone.forward = self.features
+
+    def features(self, x):
+        layers = self.backbone
+        x = layers['norm'](layers['one'](x))
+        return (x, layers['norm'](layers['two'](x)))
+
+
+@pytest.mark.usefixtures('tools')
+@pytest.mark.parametrize('ending', ['onnx', 'pt2'])
+def test_what_does_not_fold_is_written_as_plain_operations(ending, tmp_path):
+    export = load('export')
+    network = export.Features(randomize(Shared())).eval()
+    image = torch.randn(2, 3, 96, 128)
+    new, told = export.plain(network, image)
+    assert 'shared by backbone.one and backbone.two' in told
+    assert not any(isinstance(m, ws_mm.WSConv2d) for m in new.modules())
+    path = str(tmp_path / f'new.{ending}')
+    if ending == 'onnx':
+        export.write_onnx(new, image, ['one', 'two'], {}, path)
+    else:
+        export.write_program(new, image, {}, path)
+    sizes = [(1, 65, 130), (3, 70, 99)]
+    found = dict(export.differences(network, path, sizes))
+    assert list(found) == sizes
+    assert max(found.values()) < 1e-5
+
+
+def test_a_difference_is_refused(refuses, tmp_path, monkeypatch):  # noqa: F811
+    def wrong(model, *args, **kwargs):
+        baked = ws_mm.surgery.bake(model, *args, **kwargs)
+        one = dict(baked.named_parameters())
+        name = next(n for n in one if n.endswith('layer2.0.conv1.weight'))
+        one[name].data = one[name].data.flip(0)
+        return baked
+
+    monkeypatch.setattr(ws_mm, 'bake', wrong)
+    config, weights, _ = write(tmp_path, SEG + SHALLOW)
+    out = tmp_path / 'out'
+    match = 'computes something else .*nothing was written'
+    refuses(match, 'export', config, weights, out / 'new.onnx')
+    assert not list(out.iterdir())
+
+
+def test_bad_arguments(refuses, tmp_path):  # noqa: F811
+    config, weights, _ = write(tmp_path, SEG)
+    out = tmp_path / 'out'
+    refuses('must end with .onnx', 'export', config, weights, out / 'a.pth')
+    content = torch.load(weights)
+    content['state_dict'].pop('backbone.layer1.0.conv1.weight')
+    torch.save(content, weights)
+    match = 'not of this config.*layer1'
+    refuses(match, 'export', config, weights, out / 'a.onnx')
+    config.write_text("default_scope = 'mmengine'\nmodel = dict(type='X')")
+    match = 'cannot be built.*X'
+    refuses(match, 'export', config, weights, out / 'a.onnx')
+    assert not list(out.iterdir())
+    refuses('segmentors .mmseg. only', 'test_onnx', *data(tmp_path, DET))
+    slide = "model['test_cfg'] = dict(mode='slide')\n"
+    match = 'model.test_cfg.mode=whole'
+    refuses(match, 'test_onnx', *data(tmp_path, SEG, slide))
+    refuses('No file', 'test_onnx', *data(tmp_path, SEG))
+    (tmp_path / 'a.onnx').write_text('no ONNX')
+    refuses('onnxruntime cannot read', 'test_onnx', *data(tmp_path, SEG))
+
+
+def data(folder, text, extra=''):
+    """Arguments of test_onnx."""
+    if not (folder / 'data').exists():
+        write_data(folder / 'data')
+    options = ('--work-dir', folder / 'work')
+    config = write_config(folder / 'data', text, extra + SETTINGS)
+    return config, folder / 'a.onnx', *options
+
+
+SETTINGS = "test_cfg = dict(type='TestLoop')\n"
+
+
+def scores(work_dir):
+    found = sorted(work_dir.glob('*/*.json'))
+    return json.loads(found[-1].read_text())
+
+
+def test_the_metrics_of_the_host_come_out(script, tmp_path):
+    _, weights, _ = write(tmp_path, GN + SHALLOW + ALIGNED)
+    config, out, *options = data(tmp_path, GN, SHALLOW + ALIGNED)
+    script('export', config, weights, out)
+    script('test_onnx', config, out, *options)
+    actual = scores(tmp_path / 'work')
+    options[1] = tmp_path / 'expected'
+    script('test', config, weights, *options)
+    expected = scores(tmp_path / 'expected')
+    for name in ('aAcc', 'mIoU', 'mAcc'):
+        assert actual[name] == expected[name]
+    assert 5 < expected['mIoU'] < 95
+
+
+@pytest.mark.usefixtures('tools')
+def test_other_outputs_are_refused(refuses, tmp_path):  # noqa: F811
+    image = torch.randn(1, 3, 8, 8)
+    path = str(tmp_path / 'a.onnx')
+    load('export').write_onnx(nn.Conv2d(3, 1, 1), image, ['feature'], {}, path)
+    match = 'outputs feature; .* has one, logits'
+    refuses(match, 'test_onnx', *data(tmp_path, SEG))
