@@ -11,7 +11,7 @@ from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ws_mm import BCN, WSConv2d
+from ws_mm import BCN, WSConv2d, norm
 
 HOOK = dict(type='ws_mm.SyncEstimatesHook')
 # As mmdet's and mmyolo's configs have it: before hooks of priority NORMAL.
@@ -21,14 +21,14 @@ EMA = dict(type='EMAHook', momentum=0.1, priority=49)
 class Small(BaseModel):
     """A segmentor of two classes that notes what it validates with."""
 
-    def __init__(self, norm: type[nn.Module] = BCN) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
             WSConv2d(3, 8, 3, bias=False),
-            norm(8, 4),
+            BCN(8, 4),
             nn.ReLU(),
             WSConv2d(8, 8, 3, bias=False),
-            norm(8, 4),
+            BCN(8, 4),
             nn.ReLU(),
             nn.Conv2d(8, 2, 1),
         )
@@ -74,6 +74,7 @@ def train(
 ) -> list[dict[str, Tensor]]:
     """Train; the buffers of each validation of this rank."""
     torch.manual_seed(1)
+    norm._reported.clear()  # of earlier tests in this process
     loader = dict(
         batch_size=1,
         num_workers=0,
@@ -116,7 +117,7 @@ def train(
         launcher='pytorch',
         resume=resume,
         randomness=dict(seed=3),
-        log_level='ERROR',
+        log_level='WARNING',
         experiment_name=f'{folder}-{resume}'.replace('/', '-'),
     )
     runner.train()
@@ -185,3 +186,11 @@ def test_the_hook_twice_or_beside_what_the_host_has_changes_nothing(
     for left, right in zip(saved(plain), saved(beside), strict=True):
         for name, values in left.items():
             torch.testing.assert_close(values, right[name])
+
+
+@pytest.mark.parametrize('hooks', [[], [HOOK]], ids=['without', 'with'])
+def test_the_log_names_the_missing_hook_once(hooks, world, tmp_path):
+    world(2).run(train, tmp_path, False, hooks, steps=2)
+    logs = ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
+    assert 'has no metainfo' in logs  # another warning: the log is read
+    assert logs.count("dict(type='ws_mm.SyncEstimatesHook')") == (not hooks)
