@@ -124,7 +124,11 @@ def test_a_killed_training_resumes_from_its_last_whole_checkpoint(
         str(det / 'tiny.py'),
         *('--work-dir', str(tmp_path), '--cfg-options'),
     ]
-    env = os.environ | {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'}
+    env = os.environ | {
+        'CUDA_VISIBLE_DEVICES': '',
+        'OMP_NUM_THREADS': '1',
+        'PYTHONPATH': str(ROOT),
+    }
     with subprocess.Popen(
         [*command, 'train_cfg.max_epochs=1000'],
         env=env,

@@ -295,6 +295,8 @@ def call(*command: object, **environment: str) -> subprocess.CompletedProcess:
         'OMP_NUM_THREADS': '1',
         'CUDA_VISIBLE_DEVICES': '',
         'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
+        # Not a ws_mm that happens to be installed from elsewhere.
+        'PYTHONPATH': str(ROOT),
     }
     return subprocess.run(
         [*run, str(script), *command[1:]],

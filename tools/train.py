@@ -1,8 +1,12 @@
 """Train a detector or a segmentor from a config."""
 
 import argparse
+import contextlib
+import errno
 import glob
 import os
+import re
+import sys
 from typing import Any
 
 import checks
@@ -10,8 +14,21 @@ import launch
 import torch
 from checks import SetupError
 from mmengine.config import Config
-from mmengine.dist import is_main_process
+from mmengine.dist import get_rank, is_main_process
 from mmengine.runner import Runner
+
+# Disk or quota full, file too large, read-only, denied, and a dying disk.
+UNWRITABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+)
+
+# What gloo and NCCL say of a process that is gone or hangs.
+LOST = re.compile(
+    'connection (closed|reset|refused)|broken pipe|timed? ?out|'
+    'remote process exited|socket',
+    re.IGNORECASE,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -103,6 +120,40 @@ def apply_resume(cfg: Config, resume: str | None) -> None:
     cfg.resume = resume is not None
     if resume:
         cfg.load_from = resume
+        keep_seed(cfg, resume)
+
+
+def keep_seed(cfg: Config, checkpoint: str) -> None:
+    """Continue with the seed that the run began with.
+
+    mmengine takes it from the checkpoint, too, but only after the samplers
+    and the workers have got another one.
+    """
+    if not checks.is_local(checkpoint):
+        return
+    try:
+        meta = checks.read_checkpoint(checkpoint).get('meta') or {}
+    except SetupError:
+        return  # check_checkpoints reports it, with the key
+    begun = meta.get('seed')
+    randomness = dict(cfg.get('randomness') or {})
+    asked = randomness.get('seed')
+    if begun is None or begun == asked:
+        return
+    if asked is not None:
+        launch.say(
+            f'warning: randomness.seed={asked} is ignored: the run began with '
+            f'{begun}. To start anew with another seed, leave out --resume '
+            'and give another --work-dir.'
+        )
+    cfg.randomness = {**randomness, 'seed': begun}
+
+
+def resume_exactly(cfg: Config) -> None:
+    """Add the hook that makes a resumed run equal to an unbroken one."""
+    hooks = cfg.get('custom_hooks') or []
+    if 'ExactResumeHook' not in str(hooks):
+        cfg.custom_hooks = [*hooks, dict(type='ws_mm.ExactResumeHook')]
 
 
 def keep_a_whole_checkpoint(cfg: Config) -> None:
@@ -135,14 +186,57 @@ def save_atomically(runner: Runner) -> None:
         if any(remote):
             save(out_dir, filename, *args, **kwargs)
             return
-        part = f'{filename}.part'
-        save(out_dir, part, *args, **kwargs)
-        if is_main_process():
-            os.replace(
-                os.path.join(out_dir, part), os.path.join(out_dir, filename)
-            )
+        part = os.path.join(out_dir, f'{filename}.part')
+        try:
+            save(out_dir, os.path.basename(part), *args, **kwargs)
+            if is_main_process():
+                os.replace(part, os.path.join(out_dir, filename))
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                os.remove(part)
+            if isinstance(error, OSError) and error.filename is None:
+                # open() names its file in the exception, write() does not.
+                error.filename = part
+            raise
 
     runner.save_checkpoint = save_then_rename
+
+
+def unwritable(cfg: Config, error: OSError) -> SetupError | None:
+    """What a failed write means for the run, None if it was no write."""
+    if error.errno not in UNWRITABLE:
+        return None
+    # The name that the file would have got in the end.
+    name = str(error.filename or checkpoint_dir(cfg)).removesuffix('.part')
+    newest, _ = checks.newest_checkpoint(checkpoint_dir(cfg))
+    return SetupError(
+        f'Training stopped: {name} could not be written ({error.strerror}). '
+        + (
+            f'{newest} is whole. Mend the cause, then add --resume to the '
+            'command to continue from there.'
+            if newest
+            else 'There is no checkpoint yet. Mend the cause and start again.'
+        )
+    )
+
+
+def say_who_was_lost(cfg: Config, error: RuntimeError) -> None:
+    """Explain an error that another process caused; it goes on upwards."""
+    if cfg.launcher == 'none' or not LOST.search(str(error)):
+        return
+    newest, _ = checks.newest_checkpoint(checkpoint_dir(cfg))
+    print(
+        f'error: rank {get_rank()} waited for another process, which died or '
+        'did not answer within env_cfg.dist_cfg.timeout seconds; what that '
+        'one printed last says why. '
+        + (
+            f'{newest} is whole: add --resume to the command to continue.'
+            if newest
+            else 'There is no checkpoint yet.'
+        ),
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -159,6 +253,7 @@ def main() -> None:
     checks.check_checkpoints(cfg)
     checks.check_writable(cfg.work_dir, '--work-dir')
     keep_a_whole_checkpoint(cfg)
+    resume_exactly(cfg)
     launch.set_up_processes(cfg)
 
     runner = launch.build_runner(cfg)
@@ -170,7 +265,16 @@ def main() -> None:
             for part in glob.glob(os.path.join(checkpoint_dir(cfg), '*.part')):
                 os.remove(part)
         save_atomically(runner)
-    runner.train()
+    try:
+        runner.train()
+    except OSError as error:
+        reason = unwritable(cfg, error)
+        if reason is None:
+            raise
+        raise reason from error
+    except RuntimeError as error:
+        say_who_was_lost(cfg, error)
+        raise
 
 
 if __name__ == '__main__':

@@ -18,6 +18,7 @@ from .conv import WSConv1d, WSConv2d, WSConv3d
 from .functional import batch_channel_norm, standardize_weight
 from .hooks import CheckModelHook, SyncEstimatesHook
 from .norm import BCN
+from .resume import ExactResumeHook
 from .surgery import bake, check, convert
 
 __version__ = '0.1.0'
@@ -25,6 +26,7 @@ __version__ = '0.1.0'
 __all__ = [
     'BCN',
     'CheckModelHook',
+    'ExactResumeHook',
     'PretrainedGN',
     'SyncEstimatesHook',
     'WSConv1d',

@@ -1,0 +1,138 @@
+"""Make a resumed training equal to one that was never interrupted."""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class ExactResumeHook(Hook):
+    """Let a run's random numbers depend on where it is, not how it got there.
+
+    mmengine saves no random state: a resumed run starts with the state of a
+    new one, its model and its augmentations draw other numbers than the
+    uninterrupted run would have, and dataloader workers repeat those of the
+    start. With this hook there is no state to save.
+
+    Formula, for the generators of Python, NumPy and torch:
+        before iteration i: state = f(seed, i)
+        before sample k of epoch e on rank r: state = f(seed, r, e, k)
+    with k the place in the order of the sampler, so that it makes no
+    difference which worker loads the sample, nor how many there are.
+
+    Convention: runs with this hook draw other numbers than runs without, so
+        it has to be there from the start. The order of the samples is the
+        host's, which restores it for the same seed. What a transform, a
+        preprocessor or a model carries from one sample to the next outside
+        of its state_dict (CachedMosaic's images, the size that
+        BatchSyncRandomResize drew last) is not restored.
+    """
+
+    # Before any other hook draws a number for the iteration.
+    priority = 'VERY_HIGH'
+
+    def before_train(self, runner: Any) -> None:
+        """Number the samples and seed before each."""
+        loader = runner.train_loop.dataloader
+        self._samples: NumberedSampler | None = None
+        sampler = getattr(loader.batch_sampler, 'sampler', None)
+        if sampler is None:
+            return
+        self._samples = NumberedSampler(sampler)
+        loader.batch_sampler.sampler = self._samples
+        dataset = loader.dataset
+        # The fetcher of a DataLoader prefers this to dataset[index].
+        dataset.__getitems__ = SeededSamples(dataset, runner.seed, get_rank())
+
+    def before_train_epoch(self, runner: Any) -> None:
+        """Count the samples of this epoch from 0."""
+        if self._samples is not None:
+            self._samples.epoch, self._samples.number = runner.epoch, 0
+
+    def before_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        """Seed for what the model and the other hooks draw."""
+        seed_generators(runner.seed, runner.iter)
+
+
+class Numbered(int):
+    """An index that knows its place in the order of the samples."""
+
+    place: tuple[int, int]
+
+
+class NumberedSampler:
+    """A sampler whose indices carry the epoch and their number in it."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+        self.epoch = self.number = 0
+        if hasattr(sampler, 'skip'):
+            skip = sampler.skip
+
+            def skip_and_count(samples: int) -> None:
+                skip(samples)
+                self.number = samples
+
+            sampler.skip = skip_and_count
+
+    def __iter__(self) -> Iterator[Any]:
+        """Number the indices that can be; others pass as they are."""
+        for index in self.sampler:
+            number, self.number = self.number, self.number + 1
+            if isinstance(index, int):
+                index = Numbered(index)
+                index.place = (self.epoch, number)
+            yield index
+
+    def __len__(self) -> int:
+        """Length of the sampler."""
+        return len(self.sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        """Leave the rest, such as set_epoch and dataset, to the sampler."""
+        if name == 'sampler':
+            raise AttributeError(name)
+        return getattr(self.sampler, name)
+
+
+class SeededSamples:
+    """Load samples of a data set, each with random numbers of its own.
+
+    Args:
+        dataset: map-style data set.
+        seed: of the run.
+        rank: of the process.
+    """
+
+    def __init__(self, dataset: Any, seed: int, rank: int) -> None:
+        self.dataset, self.seed, self.rank = dataset, seed, rank
+
+    def __call__(self, indices: Sequence[Any]) -> list[Any]:
+        """Load the samples of a batch."""
+        samples = []
+        for index in indices:
+            if isinstance(index, Numbered):
+                seed_generators(self.seed, self.rank, *index.place)
+                index = int(index)
+            samples.append(self.dataset[index])
+        return samples
+
+
+def seed_generators(*place: int) -> None:
+    """Seed Python, NumPy and torch of this process from several numbers."""
+    words = np.random.SeedSequence(place).generate_state(4)
+    random.seed(words.tobytes())
+    np.random.seed(words)
+    # torch.manual_seed would format a stack where CUDA was not initialised.
+    seed = int.from_bytes(words[:2].tobytes(), 'little')
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
