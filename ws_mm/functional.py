@@ -73,6 +73,8 @@ def updated_estimates(
         batch_var = mean((input - running_mean)^2)
         returns (1 - momentum) * running_mean + momentum * batch_mean,
                 (1 - momentum) * running_var + momentum * batch_var
+    and, in channels where batch_var is infinite or NaN, the estimates as
+    they were.
 
     Convention: the variance is biased and taken around the estimate before
         its update, not around batch_mean. Its expectation is then the
@@ -101,9 +103,8 @@ def updated_estimates(
             batch_mean = means.mean(0)
             deviation = means - running_mean
             batch_var = (variances + deviation.square()).mean(0)
-        return (
-            torch.lerp(running_mean, batch_mean.to(running_mean), momentum),
-            torch.lerp(running_var, batch_var.to(running_var), momentum),
+        return _moved(
+            running_mean, running_var, batch_mean, batch_var, momentum
         )
 
 
@@ -142,7 +143,9 @@ def batch_channel_norm(
     Convention: 'estimate' updates the estimates first, then normalizes with
         them as constants: no gradient flows through mean and var. The other
         modes differentiate through them and update the running statistics
-        as ``nn.BatchNorm2d`` does, with the unbiased variance.
+        as ``nn.BatchNorm2d`` does, with the unbiased variance. Infinities
+        and NaN reach the output, where a loss shows them; the running
+        values of their channels stay as they were, in every mode.
     Shape:
         input: (N, C, *), N may be 0: nothing is updated then.
         running_mean, running_var, bn_weight, bn_bias: (C,).
@@ -198,8 +201,9 @@ def batch_channel_norm(
         if update:
             count = x.numel() / x.shape[1]
             unbiased = var * (count / (count - 1))
-            running_mean.lerp_(mean.to(running_mean), momentum)
-            running_var.lerp_(unbiased.to(running_var), momentum)
+            new = _moved(running_mean, running_var, mean, unbiased, momentum)
+            running_mean.copy_(new[0])
+            running_var.copy_(new[1])
     elif training and update and x.numel():
         mean, var = updated_estimates(
             x, running_mean, running_var, momentum, moments
@@ -241,6 +245,24 @@ def batch_channel_norm(
     return output.to(input.dtype)
 
 
+def _moved(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+) -> tuple[Tensor, Tensor]:
+    """Both running values, moved in the channels whose batch is finite."""
+    new_mean = torch.lerp(running_mean, mean.to(running_mean), momentum)
+    new_var = torch.lerp(running_var, var.to(running_var), momentum)
+    # Whatever makes a mean infinite or NaN does so to the variance.
+    finite = new_var < math.inf
+    return (
+        torch.where(finite, new_mean, running_mean),
+        torch.where(finite, new_var, running_var),
+    )
+
+
 def _batch_statistics(
     x: Tensor, moments: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
@@ -270,8 +292,9 @@ def _synchronized_batch_norm(
     if update and count > 0:
         with torch.no_grad():
             unbiased = var * (count / (count - 1))
-            running_mean.lerp_(mean.to(running_mean), momentum)
-            running_var.lerp_(unbiased.to(running_var), momentum)
+            new = _moved(running_mean, running_var, mean, unbiased, momentum)
+            running_mean.copy_(new[0])
+            running_var.copy_(new[1])
     scale = torch.rsqrt(var + eps)
     if bn_weight is not None:
         scale = scale * bn_weight

@@ -43,7 +43,8 @@ class SyncEstimatesHook(_FrozenLayersHook):
         concatenated batch, unequal batches and ranks with N = 0 included.
         Of a layer that is called several times per iteration, they are the
         average of each rank's own sequence of updates instead. Where no
-        rank saw a value, nothing changes.
+        rank saw a value, nothing changes. A channel that was infinite or
+        NaN on one rank did not move there and counts as it was.
     Distributed: one collective per training iteration for the whole model,
         the same on every rank whatever it saw. Without this hook each rank
         trains and validates with its own estimates, and the checkpoint

@@ -42,7 +42,8 @@ class BCN(nn.GroupNorm):
         channel); buffers ``running_mean``, ``running_var`` (per channel,
         float32 whatever the dtype of the model). In training each forward
         updates the buffers; the recomputation of activation checkpointing
-        does not.
+        does not, nor does an input that is infinite or NaN in the channels
+        where it is.
     Distributed: mode 'estimate' does not communicate;
         :class:`~ws_mm.hooks.SyncEstimatesHook` averages the estimates after
         each iteration. Training in several processes without it is said

@@ -1,0 +1,187 @@
+"""What a host does to one layer in one process, and what comes of it."""
+
+from types import SimpleNamespace
+
+import pytest
+import reference
+import torch
+from comparison import TOLERANCE, disagreements, values_and_gradients
+from torch import Tensor
+
+from ws_mm import BCN, SyncEstimatesHook, standardize_weight
+
+CHANNELS, GROUPS = 8, 4
+MODES = ('estimate', 'batch', 'sync_batch')
+EPS_MODES = ('outside', 'inside')
+
+
+@pytest.fixture(params=['auto', 'plain'])
+def kernels(request, monkeypatch) -> str:
+    monkeypatch.setenv('WS_MM_KERNELS', request.param)
+    return request.param
+
+
+def make_layer(**kwargs) -> BCN:
+    """A layer whose affines and estimates are not their defaults."""
+    torch.manual_seed(1)
+    layer = BCN(CHANNELS, GROUPS, momentum=0.3, **kwargs)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(mean=0.5)
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.2, 3)
+    return layer
+
+
+def make_input(samples: int = 2, seed: int = 2, **kwargs) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, CHANNELS, 5, 6, generator=generator)
+    return (x * torch.linspace(0.2, 3, CHANNELS).view(-1, 1, 1) + 1).to(
+        **kwargs
+    )
+
+
+def buffers(layer: torch.nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in layer.named_buffers()}
+
+
+@pytest.mark.parametrize('eps_mode', EPS_MODES)
+@pytest.mark.parametrize('fill', [0.0, 0.5, 0.1, 1 / 3, 1e-8, 1e8])
+def test_constant_filters(kernels, fill, eps_mode):
+    weight = torch.full((2, 7, 3, 3), fill, requires_grad=True)
+    output = standardize_weight(weight, eps_mode=eps_mode)
+    cotangent = torch.randn_like(output)
+    (gradient,) = torch.autograd.grad(output, weight, cotangent)
+    assert output.isfinite().all()
+    assert gradient.isfinite().all()
+    if fill in (0.0, 0.5):  # their sums are exact: the limit of the formula
+        centered = cotangent - cotangent.mean((1, 2, 3), keepdim=True)
+        eps = 1e-5 if eps_mode == 'outside' else 1e-5**0.5
+        assert not output.any()
+        assert not disagreements(
+            {'dweight': gradient}, {'dweight': centered / eps}, 1e-5
+        )
+
+
+@pytest.mark.parametrize('eps_mode', EPS_MODES)
+@pytest.mark.parametrize('scale', [1e-8, 1e8])
+def test_filters_of_extreme_magnitude(kernels, scale, eps_mode):
+    weight = {'weight': (torch.randn(4, 7, 3, 3) + 0.3) * scale}
+    actual, expected = (
+        values_and_gradients(
+            lambda weight, function=function: function(
+                weight, eps_mode=eps_mode
+            ),
+            {'weight': weight['weight'].to(dtype)},
+            'extreme',
+        )
+        for function, dtype in (
+            (standardize_weight, torch.float32),
+            (reference.standardize_weight, torch.float64),
+        )
+    )
+    assert not disagreements(actual, expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+@pytest.mark.parametrize('scale', [0.0, 1e-8, 1e8])
+def test_inputs_of_extreme_magnitude(kernels, scale, mode):
+    layer, x = make_layer(mode=mode), make_input() * scale
+    state = {k: v.detach().double() for k, v in layer.state_dict().items()}
+    expected_running = {}
+
+    def oracle(input: Tensor) -> Tensor:
+        output, running = reference.batch_channel_norm(
+            input, state, GROUPS, training=True, momentum=0.3, mode=mode
+        )
+        expected_running.update(running)
+        return output
+
+    actual = values_and_gradients(layer, {'input': x}, 'extreme')
+    actual |= buffers(layer)
+    expected = values_and_gradients(oracle, {'input': x.double()}, 'extreme')
+    expected |= expected_running
+    assert not disagreements(actual, expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize('bad', [torch.inf, -torch.inf, torch.nan, 1e30])
+@pytest.mark.parametrize('mode', MODES)
+def test_values_that_are_not_finite_do_not_stay(kernels, mode, bad):
+    layer, twin = make_layer(mode=mode), make_layer(mode=mode)
+    clean, dirty = make_input(), make_input()
+    dirty[1, 3, 2, 2] = bad
+    before = buffers(layer)
+    output = layer(dirty)
+    twin(clean)
+    if bad != 1e30:  # whose square alone is infinite
+        assert not output[1, 2:4].isfinite().any()
+    kept = torch.arange(CHANNELS) == 3
+    for name, values in layer.named_buffers():
+        assert torch.equal(values[kept], before[name][kept])
+        torch.testing.assert_close(values[~kept], twin.get_buffer(name)[~kept])
+        assert not torch.equal(values[~kept], before[name][~kept])
+    after = make_input(seed=3).requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(after), after, clean)
+    assert gradient.isfinite().all()
+    for values in buffers(layer).values():
+        assert values.isfinite().all()
+
+
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+@pytest.mark.parametrize('bad', [torch.inf, torch.nan])
+def test_kernels_agree_on_what_is_not_finite(monkeypatch, bad, mode):
+    dirty = make_input()
+    dirty[1, 3, 2, 2] = bad
+    outputs = []
+    for choice in ('auto', 'plain'):
+        monkeypatch.setenv('WS_MM_KERNELS', choice)
+        layer = make_layer(mode=mode)
+        outputs.append({'output': layer(dirty), **buffers(layer)})
+    torch.testing.assert_close(*outputs, equal_nan=True)
+    assert not outputs[0]['output'].isfinite().all()
+
+
+def overflowing_rank(rank: int) -> dict[str, Tensor]:
+    layer = make_layer()
+    hook = SyncEstimatesHook()
+    runner = SimpleNamespace(model=layer)
+    hook.before_train(runner)
+    x = make_input(seed=rank)
+    if rank == 1:
+        x[0, 3] = torch.inf
+    layer(x)
+    hook.after_train_iter(runner, 0)
+    return buffers(layer)
+
+
+def test_a_rank_whose_values_are_not_finite_keeps_the_average_finite(world):
+    ranks = world(2).run(overflowing_rank)
+    before, expected = buffers(make_layer()), []
+    for rank in range(2):
+        layer = make_layer()
+        layer(make_input(seed=rank))
+        expected.append(buffers(layer))
+    for name, old in before.items():
+        expected[1][name][3] = old[3]
+        average = (expected[0][name] + expected[1][name]) / 2
+        torch.testing.assert_close(ranks[0][name], average)
+        assert torch.equal(ranks[0][name], ranks[1][name])
+
+
+def test_a_first_batch_far_from_the_initial_estimates(kernels):
+    layer = BCN(CHANNELS, GROUPS)
+    for step in range(150):
+        x = torch.randn(1, CHANNELS, 16, 16) * 100 + 1000
+        x.requires_grad_()
+        output = layer(x)
+        (gradient,) = torch.autograd.grad(output, x, torch.randn(output.shape))
+        assert output.isfinite().all(), step
+        assert gradient.isfinite().all(), step
+        assert output.abs().max() < 10
+    mean, var = layer.running_mean, layer.running_var
+    torch.testing.assert_close(
+        mean, torch.full_like(mean, 1000), rtol=0.02, atol=0
+    )
+    torch.testing.assert_close(
+        var, torch.full_like(var, 100**2), rtol=0.15, atol=0
+    )

@@ -1,0 +1,158 @@
+"""Rows of the host contract: tensors."""
+
+from collections.abc import Callable
+
+import timm.layers
+import torch
+from authors import BCNorm
+from mmcv.cnn.bricks.conv_ws import ConvWS2d
+from rows import main, observe
+from torch import Tensor, nn
+
+CONVS = {
+    'mmcv ConvWS': ConvWS2d,
+    'timm StdConv2d': timm.layers.StdConv2d,
+    'timm ScaledStdConv2d': timm.layers.ScaledStdConv2d,
+}
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    'BN': lambda: nn.BatchNorm2d(8),
+    'GN': lambda: nn.GroupNorm(4, 8),
+    "authors' BCN": lambda: BCNorm(8, 4),
+}
+
+
+def together(rows: dict[str, Callable[[], str]]) -> str:
+    """The observations of several layers in one line."""
+    return '; '.join(f'{name}: {observe(row)}' for name, row in rows.items())
+
+
+def kind(values: Tensor) -> str:
+    """Finite, or what else is among the values."""
+    if values.isnan().any():
+        return 'NaN'
+    return 'finite' if values.isfinite().all() else 'inf'
+
+
+def buffers(layer: nn.Module) -> str:
+    """What is in the buffers."""
+    values = [b for b in layer.buffers() if b.is_floating_point()]
+    return kind(torch.cat(values)) if values else 'no buffers'
+
+
+def constant_filters() -> str:
+    """Gradients of filters that are all zero, or all one value."""
+
+    def of(make: type[nn.Conv2d], fill: float) -> str:
+        conv = make(4, 8, 3)
+        nn.init.constant_(conv.weight, fill)
+        torch.manual_seed(0)
+        output = conv(torch.randn(1, 4, 8, 8))
+        output.backward(torch.randn_like(output))
+        gradient = conv.weight.grad
+        return (
+            f'output {kind(output)}, gradient {kind(gradient)} up to '
+            f'{float(gradient.abs().max()):.1g}'
+        )
+
+    return together(
+        {
+            f'{name} of {fill}': lambda make=make, fill=fill: of(make, fill)
+            for name, make in CONVS.items()
+            for fill in (0.0, 0.5)
+        }
+    )
+
+
+def magnitudes() -> str:
+    """Error of filters and inputs of 1e-8 and 1e8, against float64."""
+
+    def of(layer: nn.Module, scale: float, convolution: bool) -> str:
+        torch.manual_seed(0)
+        x = torch.randn(2, 8, 8, 8)
+        with torch.no_grad():
+            if convolution:
+                layer.weight.mul_(scale)
+            else:
+                x = x * scale
+            output = layer(x)
+            for part in layer.modules():
+                if hasattr(part, 'reset_running_stats'):
+                    part.reset_running_stats()
+                elif hasattr(part, 'running_mean'):
+                    part.running_mean.zero_()
+                    part.running_var.fill_(1)
+            expected = layer.double()(x.double())
+        error = (output - expected).abs().max() / expected.abs().max()
+        return f'{kind(output)}, error {float(error):.0e}'
+
+    return together(
+        {
+            f'{name} at {scale:.0e}': (
+                lambda make=make, scale=scale, conv=conv: of(
+                    make(), scale, conv
+                )
+            )
+            for conv, makers in (
+                (
+                    True,
+                    {
+                        name: lambda make=make: make(8, 8, 3, bias=False)
+                        for name, make in CONVS.items()
+                    },
+                ),
+                (False, NORMS),
+            )
+            for name, make in makers.items()
+            for scale in (1e-8, 1e8)
+        }
+    )
+
+
+def not_finite() -> str:
+    """One infinite value in one batch, then clean batches."""
+
+    def of(make: Callable[[], nn.Module]) -> str:
+        torch.manual_seed(0)
+        layer = make()
+        x = torch.randn(2, 8, 5, 6)
+        x[1, 3, 2, 2] = torch.inf
+        output = layer(x)
+        for _ in range(100):
+            later = layer(torch.randn(2, 8, 5, 6))
+        return (
+            f'output {kind(output)}; 100 clean batches later output '
+            f'{kind(later)}, buffers {buffers(layer)}, in eval '
+            f'{kind(layer.eval()(torch.randn(2, 8, 5, 6)))}'
+        )
+
+    return together(
+        {k: lambda make=make: of(make) for k, make in NORMS.items()}
+    )
+
+
+def far_start() -> str:
+    """A first batch of mean 1000 and standard deviation 100."""
+
+    def of(make: Callable[[], nn.Module]) -> str:
+        torch.manual_seed(0)
+        layer = make()
+        outputs = [
+            layer(torch.randn(1, 8, 16, 16) * 100 + 1000) for _ in range(150)
+        ]
+        largest = max(float(y.abs().max()) for y in outputs)
+        return f'{kind(torch.stack(outputs))}, up to {largest:.1f}'
+
+    return together(
+        {k: lambda make=make: of(make) for k, make in NORMS.items()}
+    )
+
+
+ROWS = {
+    'constant_filters': constant_filters,
+    'magnitudes': magnitudes,
+    'not_finite': not_finite,
+    'far_start': far_start,
+}
+
+if __name__ == '__main__':
+    main(ROWS)
