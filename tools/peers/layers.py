@@ -11,11 +11,14 @@ import torch
 import torch.distributed as dist
 from authors import BCNorm
 from mmcv.cnn import ConvModule, fuse_conv_bn
-from mmdet.models import FCNMaskHead, ResNet
+from mmdet.models import FCNMaskHead, ResNeSt, ResNet
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 from mmengine.model.efficient_conv_bn_eval import (
     turn_on_efficient_conv_bn_eval,
 )
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DefaultScope
+from mmseg.models.decode_heads import ASPPHead
 from rows import main, observe
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -257,6 +260,118 @@ def zero_init() -> str:
     return together({name: lambda n=n: of(n) for name, n in NORMS.items()})
 
 
+def optimizer() -> str:
+    """Weight decay of norms under norm_decay_mult=0, and layer-wise decay."""
+
+    class ConvNeXt(nn.Module):
+        def __init__(self, norm: dict) -> None:
+            super().__init__()
+            block = ConvModule(3, 8, 3, norm_cfg=norm)
+            self.stages = nn.ModuleList([nn.ModuleList([block])])
+
+    def of(norm: dict, kind: str, **paramwise: object) -> str:
+        model = nn.Module()
+        model.backbone = ConvNeXt(norm)
+        config = dict(
+            optimizer=dict(type='SGD', lr=1.0, weight_decay=1.0),
+            constructor=kind,
+            paramwise_cfg=paramwise,
+        )
+        with DefaultScope.overwrite_default_scope('mmdet'):
+            built = build_optim_wrapper(model, config).optimizer
+        norm_layer = model.backbone.stages[0][0].norm
+        named = {p: name for name, p in norm_layer.named_parameters()}
+        decayed = [
+            named[p]
+            for group in built.param_groups
+            for p in group['params']
+            if p in named and group['weight_decay']
+        ]
+        return f'{", ".join(decayed) or "nothing"} of the norm is decayed'
+
+    cases = {
+        'norm_decay_mult=0': partial(
+            of, kind='DefaultOptimWrapperConstructor', norm_decay_mult=0.0
+        ),
+        'layer-wise': partial(
+            of,
+            kind='LearningRateDecayOptimizerConstructor',
+            decay_rate=0.5,
+            num_layers=6,
+        ),
+    }
+    return together(
+        {
+            f'{name}, {case}': partial(run, norm)
+            for case, run in cases.items()
+            for name, norm in NORMS.items()
+        }
+    )
+
+
+def pooled() -> str:
+    """One image through ASPP, with its pooled branch, in training."""
+
+    def of(norm: dict) -> str:
+        head = ASPPHead(
+            dilations=(1,),
+            in_channels=16,
+            channels=64,
+            num_classes=2,
+            norm_cfg=norm,
+        )
+        output = head([torch.randn(1, 16, 8, 8)])
+        output.backward(torch.randn_like(output))
+        finite = all(v.isfinite().all() for v in head.state_dict().values())
+        return f'trains, buffers {"finite" if finite else "NaN"}'
+
+    return together({name: lambda n=n: of(n) for name, n in NORMS.items()})
+
+
+def one_per_group() -> str:
+    """One image through ResNeSt, whose attention pools 32 channels."""
+
+    def of(norm: dict) -> str:
+        model = ResNeSt(
+            depth=50,
+            num_stages=1,
+            strides=[1],
+            dilations=[1],
+            out_indices=[0],
+            norm_eval=False,
+            norm_cfg=norm,
+        )
+        model.train()
+        model(image(1, 64))
+        return 'trains'
+
+    return together(
+        {
+            'BN': lambda: of(NORMS['BN']),
+            'GN': lambda: of(dict(type='GN', num_groups=32)),
+            "authors' BCN": lambda: of(dict(type=BCNorm)),
+        }
+    )
+
+
+def odd_channels() -> str:
+    """Norms of 32 groups on 48, 18, 168 and 26 channels."""
+    kinds = {
+        'GN': lambda channels: nn.GroupNorm(32, channels),
+        'timm GroupNormAct': lambda channels: timm.layers.GroupNormAct(
+            channels, 32
+        ),
+        "authors' BCN": lambda channels: BCNorm(channels, 32),
+    }
+
+    def of(kind: Callable[[int], nn.Module]) -> str:
+        for channels in (48, 18, 168, 26):
+            kind(channels)(torch.randn(1, channels, 3, 3))
+        return 'ok'
+
+    return together({name: lambda k=k: of(k) for name, k in kinds.items()})
+
+
 ROWS = {
     'fuse': fuse,
     'efficient_conv_bn_eval': efficient_conv_bn_eval,
@@ -265,6 +380,10 @@ ROWS = {
     'no_boxes': no_boxes,
     'checkpointing': checkpointing,
     'zero_init': zero_init,
+    'optimizer': optimizer,
+    'pooled': pooled,
+    'one_per_group': one_per_group,
+    'odd_channels': odd_channels,
 }
 
 if __name__ == '__main__':
