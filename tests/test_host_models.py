@@ -656,7 +656,8 @@ def test_one_value_per_group_is_refused_with_the_key(package: str) -> None:
 
 @pytest.mark.parametrize('name', HEADS)
 def test_heads_train_on_one_image(name: str) -> None:
-    head = HEADS[name](norm_cfg=dict(type='ws_mm.BCN'))
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        head = HEADS[name](norm_cfg=dict(type='ws_mm.BCN'))
     levels = [torch.randn(1, 16, size, size) for size in (8, 4)]
     step_of_one_image(head, levels)
     # The pooled branch learned from its one value per channel, too.

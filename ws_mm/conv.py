@@ -89,12 +89,15 @@ class _WeightStandardized(nn.modules.conv._ConvNd):
             else:
                 fused = name == 'weight' and _is_scaled(before, value)
             if fused:
-                what = 'weight, scaled,' if name == 'weight' else 'new bias'
+                what, then = 'its weight, scaled,', ''
+                if name == 'bias':
+                    what = 'a new bias'
+                    then = '. If its filters were scaled in place, reload them'
                 raise RuntimeError(
-                    f'{type(self).__name__} was given a {what} by attribute, '
+                    f'{type(self).__name__} was given {what} by attribute, '
                     'as fuse_conv_bn does: standardizing undoes the scale '
                     'and the result would be wrong. Bake the model first '
-                    '(ws_mm.bake, tools/bake.py), then fuse the baked one'
+                    f'(ws_mm.bake, tools/bake.py), then fuse that{then}'
                 )
         super().__setattr__(name, value)
 
