@@ -153,6 +153,7 @@ def test_hook_is_silent_in_one_process():
     hook.after_train_iter(Runner(model), 0)
     for name, values in model.named_buffers():
         assert torch.equal(values, before[name])
+    assert model.first.values_seen is None  # nothing to count for
 
 
 def count_collectives(function: Callable[[], Any]) -> int:
@@ -255,6 +256,36 @@ def test_accumulated_batches_weigh_together(world):
         for _, buffers in ranks:
             actual = {name: buffers[name]}
             assert not disagreements(actual, wanted, 1e-12)
+
+
+def varying_rank(rank: int, steps: list[list[int]]) -> dict[str, Tensor]:
+    layer = make_layer('estimate').float()
+    hook = SyncEstimatesHook()
+    hook.before_train(Runner(layer))
+    for index, sizes in enumerate(steps):
+        x, _ = make_batch(sum(sizes))
+        layer(share(x.float() + index, sizes, rank))
+        hook.after_train_iter(Runner(layer), index)
+    return dict(layer.named_buffers())
+
+
+def test_each_iteration_weighs_its_own_values(world):
+    steps = [[1, 3], [3, 1], [0, 2]]
+    layer = make_layer('estimate').float()
+    for index, sizes in enumerate(steps):
+        layer(make_batch(sum(sizes))[0].float() + index)
+    for buffers in world(2).run(varying_rank, steps):
+        assert not disagreements(buffers, dict(layer.named_buffers()), 1e-6)
+
+
+def test_what_one_rank_learned_arrives_bit_for_bit(world):
+    steps = [[3, 0], [0, 1], [7, 0]]
+    layer = make_layer('estimate').float()
+    for index, sizes in enumerate(steps):
+        layer(make_batch(sum(sizes))[0].float() + index)
+    for buffers in world(2).run(varying_rank, steps):
+        for name, values in layer.named_buffers():
+            assert torch.equal(buffers[name], values)
 
 
 class Skipping(Net):
