@@ -156,14 +156,14 @@ def test_hook_is_silent_in_one_process():
     assert model.first.values_seen is None  # nothing to count for
 
 
-def count_collectives(function: Callable[[], Any]) -> int:
-    """Calls of c10d operators, those of DDP in C++ included."""
+def count(function: Callable[[], Any], operators: str = 'c10d::') -> int:
+    """Calls of collectives, those of DDP in C++ included, or of others."""
     with profile(activities=[ProfilerActivity.CPU]) as events:
         function()
     return sum(
         event.count
         for event in events.key_averages()
-        if event.key.startswith('c10d::')
+        if event.key.startswith(operators)
     )
 
 
@@ -178,12 +178,31 @@ def counting_rank(rank: int, mode: str) -> list[int]:
         model(x).backward(dy)
         hook.after_train_iter(Runner(model), index)
     with torch.no_grad():
-        forward = count_collectives(lambda: model(x))
+        forward = count(lambda: model(x))
     return [
         forward,
-        count_collectives(lambda: model(x).backward(dy)),
-        count_collectives(lambda: hook.after_train_iter(Runner(model), 2)),
+        count(lambda: model(x).backward(dy)),
+        count(lambda: hook.after_train_iter(Runner(model), 2)),
     ]
+
+
+def waiting_rank(rank: int) -> int:
+    layer = make_layer('estimate')
+    hook = SyncEstimatesHook()
+    hook.before_train(Runner(layer))
+    x, dy = make_batch(2)
+
+    def iteration() -> None:
+        layer(x).backward(dy)
+        hook.after_train_iter(Runner(layer), 0)
+
+    # The operator by which a GPU's number reaches Python.
+    assert count(lambda: float(x.sum()), 'aten::_local_scalar_dense') == 1
+    return count(iteration, 'aten::_local_scalar_dense')
+
+
+def test_no_number_is_waited_for(world):
+    assert world(2).run(waiting_rank) == [0, 0]
 
 
 # Forward; forward and backward, of which one is DDP's own; the hook.
@@ -383,15 +402,14 @@ def test_sync_batch_without_images_or_with_one_value(world):
     assert f'(0, {CHANNELS}, 1, 1)' in none
 
 
-def plain_rank(rank: int) -> int:
-    model = nn.Conv2d(3, 4, 3)
+def plain_rank(rank: int, model: nn.Module) -> int:
     hook = SyncEstimatesHook()
     hook.before_train(Runner(model))
-    return count_collectives(lambda: hook.after_train_iter(Runner(model), 0))
+    return count(lambda: hook.after_train_iter(Runner(model), 0))
 
 
 def test_a_model_without_bcn_costs_nothing(world):
-    assert world(2).run(plain_rank) == [0, 0]
+    assert world(2).run(plain_rank, nn.Conv2d(3, 4, 3)) == [0, 0]
 
 
 def idle_rank(rank: int) -> None:
@@ -431,13 +449,18 @@ def unsynchronized_rank(rank: int, compiled: bool) -> None:
         for _ in range(2):
             run(x)
             make_layer('estimate')(x)
-    assert len(said) == (rank == 0)
+    assert len(said) == (rank == 0 and dist.get_world_size() > 1)
     assert all("type='ws_mm.SyncEstimatesHook'" in line for line in said)
 
 
 @pytest.mark.parametrize('compiled', [False, True])
 def test_missing_hook_is_named_once(compiled, world):
     world(2).run(unsynchronized_rank, compiled)
+
+
+def test_one_process_of_its_own_group_needs_no_hook(world):
+    world(1).run(unsynchronized_rank, False)
+    assert world(1).run(plain_rank, BCN(8)) == [0]
 
 
 def compiled_rank(rank: int) -> None:
