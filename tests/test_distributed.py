@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from ws_mm import BCN, SyncEstimatesHook, norm
+from ws_mm import BCN, SyncEstimatesHook, distributed, norm
 
 CHANNELS, GROUPS = 8, 4
 
@@ -380,6 +380,23 @@ def test_recomputed_activations_change_no_bit(mode, how, world):
         assert left.keys() == right.keys()
         for name in left:
             assert torch.equal(left[name], right[name]), name
+
+
+def summing_rank(rank: int) -> list[Tensor]:
+    x, dy = torch.randn(2, 3, generator=torch.Generator().manual_seed(rank))
+    leaf, cotangent = x.clone().requires_grad_(), dy.clone()
+    total = distributed._AllReduceSum.apply(leaf)
+    total.backward(cotangent)
+    assert torch.equal(leaf, x)
+    assert torch.equal(cotangent, dy)
+    return [x, dy, total.detach(), leaf.grad]
+
+
+def test_sums_over_ranks_leave_what_they_sum(world):
+    ranks = world(2).run(summing_rank)
+    for _, _, total, grad in ranks:
+        torch.testing.assert_close(total, sum(rank[0] for rank in ranks))
+        torch.testing.assert_close(grad, sum(rank[1] for rank in ranks))
 
 
 def empty_rank(rank: int) -> str:
