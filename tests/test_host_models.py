@@ -227,22 +227,24 @@ class Trained(BaseModel):
 
 def train(model: nn.Module, folder: Path, *hook_types: str) -> None:
     """Two iterations of the Runner."""
-    Runner(
-        Trained(model),
-        str(folder),
-        train_dataloader=dict(
-            dataset=[dict(inputs=one) for one in image(images=2)],
-            sampler=dict(type='DefaultSampler', shuffle=False),
-            batch_size=1,
-            collate_fn=dict(type='default_collate'),
-            num_workers=0,
-        ),
-        train_cfg=dict(by_epoch=False, max_iters=2),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
-        custom_hooks=[dict(type=name) for name in hook_types],
-        default_hooks=dict(checkpoint=None),
-        experiment_name=folder.name,
-    ).train()
+    # What the Runner sets for the process is taken back.
+    with DefaultScope.overwrite_default_scope('mmengine'):
+        Runner(
+            Trained(model),
+            str(folder),
+            train_dataloader=dict(
+                dataset=[dict(inputs=one) for one in image(images=2)],
+                sampler=dict(type='DefaultSampler', shuffle=False),
+                batch_size=1,
+                collate_fn=dict(type='default_collate'),
+                num_workers=0,
+            ),
+            train_cfg=dict(by_epoch=False, max_iters=2),
+            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
+            custom_hooks=[dict(type=name) for name in hook_types],
+            default_hooks=dict(checkpoint=None),
+            experiment_name=folder.name,
+        ).train()
 
 
 @pytest.fixture
