@@ -21,18 +21,22 @@ def build_model(cfg: Config) -> nn.Module:
     """
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     try:
-        return MODELS.build(cfg.model).eval()
+        model = MODELS.build(cfg.model)
     except (AttributeError, ImportError, KeyError, TypeError, ValueError) as e:
         raise SetupError(
             f'The model of the config cannot be built: {e}'
         ) from e
+    # mmdet's backbones return None from it.
+    model.eval()
+    return model
 
 
 def forward_of(cfg: Config, size: int = 64) -> Callable[[nn.Module], Any]:
     """Make a function that runs all of a model on one random image.
 
     Args:
-        cfg: the config; its ``default_scope`` says what the model takes.
+        cfg: the config; its ``default_scope`` says what the model takes,
+            unless it is a bare backbone.
         size: height and width in pixels.
     """
     image = torch.randn(
@@ -41,6 +45,8 @@ def forward_of(cfg: Config, size: int = 64) -> Callable[[nn.Module], Any]:
 
     def run(model: nn.Module) -> Any:
         with torch.no_grad():
+            if not hasattr(model, 'backbone'):
+                return model(image)
             if cfg.get('default_scope') == 'mmdet':
                 from mmdet.structures import DetDataSample
 
