@@ -186,6 +186,10 @@ class BCN(nn.GroupNorm):
                 f'BCN({self.num_features}) takes an input of shape '
                 f'(N, {self.num_features}, *), got {tuple(input.shape)}'
             )
+        if self.running_mean.dtype in (torch.half, torch.bfloat16):
+            # FSDP with a buffer_dtype casts past _apply, once.
+            self.running_mean = self.running_mean.float()
+            self.running_var = self.running_var.float()
         # Activation checkpointing repeats the forward inside the backward.
         # A compiler decides itself what it recomputes, and keeps updates out.
         recomputed = (

@@ -147,7 +147,50 @@ def far_start() -> str:
     )
 
 
+def dtypes() -> str:
+    """Ten steps in half precision, against the same in float64."""
+
+    def off(actual: Tensor, expected: Tensor) -> str:
+        error = (actual.double() - expected).abs().max()
+        return f'{float(error / expected.abs().max()):.0e}'
+
+    def of_norm(make: Callable[[], nn.Module], dtype: torch.dtype) -> str:
+        torch.manual_seed(0)
+        layer, exact = make().to(dtype), make().double()
+        for _ in range(10):
+            x = (torch.randn(2, 8, 9, 9) * 3 + 30).to(dtype)
+            output, expected = layer(x), exact(x.double())
+        said = f'output off by {off(output, expected)}'
+        buffers = [b for b in layer.buffers() if b.is_floating_point()]
+        if buffers:
+            wanted = [b for b in exact.buffers() if b.is_floating_point()]
+            error = off(torch.cat(buffers), torch.cat(wanted))
+            kept = str(buffers[0].dtype).removeprefix('torch.')
+            said += f', buffers {kept} off by {error}'
+        return said
+
+    def of_conv(make: type[nn.Conv2d], dtype: torch.dtype) -> str:
+        torch.manual_seed(0)
+        conv = make(8, 8, 3, bias=False)
+        with torch.no_grad():
+            conv.weight.mul_(0.1).add_(0.3)
+        conv = conv.to(dtype)
+        x = torch.randn(2, 8, 9, 9).to(dtype)
+        output = conv(x)
+        return f'output off by {off(output, conv.double()(x.double()))}'
+
+    half = {'half()': torch.float16, 'bfloat16()': torch.bfloat16}
+    rows = {}
+    for call, dtype in half.items():
+        for name, make in NORMS.items():
+            rows[f'{name}.{call}'] = lambda m=make, d=dtype: of_norm(m, d)
+        for name, kind in CONVS.items():
+            rows[f'{name}.{call}'] = lambda m=kind, d=dtype: of_conv(m, d)
+    return together(rows)
+
+
 ROWS = {
+    'dtypes': dtypes,
     'constant_filters': constant_filters,
     'magnitudes': magnitudes,
     'not_finite': not_finite,
