@@ -1,13 +1,16 @@
 """What other checkpoints become when a BCN layer loads them."""
 
+from pathlib import Path
+
 import pytest
 import reference
 import torch
+from mmengine.model import Sequential, initialize
 from mmengine.runner import load_checkpoint
-from mmengine.runner.checkpoint import load_state_dict
+from mmengine.runner.checkpoint import load_state_dict, weights_to_cpu
 from torch import nn
 
-from ws_mm import BCN, PretrainedGN
+from ws_mm import BCN, PretrainedGN, WSConv2d, bake
 
 
 def authors_layout(inner: str) -> dict[str, torch.Tensor]:
@@ -109,3 +112,237 @@ def test_own_layout_is_untouched():
         values.uniform_(0.1, 2)
     load_state_dict(target, source.state_dict(), strict=True)
     torch.testing.assert_close(target.state_dict(), source.state_dict())
+
+
+def torch_strict(net: nn.Module, path: str) -> None:
+    net.load_state_dict(torch.load(path))
+
+
+def torch_lenient(net: nn.Module, path: str) -> None:
+    net.load_state_dict(torch.load(path), strict=False)
+
+
+def load_from(net: nn.Module, path: str) -> None:
+    # What load_from, --resume and test.py come to, with their defaults.
+    load_checkpoint(net, path, revise_keys=[(r'^module\.', '')])
+
+
+def pretrained(net: nn.Module, path: str) -> None:
+    initialize(net, dict(type='Pretrained', checkpoint=path))
+
+
+def pretrained_prefix(net: nn.Module, path: str) -> None:
+    state = {f'backbone.{k}': v for k, v in torch.load(path).items()}
+    torch.save(state, path)
+    cfg = dict(type='Pretrained', checkpoint=path, prefix='backbone.')
+    initialize(net, cfg)
+
+
+def pretrained_gn(net: nn.Module, path: str) -> None:
+    initialize(net, dict(type='ws_mm.PretrainedGN', checkpoint=path))
+
+
+ROUTES = [
+    torch_strict,
+    torch_lenient,
+    load_from,
+    pretrained,
+    pretrained_prefix,
+    pretrained_gn,
+]
+NORMS = {
+    'bn': (nn.BatchNorm2d(12), 'bn1'),
+    'gn named bn': (nn.GroupNorm(4, 12), 'bn1'),
+    'gn': (nn.GroupNorm(4, 12), 'gn1'),
+}
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the package logs."""
+    lines: list[str] = []
+    for module in ('ws_mm.checkpoint', 'ws_mm.conv'):
+        monkeypatch.setattr(
+            f'{module}.print_log', lambda text, **_: lines.append(text)
+        )
+    return lines
+
+
+def save(net: nn.Module, folder: Path) -> str:
+    path = str(folder / 'source.pth')
+    torch.save(net.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize('route', ROUTES)
+@pytest.mark.parametrize('kind', NORMS)
+def test_no_route_loads_a_foreign_norm_into_bcn_in_silence(
+    kind, route, tmp_path, said
+):
+    source = randomize(Net(*NORMS[kind]))
+    path = save(source, tmp_path)
+    target = randomize(Net(BCN(12, 4, outer_affine='channel'), 'bn1'))
+    if kind == 'bn' or (kind == 'gn' and route is not pretrained_gn):
+        with pytest.raises(ValueError, match='bn1: .*convert_checkpoint.py'):
+            route(target, path)
+        return
+    route(target, path)
+    x = torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(target(x), source(x), rtol=1e-4, atol=1e-4)
+    norms = [line for line in said if 'GroupNorm: weight, bias -> ' in line]
+    assert [line.split(':')[0] for line in norms] == ['bn1', 'downsample.1']
+    assert 'created bn_weight 1' in norms[0]
+
+
+@pytest.mark.parametrize('route', ROUTES)
+def test_own_and_authors_layouts_load_by_every_route(route, tmp_path, said):
+    source = randomize(Net(BCN(12, 4), 'bn1'))
+    path = save(source, tmp_path)
+    target = randomize(Net(BCN(12, 4), 'bn1'))
+    route(target, path)
+    torch.testing.assert_close(target.state_dict(), source.state_dict())
+    assert not [line for line in said if 'bn' in line]
+    state = source.state_dict()
+    for norm in ('bn1', 'downsample.1'):
+        for name, values in authors_layout('pbn').items():
+            state[f'{norm}.{name}'] = values
+        for name in ('bn_weight', 'bn_bias', 'running_mean', 'running_var'):
+            del state[f'{norm}.{name}']
+    torch.save(state, path)
+    route(target, path)
+    loaded = target.state_dict()
+    for norm in ('bn1', 'downsample.1'):
+        mean = state[f'{norm}.pbn.running_mean']
+        assert torch.equal(loaded[f'{norm}.running_mean'], mean)
+        scale = state[f'{norm}.pbn.weight']
+        assert torch.equal(loaded[f'{norm}.bn_weight'], scale)
+    assert sum("the authors' BCN" in line for line in said) == 2
+
+
+@pytest.mark.parametrize('route', ROUTES)
+@pytest.mark.parametrize(
+    ('old', 'new', 'mend'),
+    [
+        (dict(outer_affine='channel'), {}, "outer_affine='channel'"),
+        ({}, dict(num_groups=6), 'num_groups=4'),
+        ({}, dict(num_groups=6, outer_affine='channel'), 'num_groups=4'),
+    ],
+)
+def test_bcn_of_other_groups_is_refused(route, old, new, mend, tmp_path):
+    path = save(nn.Sequential(BCN(12, **dict(num_groups=4) | old)), tmp_path)
+    target = nn.Sequential(BCN(12, **dict(num_groups=4) | new))
+    with pytest.raises(ValueError, match=f'^0: .*Set norm_cfg=.*{mend}'):
+        route(target, path)
+
+
+@pytest.mark.parametrize('route', ROUTES)
+def test_outer_affine_per_group_is_repeated_per_channel(route, tmp_path, said):
+    source = randomize(nn.Sequential(BCN(12, 4)))
+    target = nn.Sequential(BCN(12, 4, outer_affine='channel')).eval()
+    route(target, save(source, tmp_path))
+    x = torch.randn(2, 12, 5, 5)
+    torch.testing.assert_close(target(x), source(x))
+    assert '4 groups -> weight, bias of 12 channels' in said[-1]
+
+
+def test_authors_bcn_of_other_groups_is_refused():
+    for outer_affine in ('group', 'channel'):
+        layer = BCN(12, 6, outer_affine=outer_affine)
+        with pytest.raises(ValueError, match='num_groups=4'):
+            layer.load_state_dict(authors_layout('pbn'))
+
+
+def test_layers_without_a_word_in_the_checkpoint_stay(tmp_path):
+    # A backbone given to a whole model: the heads are not in it.
+    net = nn.ModuleDict(dict(a=BCN(12, 4), bn1=BCN(12, 4)))
+    source = randomize(BCN(12, 4))
+    state = {f'a.{k}': v for k, v in source.state_dict().items()}
+    state['other.gn1.weight'] = torch.ones(12)
+    load_state_dict(net, state)
+    assert torch.equal(net['a'].weight, source.weight)
+    assert torch.equal(net['bn1'].weight, torch.ones(4))
+
+
+def ws_net(norm: str) -> nn.Module:
+    """One standardized block, as three kinds of model have it."""
+    layer = dict(
+        bn=nn.BatchNorm2d(12),
+        gn=nn.GroupNorm(4, 12),
+        bcn=BCN(12, 4, outer_affine='channel'),
+    )[norm]
+    return nn.Sequential(WSConv2d(3, 12, 3), layer, WSConv2d(12, 12, 1))
+
+
+@pytest.mark.parametrize('route', ROUTES)
+@pytest.mark.parametrize('norm', ['bn', 'gn', 'bcn'])
+def test_plain_filters_given_to_a_ws_model_are_said_aloud(
+    norm, route, tmp_path, said
+):
+    plain = nn.Sequential(
+        nn.Conv2d(3, 12, 3),
+        nn.BatchNorm2d(12) if norm == 'bn' else nn.GroupNorm(4, 12),
+        nn.Conv2d(12, 12, 1),
+    )
+    route(ws_net(norm), save(plain, tmp_path))
+    warned = [line for line in said if 'does not say' in line]
+    assert len(warned) == 1, 'once per checkpoint'
+    assert warned[0].startswith('0: ')
+    assert 'python tools/convert_checkpoint.py' in warned[0]
+    # The next checkpoint is another matter.
+    route(ws_net(norm), save(plain, tmp_path))
+    assert sum('does not say' in line for line in said) == 2
+
+
+@pytest.mark.parametrize('route', ROUTES)
+def test_own_filters_are_no_matter(route, tmp_path, said):
+    source = ws_net('gn')
+    route(ws_net('gn'), save(source, tmp_path))
+    # With a prefix, the host drops what torch wrote about versions.
+    expected = 1 if route is pretrained_prefix else 0
+    assert sum('does not say' in line for line in said) == expected
+
+
+def test_filters_of_a_runner_are_known(tmp_path, said):
+    path = str(tmp_path / 'iter_1.pth')
+    net = ws_net('gn')
+    torch.save(dict(state_dict=weights_to_cpu(net.state_dict())), path)
+    load_checkpoint(ws_net('gn'), path)
+    assert not said
+    baked = bake(net)
+    torch.save(dict(state_dict=baked.state_dict()), path)
+    load_checkpoint(ws_net('gn'), path)
+    assert 'does not say' in said[0]
+
+
+def test_parts_that_initialise_themselves_do_not_undo_it(tmp_path):
+    bricks = pytest.importorskip('mmcv.cnn')
+
+    def net(norm_cfg: dict, init_cfg: dict | None = None) -> nn.Module:
+        layers = [
+            bricks.ConvModule(3, 12, 1, norm_cfg=norm_cfg),
+            Sequential(bricks.ConvModule(12, 12, 1, norm_cfg=norm_cfg)),
+        ]
+        return Sequential(*layers, init_cfg=init_cfg)
+
+    source = randomize(net(dict(type='GN', num_groups=4)))
+    path = save(source, tmp_path)
+    target = net(
+        dict(type='ws_mm.BCN', num_groups=4, outer_affine='channel'),
+        dict(type='ws_mm.PretrainedGN', checkpoint=path),
+    ).eval()
+    target.init_weights()
+    x = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(target(x), source(x), rtol=1e-4, atol=1e-4)
+
+
+def test_parts_that_the_checkpoint_lacks_are_initialised(tmp_path):
+    class Part(nn.Module):
+        def init_weights(self) -> None:
+            self.initialised = True
+
+    path = save(nn.Sequential(nn.GroupNorm(4, 12)), tmp_path)
+    init_cfg = dict(type='ws_mm.PretrainedGN', checkpoint=path)
+    norm = BCN(12, 4, outer_affine='channel')
+    net = Sequential(norm, Part(), init_cfg=init_cfg)
+    net.init_weights()
+    assert net[1].initialised

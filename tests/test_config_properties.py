@@ -329,6 +329,18 @@ def test_malformed_layer_is_refused_by_name(
         assert 'did you mean' in message
 
 
+def test_every_wrong_value_is_refused_by_name() -> None:
+    for key, kind, bad in (
+        ('norm_cfg', 'ws_mm.BCN', BAD_NORM),
+        ('conv_cfg', 'ws_mm.WSConv2d', BAD_CONV),
+    ):
+        for name, value in ((n, v) for n in bad for v in bad[n]):
+            cfgs = {key: {'type': kind, name: value}}
+            with pytest.raises((TypeError, ValueError), match=name) as raised:
+                bricks.ConvModule(4, 8, 3, **cfgs)
+            assert key in str(raised.value)
+
+
 def test_a_typo_is_answered_with_the_argument() -> None:
     for key, typo, meant in (
         ('norm_cfg', 'momentun', 'momentum'),

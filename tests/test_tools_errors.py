@@ -31,6 +31,8 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setenv(name, '0')
         monkeypatch.delenv(name)
+    # Set by the scripts for their process; monkeypatch takes it back.
+    monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '0')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
 

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.runner.checkpoint import get_torch_safe_globals
+from mmengine.registry import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 # What prepares or checks a data set, by a word in its path.
@@ -22,6 +21,13 @@ CONVERTERS = {
     'coco': 'tools/dataset_converters/coco.py',
     'stardist': 'tools/demo.py',
 }
+
+
+# What the host's builders raise about a config.
+BUILD_ERRORS = (
+    *(AssertionError, AttributeError, ImportError),
+    *(KeyError, TypeError, ValueError),
+)
 
 
 class SetupError(Exception):
@@ -182,6 +188,9 @@ def read_checkpoint(path: str | Path) -> dict:
         raise SetupError(
             f'No checkpoint file {path}.{did_you_mean(path, "*.pth")}'
         )
+    # ws_mm may be found only after launch has looked for it.
+    from ws_mm.checkpoint import allow_host_objects, load_from_safetensors
+
     with open(path, 'rb') as file:
         head = file.read(4)
     is_zip = zipfile.is_zipfile(path)
@@ -190,11 +199,11 @@ def read_checkpoint(path: str | Path) -> dict:
             f'Checkpoint {path} is truncated: the end of the file is missing. '
             'Its download or its saving was cut short; use another one.'
         )
-    dtypes = [getattr(np.dtypes, name) for name in np.dtypes.__all__]
+    allow_host_objects()
     try:
-        with torch.serialization.safe_globals(
-            get_torch_safe_globals() + dtypes
-        ):
+        if path.endswith('.safetensors'):
+            content = load_from_safetensors(path)
+        else:
             # Files older than torch 1.6 are no zip and cannot be mapped.
             content = torch.load(
                 path, map_location='cpu', mmap=is_zip, weights_only=True
@@ -210,7 +219,8 @@ def read_checkpoint(path: str | Path) -> dict:
                 "'state_dict': torch.load(old, weights_only=False)"
                 "['state_dict']}, new)"
             ) from error
-        raise _no_checkpoint(path, 'torch.save did not write it') from error
+        writer = 'safetensors' if '.safet' in path else 'torch.save'
+        raise _no_checkpoint(path, f'{writer} did not write it') from error
     if not isinstance(content, dict):
         raise _no_checkpoint(
             path, f'it holds a {type(content).__name__}, no state_dict'
@@ -226,8 +236,8 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def _no_checkpoint(path: str, why: str) -> SetupError:
     return SetupError(
-        f'{path} is not a checkpoint: {why}. Give a .pth file that training '
-        'saved or a released one.'
+        f'{path} is not a checkpoint: {why}. Give a .pth or .safetensors '
+        'file that training saved or a released one.'
     )
 
 
@@ -253,6 +263,60 @@ def check_checkpoints(cfg: Config) -> None:
                 read_checkpoint(path)
             except SetupError as error:
                 raise SetupError(f'{key}: {error}') from error
+
+
+def explain(cfg: Config, error: Exception) -> str:
+    """Which keys of a config an error while building its model is about.
+
+    Returns:
+        The end of a message; '' where nothing in the config stands out.
+    """
+    text = str(error)
+    named = re.search(r"argument '(\w+)'", text)
+    ours = re.search(r'\b((?:norm|conv)_cfg)=dict\((\w+)=', text)
+    found = []
+    for key, node in _nodes('model', cfg.get('model')):
+        part = key.rpartition('.')[2]
+        is_layer = part.endswith(('norm_cfg', 'conv_cfg'))
+        if not isinstance(node, dict):
+            if is_layer and node is not None:
+                found.append(f'{key} = {node!r}: give a dict(type=...)')
+            continue
+        if node.get('dcn') and node.get('conv_cfg') and 'DCN' in text:
+            found.append(
+                f'{key}.conv_cfg and {key}.dcn exclude each other: set one '
+                'of them to None'
+            )
+        kind = node.get('type')
+        if is_layer and 'Cannot find' in text and _unknown(kind):
+            names = [*MODELS.module_dict, 'ws_mm.BCN', 'ws_mm.WSConv2d']
+            close = difflib.get_close_matches(str(kind), names, 1)
+            meant = f'; did you mean {close[0]!r}?' if close else ''
+            found.append(f'{key}.type = {kind!r}{meant}')
+        argument = ours[2] if ours else named and named[1]
+        if argument in node and (is_layer or not ours):
+            if not ours or part.endswith(ours[1]):
+                found.append(f'{key}.{argument} = {node[argument]!r}')
+    more = f' and {len(found) - 4} more' if len(found) > 4 else ''
+    return f'. In the config: {"; ".join(found[:4])}{more}' if found else ''
+
+
+def _unknown(kind: Any) -> bool:
+    try:
+        return isinstance(kind, str) and MODELS.get(kind) is None
+    except (ImportError, KeyError):
+        return True
+
+
+def _nodes(key: str, node: Any) -> Iterator[tuple[str, Any]]:
+    """Every value of a config, with its key."""
+    yield key, node
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _nodes(f'{key}.{name}', value)
+    elif isinstance(node, (list, tuple)):
+        for index, value in enumerate(node):
+            yield from _nodes(f'{key}.{index}', value)
 
 
 def check_weights_fit(path: str | None, model: torch.nn.Module) -> None:

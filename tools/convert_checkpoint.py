@@ -9,8 +9,9 @@ networks are run in float64 on a random image before anything is written.
 import argparse
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import checks
 import launch
@@ -59,8 +60,10 @@ class Source(NamedTuple):
 def parse_args() -> argparse.Namespace:
     """Command line of the conversion."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('source', help='checkpoint file')
-    parser.add_argument('out', help='new checkpoint file')
+    parser.add_argument('source', help='checkpoint file: .pth, .safetensors')
+    parser.add_argument(
+        'out', help='new checkpoint file, .pth or .safetensors'
+    )
     parser.add_argument(
         '--norm',
         choices=['gn', 'bcn', 'bn'],
@@ -393,6 +396,21 @@ def difference(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
+def save(state: State, path: str) -> None:
+    """Write the tensors, marked as those of standardized convolutions."""
+    from ws_mm.checkpoint import mark_standardized
+
+    if path.endswith('.safetensors'):
+        from safetensors.torch import save_file
+
+        tensors = {name: values.contiguous() for name, values in state.items()}
+        save_file(tensors, path, dict(format='pt', ws_mm='standardized'))
+        return
+    ordered = OrderedDict(state)
+    mark_standardized(ordered)
+    torch.save(dict(state_dict=ordered), path)
+
+
 def main() -> None:
     """Recognise, convert, verify, write."""
     args = parse_args()
@@ -451,10 +469,7 @@ def main() -> None:
         )
     folder, name = os.path.split(os.path.abspath(args.out))
     checks.check_writable(folder, 'OUT')
-    content: dict[str, Any] = dict(state_dict=state)
-    models.write_together(
-        folder, {name: lambda path: torch.save(content, path)}
-    )
+    models.write_together(folder, {name: lambda path: save(state, path)})
     affine = ", outer_affine='channel'" if source.layout == 'gn' else ''
     count = f', num_groups={args.num_groups}'
     norms = dict(

@@ -5,16 +5,25 @@ import difflib
 import importlib.util
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from checks import ROOT, SetupError, did_you_mean, iter_datasets
+from checks import (
+    BUILD_ERRORS,
+    ROOT,
+    SetupError,
+    did_you_mean,
+    explain,
+    iter_datasets,
+)
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -91,10 +100,16 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call ``main``; a SetupError becomes one message, without traceback."""
+    """Call ``main``; what the user can mend is one message, no traceback.
+
+    That is a SetupError, a ValueError that ws_mm itself raised, and a
+    checkpoint that holds code.
+    """
     try:
         main()
-    except SetupError as error:
+    except (SetupError, ValueError, pickle.UnpicklingError) as error:
+        if isinstance(error, ValueError) and not _raised_by('ws_mm', error):
+            raise
         # The first process of the machine speaks for the others. They wait
         # for it, since the launcher ends all as soon as one has failed.
         local = os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID'))
@@ -102,6 +117,12 @@ def run(main: Callable[[], None]) -> None:
             time.sleep(30)
         print(f'error: {error}', file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+def _raised_by(package: str, error: Exception) -> bool:
+    """Whether the innermost frame of an error is code of a package."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals['__name__'].split('.')[0] == package
 
 
 def say(text: str) -> None:
@@ -155,6 +176,11 @@ def load_config(args: argparse.Namespace, needed: Sequence[str]) -> Config:
             'Uninstall it, then: pip install --no-build-isolation onedl-mmcv '
             '(README.md names the version).'
         )
+    # Of a checkpoint with code, the host runs the code. Not here.
+    from ws_mm.checkpoint import FORCE, allow_host_objects
+
+    os.environ[FORCE] = '1'
+    allow_host_objects()
     cfg.launcher = args.launcher
     if args.local_rank is not None:
         os.environ.setdefault('LOCAL_RANK', args.local_rank)
@@ -258,15 +284,21 @@ def build_runner(cfg: Config) -> Runner:
     """Build the Runner that the config asks for.
 
     Raises:
-        SetupError: SyncBN, which torch has for GPUs only, on the CPU.
+        SetupError: SyncBN, which torch has for GPUs only, on the CPU; or
+            a layer that cannot be built, with its keys.
     """
     try:
         if 'runner_type' in cfg:
             return RUNNERS.build(cfg)
         return Runner.from_cfg(cfg)
-    except ValueError as error:
+    except BUILD_ERRORS as error:
         if 'SyncBatchNorm layers only work with GPU' not in str(error):
-            raise
+            keys = explain(cfg, error)
+            if not keys:
+                raise
+            raise SetupError(
+                f'The model of the config cannot be built: {error}{keys}'
+            ) from error
         raise SetupError(
             'SyncBN does not run on the CPU in several processes. Set the '
             "type in norm_cfg to 'BN', 'GN' or 'ws_mm.BCN', or run one "

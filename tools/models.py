@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checks import SetupError
+from checks import BUILD_ERRORS, SetupError, explain
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
@@ -22,10 +22,11 @@ def build_model(cfg: Config) -> nn.Module:
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     try:
         model = MODELS.build(cfg.model)
-    except (AttributeError, ImportError, KeyError, TypeError, ValueError) as e:
+    except BUILD_ERRORS as error:
         raise SetupError(
-            f'The model of the config cannot be built: {e}'
-        ) from e
+            f'The model of the config cannot be built: {error}'
+            f'{explain(cfg, error)}'
+        ) from error
     # mmdet's backbones return None from it.
     model.eval()
     return model

@@ -9,13 +9,16 @@ convolutions.
 """
 
 import inspect
+import logging
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from .arguments import check_eps, refuse_unknown
+from .checkpoint import STANDARDIZED
 from .functional import (
     check_eps_mode,
     check_fan_in,
@@ -27,6 +30,7 @@ from .functional import (
 class _WeightStandardized(nn.modules.conv._ConvNd):
     """What the three classes share; each also names its torch base."""
 
+    _version = STANDARDIZED
     _loading = False
 
     def __init__(
@@ -101,11 +105,22 @@ class _WeightStandardized(nn.modules.conv._ConvNd):
                 )
         super().__setattr__(name, value)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,
+    ) -> None:
+        version = local_metadata.get('version') or 1
+        if f'{prefix}weight' in state_dict and version < STANDARDIZED:
+            _report_unknown_filters(prefix[:-1], args[-1])
         # load_state_dict(assign=True) may assign any values.
         self._loading = True
         try:
-            super()._load_from_state_dict(*args)
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, *args
+            )
         finally:
             del self._loading
 
@@ -174,3 +189,23 @@ class WSConv2d(_WeightStandardized, nn.Conv2d):
 @MODELS.register_module()
 class WSConv3d(_WeightStandardized, nn.Conv3d):
     """3D convolution with a standardized weight; see :class:`WSConv2d`."""
+
+
+_reported: list[list[str]] = []
+
+
+def _report_unknown_filters(name: str, errors: list[str]) -> None:
+    """Warn once per checkpoint; each load has its own list of errors."""
+    if _reported and _reported[0] is errors:
+        return
+    _reported[:] = [errors]
+    print_log(
+        f'{name or "this convolution"}: the checkpoint does not say that its '
+        'filters were trained standardized, as those of ws_mm do. A plain BN '
+        'or GN network computes something else under WS, and its names and '
+        'shapes cannot show it. Right are BN+WS, GN+WS and BCN+WS networks, '
+        'such as open-mmlab://jhu/resnet50_gn_ws; a plain ResNet is converted '
+        'by: python tools/convert_checkpoint.py OLD NEW',
+        logger='current',
+        level=logging.WARNING,
+    )

@@ -17,7 +17,7 @@ from .arguments import (
     check_tensor_options,
     refuse_unknown,
 )
-from .checkpoint import to_native_layout
+from .checkpoint import refuse_other_name, report, to_native_layout
 from .functional import batch_channel_norm, check_mode, check_not_symbolic
 
 OUTER_AFFINES = ('group', 'channel')
@@ -242,9 +242,18 @@ class BCN(nn.GroupNorm):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:
-        to_native_layout(
-            state_dict, prefix, self.num_features, self.outer_affine
+        if not any(name.startswith(prefix) for name in state_dict):
+            # Of (metadata, strict, missing, unexpected, errors): what the
+            # modules above have no place for.
+            refuse_other_name(prefix, args[3])
+        mapped = to_native_layout(
+            state_dict,
+            prefix,
+            self.num_features,
+            self.outer_affine,
+            self.num_groups,
         )
+        report(mapped)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
