@@ -307,6 +307,32 @@ def test_what_one_rank_learned_arrives_bit_for_bit(world):
             assert torch.equal(buffers[name], values)
 
 
+def broken_rank(rank: int) -> dict[str, Tensor]:
+    layer = make_layer('estimate')
+    hook = SyncEstimatesHook()
+    hook.before_train(Runner(layer))
+    x = share(make_batch(4)[0], (3, 1), rank)
+    if rank == 1:
+        x[0, 2, 0, 0] = torch.nan
+    layer(x)
+    hook.after_train_iter(Runner(layer), 0)
+    return dict(layer.named_buffers())
+
+
+def test_a_channel_that_is_nan_on_one_rank_stays_finite_on_all(world):
+    ranks = world(2).run(broken_rank)
+    before, whole, alone = (make_layer('estimate') for _ in range(3))
+    x, _ = make_batch(4)
+    whole(x)
+    alone(x[:3])
+    expected = dict(whole.named_buffers())
+    for name, values in expected.items():
+        moved, kept = alone.get_buffer(name), before.get_buffer(name)
+        values[2] = (3 * moved[2] + kept[2]) / 4
+    for buffers in ranks:
+        assert not disagreements(buffers, expected, TOLERANCE[torch.float64])
+
+
 class Skipping(Net):
     """A model whose second layer is not called on rank 1."""
 
