@@ -97,6 +97,7 @@ def test_a_killed_run_ends_in_the_same_bits(
     result = json.loads(said.splitlines()[-1])
     assert result['kills'] == 3
     assert result['of_these_in_the_midst_of_a_save'] > 0
+    assert result['resumed_from']
     assert result['logged_iterations'] == 6
     assert result['differences'] == []
     assert result['left_behind'] == result['processes_left'] == []

@@ -9,6 +9,7 @@ exit code is 1 where something differs or does not resume.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -31,6 +32,8 @@ from mmengine.fileio import LocalBackend
 CLOCK = {'time', 'data_time', 'memory'}
 # A dataloader's workers see within this time that their parent was killed.
 ORPHANS_S = 15
+# What a checkpoint takes to write, at least.
+WRITE_S = 0.03
 
 
 def write_slowly(self: LocalBackend, obj: bytes, path: str) -> None:
@@ -40,7 +43,7 @@ def write_slowly(self: LocalBackend, obj: bytes, path: str) -> None:
         for start in range(0, len(obj), step):
             file.write(obj[start : start + step])
             file.flush()
-            time.sleep(0.003)
+            time.sleep(WRITE_S / 10)
 
 
 def start(command: list[str], log: Path) -> int:
@@ -81,35 +84,51 @@ def _train(command: list[str], log: Path) -> NoReturn:
         os._exit(code)
 
 
-def kill(process: int, after: float, saving: Path | None) -> bool:
+def kill(process: int, after: float, folder: Path, save: int = 0) -> str:
     """Kill a process unless it ends by itself before.
 
     Args:
         process: its id.
-        after: seconds to wait first.
-        saving: folder to watch; after the wait, the process is killed once
-            it is writing a checkpoint there.
+        after: seconds to wait first; of the save, if one is given.
+        folder: where it saves.
+        save: kill it while it writes its first, second, ... checkpoint;
+            0 for any moment.
 
     Returns:
-        Whether it was killed; False where it had ended well.
+        'ended' where it had ended well, else 'killed', or 'saving' where
+        that cut a checkpoint in half.
 
     Raises:
         RuntimeError: it failed.
     """
-    moment = time.monotonic() + after
+    # Halves that an earlier kill left are no sign of this process.
+    old = {path: path.stat().st_mtime_ns for path in folder.glob('*.part')}
+    begun: set[Path] = set()
+    moment = None if save else time.monotonic() + after
     while True:
         ended, status = os.waitpid(process, os.WNOHANG)
         if ended:
             if os.waitstatus_to_exitcode(status) != 0:
                 raise RuntimeError('the training failed')
-            return False
-        if time.monotonic() >= moment and (
-            saving is None or any(saving.glob('*.part'))
-        ):
+            return 'ended'
+        begun |= fresh(folder, old)
+        if moment is None and len(begun) == save:
+            moment = time.monotonic() + after
+        if moment is not None and time.monotonic() >= moment:
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
-            return True
+            return 'saving' if fresh(folder, old) else 'killed'
         time.sleep(0.002)
+
+
+def fresh(folder: Path, old: dict[Path, int]) -> set[Path]:
+    """Checkpoints that are being written, without the old halves."""
+    found = set()
+    for path in folder.glob('*.part'):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime_ns != old.get(path):
+                found.add(path)
+    return found
 
 
 def orphans(groups: list[int]) -> list[int]:
@@ -212,35 +231,50 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         command += ['--cfg-options', *args.cfg_options]
 
     begun = time.monotonic()
-    kill(start([*command, '--work-dir', str(whole)], log), 1e9, None)
+    kill(start([*command, '--work-dir', str(whole)], log), 1e9, whole)
     took = time.monotonic() - begun
 
-    kills, while_saving, wrong, groups, runs = 0, 0, [], [], 0
+    kills, while_saving, compared = 0, 0, 0
+    wrong: list[str] = []
+    groups: list[int] = []
+    resumed: list[str] = []
     while True:
-        last = kills >= args.kills
+        newest, broken = checks.newest_checkpoint(str(killed))
+        wrong += broken
+        if newest:
+            resumed.append(Path(newest).stem)
         process = start([*command, '--work-dir', str(killed)], log)
-        after = 1e9 if last else moments.uniform(0, 0.6 * took)
-        saving = killed if kills % 2 else None
-        if kill(process, after, saving):
+        if kills == args.kills:
+            how = kill(process, 1e9, killed)
+        elif kills % 2:
+            how = kill(process, moments.uniform(0, took), killed)
+        else:
+            # Not the first at first, so that there is what to resume from.
+            save = moments.randint(1, 3) if kills else 2
+            how = kill(process, moments.uniform(0, WRITE_S), killed, save)
+        if how != 'ended':
             kills += 1
             groups.append(process)
-            while_saving += any(killed.glob('*.part'))
+            while_saving += how == 'saving'
             wrong += broken_files(killed)
             continue
-        runs += 1
+        compared += 1
         wrong += compare(whole, killed)
-        if last:
+        if kills == args.kills:
             break
         # It ended before it could be killed: once more from the start.
         shutil.rmtree(killed)
         killed.mkdir()
+    if not resumed:
+        wrong.append('nothing was resumed: no kill came after a checkpoint')
     left = [str(path) for path in killed.glob('*.part')]
     return {
         'config': Path(args.config).name,
         'options': args.cfg_options,
         'kills': kills,
         'of_these_in_the_midst_of_a_save': while_saving,
-        'compared_runs': runs,
+        'resumed_from': resumed,
+        'compared_runs': compared,
         'logged_iterations': len(dict(logged(whole))),
         'tensors': len(final(whole)['state_dict']),
         'differences': wrong,
