@@ -33,7 +33,7 @@ if importlib.util.find_spec('ws_mm') is None:
 
 # What may change between the first and the last part, as a factor: medians
 # of CPU time still differ by some percent on a busy machine.
-MORE_MEMORY = 1.05
+MORE_MEMORY = 1.02
 MORE_TIME = 1.15
 
 
