@@ -1,10 +1,16 @@
 """Fixtures for all tests."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from gloo import World
+
+if not torch.cuda.is_available():
+    # Triton reads this when it is imported, which torch does late: without a
+    # GPU its kernels are interpreted, on CPU tensors.
+    os.environ.setdefault('TRITON_INTERPRET', '1')
 
 
 @pytest.fixture(autouse=True)

@@ -66,7 +66,12 @@ class _WeightStandardized(nn.modules.conv._ConvNd):
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``input`` with the standardized weight."""
         check_not_symbolic(input, type(self).__name__)
-        weight = standardize_weight(self.weight, self.eps, self.eps_mode)
+        weight = standardize_weight(
+            self.weight,
+            self.eps,
+            self.eps_mode,
+            _dtype_of_convolutions(self.weight),
+        )
         return super()._conv_forward(input, weight, self.bias)
 
     def _conv_forward(
@@ -152,6 +157,21 @@ def _is_scaled(before: Tensor, after: Tensor) -> bool:
     multiple = (new - factor * old).abs() <= rounding * size
     same = (factor - 1).abs() <= rounding
     return bool(multiple.all() and not (same | (factor == 0)).all())
+
+
+def _dtype_of_convolutions(weight: Tensor) -> torch.dtype:
+    """The one that autocast would cast this weight to in a convolution.
+
+    Standardizing writes it then, and no cast passes over the filters again.
+    """
+    device = weight.device.type
+    if (
+        weight.dtype == torch.float64  # autocast leaves those alone
+        or not hasattr(torch, 'get_autocast_dtype')  # torch < 2.4
+        or not torch.is_autocast_enabled(device)
+    ):
+        return weight.dtype
+    return torch.get_autocast_dtype(device)
 
 
 @MODELS.register_module()

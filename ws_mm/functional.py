@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, fx
 
 from .distributed import synchronized_moments
-from .kernels import cpu, fused_runs, plain
+from .kernels import cpu, fused, plain
 
 EPS_MODES = ('outside', 'inside')
 MODES = ('estimate', 'batch', 'sync_batch')
 
 
 def standardize_weight(
-    weight: Tensor, eps: float = 1e-5, eps_mode: str = 'outside'
+    weight: Tensor,
+    eps: float = 1e-5,
+    eps_mode: str = 'outside',
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Give every filter of a convolution zero mean and unit variance.
 
@@ -32,7 +35,7 @@ def standardize_weight(
         ImageNet code. timm's ``StdConv2d`` differs: biased, 1e-6 inside.
     Shape:
         weight: (out_channels, in_channels / groups, *kernel_size).
-        returns: same shape, dtype and memory format.
+        returns: same shape and memory format.
 
     Args:
         weight: the raw filters. Half-precision ones are standardized in
@@ -40,6 +43,7 @@ def standardize_weight(
         eps: added to a standard deviation ('outside', in units of weight)
             or to a variance ('inside', in units of weight squared).
         eps_mode: 'outside' or 'inside' the square root.
+        dtype: of the result, rounded once. None is that of weight.
 
     Raises:
         ValueError: ``eps_mode`` is unknown, or a filter has a single entry.
@@ -47,16 +51,18 @@ def standardize_weight(
     check_eps_mode(eps_mode)
     fan_in = weight.shape[1:].numel()
     check_fan_in(fan_in)
-    raw = _at_least_float32(weight)
-    standardized: Tensor
+    dtype = weight.dtype if dtype is None else dtype
+    standardized: Tensor | None = None
     # Of two entries, the gradient is what cancellation leaves: no closed form.
-    if fused_runs(raw) and fan_in > 2:
-        standardized = cpu.StandardizeWeight.apply(
-            raw, eps, eps_mode == 'inside'
+    kernels = fused(weight) if fan_in > 2 else None
+    if kernels is not None:
+        standardized = kernels.standardize_weight(
+            weight, eps, eps_mode == 'inside', dtype
         )
-    else:
+    if standardized is None:
+        raw = _at_least_float32(weight)
         standardized = plain.standardize_weight(raw, eps, eps_mode)
-    return standardized.to(weight.dtype)
+    return standardized.to(dtype)
 
 
 def updated_estimates(
@@ -178,6 +184,24 @@ def batch_channel_norm(
     """
     check_mode(mode)
     _check_group_size(input, num_groups)
+    of_batch = training and mode == 'batch' and input.numel() > 0
+    if of_batch and input.numel() == input.shape[1]:
+        raise ValueError(_one_value_message(input, mode))
+    kernels = fused(input)
+    if kernels not in (None, cpu) and not (training and mode == 'sync_batch'):
+        result: Tensor | None = kernels.batch_channel_norm(
+            input,
+            num_groups,
+            (running_mean, running_var),
+            (bn_weight, bn_bias, weight, bias),
+            momentum,
+            eps,
+            of_batch,
+            training and update,
+        )
+        if result is not None:
+            return result
+
     x = _at_least_float32(input)
     scale, shift = _like(bn_weight, x), _like(bn_bias, x)
     outer_scale, outer_shift = _like(weight, x), _like(bias, x)
@@ -190,11 +214,8 @@ def batch_channel_norm(
         )
         return output.to(input.dtype)
 
-    of_batch = training and mode == 'batch' and x.numel() > 0
-    if of_batch and x.numel() == x.shape[1]:
-        raise ValueError(_one_value_message(x, mode))
-    fused = fused_runs(x) and cpu.takes_rows(x)
-    moments = cpu.instance_moments(x.detach()) if fused else None
+    rows = kernels is cpu and cpu.takes_rows(x)
+    moments = cpu.instance_moments(x.detach()) if rows else None
     mean, var = running_mean, running_var
     if of_batch:
         mean, var = _batch_statistics(x, moments)

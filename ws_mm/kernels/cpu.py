@@ -18,6 +18,16 @@ from . import plain
 aten = torch.ops.aten
 
 
+def standardize_weight(
+    weight: Tensor, eps: float, inside: bool, dtype: torch.dtype
+) -> Tensor:
+    """Standardize filters in at least float32, into dtype."""
+    if weight.dtype in (torch.half, torch.bfloat16):
+        weight = weight.float()
+    standardized: Tensor = StandardizeWeight.apply(weight, eps, inside)
+    return standardized.to(dtype)
+
+
 class StandardizeWeight(torch.autograd.Function):
     """``standardize_weight`` of float32 or float64 filters.
 
@@ -53,17 +63,18 @@ class StandardizeWeight(torch.autograd.Function):
         return _in_memory_order(output, weight, back=True)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         weight, output, denominator, ratio = ctx.saved_tensors
         if torch.is_grad_enabled():  # someone differentiates twice
             eps, inside = ctx.settings
-            again = plain.standardize_weight(
-                weight, eps, 'inside' if inside else 'outside'
+            mode = 'inside' if inside else 'outside'
+            (again,) = plain.gradients(
+                lambda weight: plain.standardize_weight(weight, eps, mode),
+                [weight],
+                [True],
+                grad,
             )
-            (gradient,) = torch.autograd.grad(
-                again, weight, grad, create_graph=True
-            )
-            return gradient, None, None
+            return again, None, None
         fan_in = output.shape[1]
         permuted = _in_memory_order(grad, weight)
         # The gradient of a layer norm of mean m and reciprocal std a is
@@ -254,7 +265,18 @@ class BatchChannelNorm(torch.autograd.Function):
         )
         num_groups, _, of_batch = ctx.settings
         if torch.is_grad_enabled():  # someone differentiates twice
-            return _differentiable_backward(ctx, grad)
+            gradients = plain.gradients(
+                lambda x, a, b, c, d: plain.batch_channel_norm(
+                    x.to(mean.dtype),
+                    *(a, b, c, d),
+                    *(mean, var),
+                    *ctx.settings,
+                ),
+                [input, bn_weight, bn_bias, weight, bias],
+                ctx.needs_input_grad[:5],
+                grad,
+            )
+            return *gradients, *[None] * 7
         rows = as_rows(input.to(mean.dtype))
         if input.is_contiguous():
             grad_rows = as_rows(grad.contiguous())
@@ -342,40 +364,3 @@ def _fold(gradient: Tensor, affine: Tensor | None) -> Tensor | None:
     if affine is None:
         return None
     return gradient.view(affine.numel(), -1).sum(-1)
-
-
-def _differentiable_backward(
-    ctx: Any, grad: Tensor
-) -> tuple[Tensor | None, ...]:
-    input, bn_weight, bn_bias, weight, bias = ctx.saved_tensors[:5]
-    mean, var = ctx.saved_tensors[-2:]
-    num_groups, eps, of_batch = ctx.settings
-    output = plain.batch_channel_norm(
-        input.to(mean.dtype),
-        bn_weight,
-        bn_bias,
-        weight,
-        bias,
-        mean,
-        var,
-        num_groups,
-        eps,
-        of_batch,
-    )
-    leaves = input, bn_weight, bn_bias, weight, bias
-    wanted = [
-        leaf if needed else None
-        for leaf, needed in zip(leaves, ctx.needs_input_grad, strict=False)
-    ]
-    gradients = iter(
-        torch.autograd.grad(
-            output,
-            [leaf for leaf in wanted if leaf is not None],
-            grad,
-            create_graph=True,
-        )
-    )
-    return (
-        *(None if leaf is None else next(gradients) for leaf in wanted),
-        *[None] * 7,
-    )

@@ -1,6 +1,7 @@
 """WS and BCN in composed operations: what compilers and exporters get."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -78,3 +79,33 @@ def batch_channel_norm(
         eps=eps,
     )
     return channel_norm(y, num_groups, weight, bias, eps)
+
+
+def gradients(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grad: Tensor,
+) -> list[Tensor | None]:
+    """Gradients of a composed function, in a fused function's backward.
+
+    They are differentiable if the backward is.
+
+    Args:
+        function: of all inputs.
+        inputs: saved ones; None where there are none.
+        needed: which gradients to compute, None for the others.
+        grad: the gradient of the output.
+    """
+    twice = torch.is_grad_enabled()
+    wanted = [
+        x
+        for x, need in zip(inputs, needed, strict=True)
+        if need and x is not None
+    ]
+    with torch.enable_grad():
+        output = function(*inputs)
+        found = iter(
+            torch.autograd.grad(output, wanted, grad, create_graph=twice)
+        )
+    return [next(found) if need else None for need in needed]

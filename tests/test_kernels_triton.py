@@ -1,0 +1,753 @@
+"""The Triton kernels, on a GPU where there is one, interpreted elsewhere.
+
+The interpreter takes about half a second for a forward and backward of BCN,
+so shapes are small, and tiles with them: splits, loops and edges all occur.
+What it cannot see, whether the kernels compile, the last tests see to.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from comparison import (
+    TOLERANCE,
+    disagreements,
+    relative_error,
+    values_and_gradients,
+)
+from test_kernels import in_layout, input_of, saved_bytes, state_of
+from torch import Tensor
+
+import ws_mm.kernels
+from ws_mm import BCN, WSConv2d, batch_channel_norm, standardize_weight
+from ws_mm.kernels import fused
+
+pytest.importorskip('triton', reason='no Triton on this platform')
+from ws_mm.kernels import cuda, triton_kernels
+
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+DEVICE = 'cpu' if INTERPRETED else 'cuda'
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+ROOT = Path(__file__).resolve().parent.parent
+HALF = pytest.mark.parametrize(
+    'dtype', [torch.float16, torch.bfloat16], ids=str
+)
+
+
+@pytest.fixture(autouse=True)
+def forced(monkeypatch) -> None:
+    """No silent fallback: a kernel that cannot run fails its test."""
+    monkeypatch.setenv('WS_MM_KERNELS', 'triton')
+
+
+@pytest.fixture
+def small_tiles(monkeypatch) -> None:
+    for name, value in dict(TILE=32, WIDEST=16, FEW=3, MANY=8).items():
+        monkeypatch.setattr(cuda, name, value)
+
+
+def launches(monkeypatch) -> list[str]:
+    """Record the kernels that run."""
+    seen: list[str] = []
+    for name in KERNELS:
+        kernel = getattr(triton_kernels, name)
+
+        class Recorded:
+            def __init__(self, name, kernel):
+                self.name, self.kernel = name, kernel
+
+            def __getitem__(self, grid):
+                seen.append(self.name)
+                return self.kernel[grid]
+
+        monkeypatch.setattr(triton_kernels, name, Recorded(name, kernel))
+    return seen
+
+
+KERNELS = (
+    'standardize',
+    'standardize_backward',
+    'moments',
+    'join_moments',
+    'coefficients',
+    'affine',
+    'sums',
+    'slopes',
+    'affine_backward',
+)
+
+
+def on_device(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.to(DEVICE) for name, x in values.items()}
+
+
+def on_cpu(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.cpu() for name, x in values.items()}
+
+
+# Weight Standardization
+
+
+def compare_weights(
+    weight: Tensor,
+    eps_mode: str = 'outside',
+    layout: str = 'NCHW',
+    tolerance: float = TOLERANCE[torch.float32],
+) -> None:
+    def ours(weight):
+        output = standardize_weight(
+            in_layout(weight.to(DEVICE), layout), eps_mode=eps_mode
+        )
+        return output.cpu().contiguous()
+
+    actual = values_and_gradients(ours, {'weight': weight}, 'ws')
+    expected = values_and_gradients(
+        partial(reference.standardize_weight, eps_mode=eps_mode),
+        {'weight': weight.double()},
+        'ws',
+    )
+    assert not disagreements(actual, expected, tolerance)
+
+
+@pytest.mark.parametrize('eps_mode', ['outside', 'inside'])
+@pytest.mark.parametrize(
+    'shape',
+    [
+        (1, 3, 1),
+        (3, 1, 3, 3),
+        (5, 33, 1, 1),
+        (2, 1025, 1, 1),
+        (4, 3, 2, 2, 2),
+    ],
+    ids=str,
+)
+def test_standardize_weight_equals_formula(shape, eps_mode):
+    scale = torch.logspace(-3, 1, shape[0]).view(-1, *[1] * (len(shape) - 1))
+    compare_weights((torch.randn(shape) + 0.3) * scale, eps_mode)
+
+
+@pytest.mark.parametrize('eps_mode', ['outside', 'inside'])
+@pytest.mark.parametrize(
+    ('shape', 'layout'),
+    [
+        ((2, 33, 1), 'NCHW'),  # wider than a block, last block of one
+        ((2, 4, 2, 2), 'NCHW'),  # one whole block
+        ((13, 3, 1), 'NCHW'),  # several filters to a program, last ones cut
+        ((3, 2, 3, 2), 'channels_last'),
+        ((5, 3, 1, 1), 'channels_last'),
+    ],
+    ids=str,
+)
+def test_filters_in_blocks_equal_formula(small_tiles, shape, layout, eps_mode):
+    compare_weights(torch.randn(shape) * 0.1 + 0.2, eps_mode, layout)
+
+
+@pytest.mark.parametrize('fan_in', [16, 33], ids=['whole', 'blocks'])
+def test_filters_far_from_zero(small_tiles, fan_in):
+    # The mean alone, in float32, is off by 1e-4 standard deviations.
+    compare_weights(torch.randn(2, fan_in, 1, 1) * 0.01 + 10)
+
+
+@pytest.mark.parametrize('eps_mode', ['outside', 'inside'])
+@pytest.mark.parametrize('fan_in', [16, 33], ids=['whole', 'blocks'])
+def test_constant_filters_stay_finite(small_tiles, fan_in, eps_mode):
+    # 0.3 has rounding, 0 and 0.5 have none.
+    weight = torch.tensor([0, 0.3, 0.5]).view(3, 1, 1).repeat(1, fan_in, 1)
+    weight = weight.to(DEVICE).requires_grad_()
+    output = standardize_weight(weight, eps_mode=eps_mode)
+    assert output.abs().max() < 1e-3
+    grad = torch.randn_like(output)
+    (gradient,) = torch.autograd.grad(output, weight, grad)
+    eps = 1e-5 if eps_mode == 'outside' else 1e-5**0.5
+    expected = (grad - grad.mean(1, keepdim=True)) / eps
+    assert relative_error(gradient[[0, 2]], expected[[0, 2]]) < 1e-5
+    assert gradient.isfinite().all()
+
+
+@HALF
+def test_filters_in_the_dtype_of_autocast(dtype):
+    conv = WSConv2d(5, 3, 3).to(DEVICE)
+    with torch.autocast(DEVICE, dtype):
+        assert conv(torch.randn(1, 5, 4, 4, device=DEVICE)).dtype == dtype
+    low = standardize_weight(conv.weight, dtype=dtype)
+    high = standardize_weight(conv.weight)
+    assert low.dtype == dtype
+    if INTERPRETED and dtype == torch.bfloat16:
+        # The interpreter cuts digits off where a GPU rounds.
+        torch.testing.assert_close(low, high.to(dtype), rtol=2**-7, atol=0)
+    else:
+        assert torch.equal(low, high.to(dtype))
+    # Backward computes in float32 from the raw filters, not from the output.
+    grad = torch.randn(low.shape).to(dtype).to(DEVICE)
+    (gradient,) = torch.autograd.grad(low, conv.weight, grad)
+    (expected,) = torch.autograd.grad(high, conv.weight, grad.float())
+    assert gradient.dtype == torch.float32
+    assert torch.equal(gradient, expected)
+
+
+def test_autocast_standardizes_and_casts_in_one(monkeypatch):
+    conv = WSConv2d(5, 3, 3).to(DEVICE)
+    seen = []
+    forward = torch.nn.functional.conv2d
+
+    def conv2d(input, weight, *args):
+        seen.append(weight.dtype)
+        return forward(input, weight, *args)
+
+    monkeypatch.setattr(torch.nn.functional, 'conv2d', conv2d)
+    x = torch.randn(1, 5, 4, 4, device=DEVICE)
+    conv(x)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        conv(x)
+        with torch.autocast(DEVICE, enabled=False):
+            conv(x)
+    low = torch.bfloat16
+    assert seen == [torch.float32, low, torch.float32]
+
+
+@HALF
+def test_half_precision_filters(dtype):
+    weight = (torch.randn(3, 5, 3, 3) + 1).to(dtype)
+    actual = values_and_gradients(
+        lambda weight: standardize_weight(weight.to(DEVICE)).cpu(),
+        {'weight': weight},
+        'ws',
+    )
+    assert actual['output'].dtype == dtype
+    expected = values_and_gradients(
+        reference.standardize_weight, {'weight': weight.double()}, 'ws'
+    )
+    assert not disagreements(actual, expected, TOLERANCE[dtype])
+
+
+def test_strided_filters_and_cotangents(small_tiles):
+    base = torch.randn(3, 8, 3, 2, device=DEVICE)
+    strided = base[:, ::2].detach().requires_grad_()
+    dense = strided.detach().clone().contiguous().requires_grad_()
+    grad = torch.randn(3, 1, 3, 2, device=DEVICE).expand(3, 4, 3, 2)
+    results = []
+    for weight in (strided, dense):
+        output = standardize_weight(weight)
+        results.append(torch.autograd.grad(output, weight, grad)[0])
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
+# Batch-Channel Normalization, in 3 groups. Shape, layout, mode, phase, outer
+# affine and tiles: every pair of values is in some case.
+CASES = [
+    ((2, 6, 3, 5), 'NCHW', 'estimate', 'train', 'group', 'small'),
+    ((2, 6, 3, 5), 'channels_last', 'batch', 'train', 'channel', 'small'),
+    ((2, 6, 3, 5), 'NCHW', 'batch', 'eval', 'channel', 'real'),
+    ((2, 6, 3, 5), 'channels_last', 'estimate', 'eval', 'group', 'real'),
+    # 5 blocks to a row, 2 to a program: the last program has one
+    ((1, 3, 130), 'NCHW', 'batch', 'train', 'channel', 'small'),
+    ((1, 3, 130), 'NCHW', 'estimate', 'eval', 'channel', 'small'),
+    ((1, 6, 5, 13), 'channels_last', 'estimate', 'train', 'channel', 'small'),
+    ((3, 12, 1, 1), 'NCHW', 'estimate', 'train', 'channel', 'small'),
+    ((3, 12, 1, 1), 'channels_last', 'batch', 'train', 'group', 'real'),
+    ((5, 12), 'NCHW', 'batch', 'train', 'channel', 'small'),
+    ((1, 12, 1, 1), 'NCHW', 'estimate', 'train', 'group', 'real'),
+    ((2, 6, 2, 3, 2), 'NCHW', 'estimate', 'eval', 'group', 'small'),
+    ((2, 6, 2, 3, 2), 'channels_last', 'batch', 'train', 'group', 'small'),
+    ((1, 6, 41, 25), 'NCHW', 'estimate', 'train', 'channel', 'real'),
+    ((1, 6, 41, 25), 'channels_last', 'batch', 'train', 'group', 'real'),
+    ((33, 6, 2), 'NCHW', 'batch', 'train', 'group', 'small'),
+    ((33, 6, 2), 'NCHW', 'estimate', 'train', 'channel', 'real'),
+]
+# With one channel to a group, the second step undoes the inner affine.
+UNDONE = 'dbn_weight', 'dbn_bias'
+
+
+def to_layout(x: Tensor, layout: str) -> Tensor:
+    if layout == 'NCHW':
+        return x.contiguous()
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.contiguous(memory_format=formats[x.dim()])
+
+
+def compare_norms(
+    shape: tuple[int, ...],
+    layout: str,
+    mode: str,
+    phase: str,
+    outer: int,
+    groups: int = 3,
+    without: tuple[str, ...] = (),
+) -> None:
+    state = state_of(shape[1], torch.float32, outer)
+    names = 'running_mean', 'running_var'
+    running = {name: state.pop(name) for name in names}
+    full = dict(state)
+    for name in without:
+        del state[name]
+        full[name] = torch.full_like(full[name], name.endswith('weight'))
+    settings = dict(training=phase == 'train', momentum=0.2, mode=mode)
+    new: dict[str, Tensor] = {}
+
+    def ours(x, **affine):
+        new.update(on_device({k: v.clone() for k, v in running.items()}))
+        x = to_layout(x.to(DEVICE), layout)
+        output = batch_channel_norm(
+            x, groups, **new, **on_device(affine), **settings
+        )
+        assert output.stride() == x.stride()
+        return output.cpu().contiguous()
+
+    expected_new = {}
+
+    def oracle(x, **affine):
+        output, statistics = reference.batch_channel_norm(
+            x.reshape(*shape[:2], -1, 1),
+            {**full, **affine, **running},
+            groups,
+            **settings,
+        )
+        expected_new.update(statistics)
+        return output.view(shape)
+
+    inputs = {'x': input_of(shape, torch.float32), **state}
+    actual = values_and_gradients(ours, inputs, 'bcn')
+    double = {k: v.double() for k, v in inputs.items()}
+    expected = values_and_gradients(oracle, double, 'bcn')
+    expected.update(expected_new)
+    actual.update(on_cpu(new))
+    if groups == shape[1]:
+        for name in UNDONE:
+            del actual[name], expected[name]
+    assert not disagreements(actual, expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize('case', CASES, ids=lambda c: '-'.join(map(str, c)))
+def test_batch_channel_norm_equals_formula(request, case):
+    *case, outer, tiles = case
+    if tiles == 'small':
+        request.getfixturevalue('small_tiles')
+    compare_norms(*case, 3 if outer == 'group' else case[0][1])
+
+
+@pytest.mark.parametrize(
+    ('channels', 'groups', 'outer'), [(9, 3, 9), (6, 1, 1), (5, 5, 5)]
+)
+def test_groups_of_any_size(small_tiles, channels, groups, outer):
+    compare_norms((1, channels, 7), 'NCHW', 'batch', 'train', outer, groups)
+
+
+@pytest.mark.parametrize(
+    'without',
+    [
+        ('bn_weight', 'bn_bias', 'weight', 'bias'),
+        ('bn_weight', 'bias'),
+        ('bn_bias', 'weight'),
+    ],
+    ids='-'.join,
+)
+@pytest.mark.parametrize('outer', [3, 6], ids=['group', 'channel'])
+def test_missing_affines_are_one_and_zero(without, outer):
+    compare_norms(
+        (2, 6, 3, 5), 'NCHW', 'estimate', 'train', outer, without=without
+    )
+
+
+@HALF
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+def test_half_precision_is_normalized_in_float32(mode, dtype):
+    layer = BCN(12, 3, mode=mode)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, mean=0.5)
+    # Squares of these overflow in float16.
+    x = (input_of((2, 12, 5, 5), torch.float32) * 300).to(dtype)
+    state = {k: v.double() for k, v in layer.state_dict().items()}
+    x.requires_grad_()
+    expected, running = reference.batch_channel_norm(
+        x, state, 3, training=True, momentum=0.1, mode=mode
+    )
+    output = layer.to(DEVICE)(x.to(DEVICE)).cpu()
+    assert output.dtype == dtype
+    cotangent = torch.randn(output.shape).to(dtype)
+    (gradient,) = torch.autograd.grad(output, x, cotangent)
+    assert gradient.dtype == dtype
+    (expected_gradient,) = torch.autograd.grad(expected, x, cotangent.double())
+    assert not disagreements(
+        on_cpu(
+            {'output': output, 'dx': gradient, 'var': layer.running_var},
+        ),
+        {
+            'output': expected,
+            'dx': expected_gradient,
+            'var': running['running_var'],
+        },
+        TOLERANCE[dtype],
+    )
+
+
+@HALF
+def test_half_precision_parameters(dtype):
+    layer = BCN(12, 3, dtype=dtype).to(DEVICE)
+    x = torch.randn(1, 12, 3, 3, device=DEVICE, dtype=dtype)
+    layer(x).backward(torch.randn_like(x))
+    for parameter in layer.parameters():
+        assert parameter.grad.dtype == dtype
+        assert parameter.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize('layout', ['NCHW', 'channels_last'])
+def test_statistics_of_inputs_far_from_zero(small_tiles, layout):
+    # mean / std = 1000, and a first value off the others, as in a corner.
+    x = torch.randn(2, 6, 9, 5) * 0.01 + 10
+    x[..., 0, 0] = 9.9
+    layer = BCN(6, 3, momentum=1.0).to(DEVICE)
+    layer.running_mean.fill_(10)
+    layer(to_layout(x.to(DEVICE), layout))
+    expected = (x.double() - 10).square().mean((0, 2, 3))
+    torch.testing.assert_close(
+        layer.running_var.cpu().double(), expected, rtol=1e-3, atol=0
+    )
+
+
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+def test_constant_inputs_stay_finite(mode):
+    layer = BCN(6, 3, mode=mode).to(DEVICE)
+    x = torch.full((2, 6, 3, 3), 0.3, device=DEVICE, requires_grad=True)
+    output = layer(x)
+    output.backward(torch.randn_like(output))
+    assert output.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert layer.running_var.isfinite().all()
+
+
+@pytest.mark.parametrize('value', [float('inf'), float('nan')])
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+def test_estimates_survive_what_is_not_finite(mode, value):
+    x = torch.randn(1, 6, 3, 3)
+    x[0, 1, 2, 2] = value
+    layer = BCN(6, 3, mode=mode).to(DEVICE)
+    output = layer(x.to(DEVICE))
+    assert not output[:, :2].isfinite().any()
+    assert output[:, 2:].isfinite().all()
+    assert layer.running_mean[1] == 0
+    assert layer.running_var[1] == 1
+    assert layer.running_mean[0] != 0
+    assert layer.running_var.isfinite().all()
+
+
+def test_equal_inputs_give_equal_bits(small_tiles):
+    x = torch.randn(2, 6, 4, 5).to(DEVICE)
+    state = on_device(state_of(6, torch.float32, 3))
+    running = {k: state.pop(k) for k in ('running_mean', 'running_var')}
+
+    def run():
+        new = {k: v.clone() for k, v in running.items()}
+        found = values_and_gradients(
+            lambda x, **affine: batch_channel_norm(
+                x, 3, **new, **affine, training=True, mode='batch'
+            ).cpu(),
+            {'x': x, **state},
+            'bits',
+        )
+        weight = {'weight': x.flatten(1)}
+        for name, values in values_and_gradients(
+            lambda weight: standardize_weight(weight).cpu(), weight, 'bits'
+        ).items():
+            found[f'ws {name}'] = values
+        return {**found, **new}
+
+    one, other = run(), run()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_empty_batch_moves_nothing():
+    layer = BCN(6, 3).to(DEVICE)
+    x = torch.randn(0, 6, 3, 3, device=DEVICE, requires_grad=True)
+    output = layer(x)
+    output.backward(torch.randn_like(output))
+    assert output.shape == x.shape == x.grad.shape
+    assert layer.running_mean.eq(0).all()
+    assert layer.running_var.eq(1).all()
+
+
+def test_one_value_per_channel_is_refused_before_any_kernel(monkeypatch):
+    seen = launches(monkeypatch)
+    with pytest.raises(ValueError, match='more than one value per channel'):
+        BCN(6, 3, mode='batch').to(DEVICE)(
+            torch.randn(1, 6, 1, 1, device=DEVICE)
+        )
+    assert not seen
+
+
+def test_strided_input_and_expanded_cotangent(small_tiles):
+    base = torch.randn(1, 12, 4, 6, device=DEVICE)
+    strided = base[:, ::2, :, ::2].detach().requires_grad_()
+    dense = strided.detach().clone().contiguous().requires_grad_()
+    cotangent = torch.randn(1, 6, 1, 1, device=DEVICE).expand(1, 6, 4, 3)
+    layer = BCN(6, 3).to(DEVICE)
+    results = []
+    for x in (strided, dense):
+        layer.reset_running_stats()
+        results.append(torch.autograd.grad(layer(x), x, cotangent)[0])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize('frozen', ['input', 'affine', 'no affine'])
+def test_gradients_of_what_asks_for_them(monkeypatch, frozen):
+    layer = BCN(6, 3, affine=frozen != 'no affine').to(DEVICE)
+    layer.requires_grad_(frozen != 'affine')
+    x = torch.randn(2, 6, 2, 2, device=DEVICE)
+    x.requires_grad_(frozen != 'input')
+    seen = launches(monkeypatch)
+    layer(x).backward(torch.randn_like(x))
+    assert (x.grad is None) == (frozen == 'input')
+    assert ('affine_backward' in seen) == (frozen != 'input')
+    assert all(
+        (p.grad is None) == (frozen == 'affine') for p in layer.parameters()
+    )
+
+
+def test_differentiates_twice():
+    x = torch.randn(2, 6, 3, 2).to(DEVICE)
+    direction, cotangent = torch.randn_like(x), torch.randn_like(x)
+    layer, conv = BCN(6, 3, mode='batch').to(DEVICE), WSConv2d(6, 4, 2)
+    weight = conv.weight.detach().to(DEVICE)
+    along = torch.randn_like(weight)
+
+    def second(function, leaf, direction, cotangent):
+        leaf = leaf.clone().requires_grad_()
+        (first,) = torch.autograd.grad(
+            function(leaf), leaf, cotangent, create_graph=True
+        )
+        return torch.autograd.grad(first, leaf, direction)[0]
+
+    def both():
+        return (
+            second(layer, x, direction, cotangent),
+            second(standardize_weight, weight, along, along.flip(0)),
+        )
+
+    actual = both()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('WS_MM_KERNELS', 'plain')
+        expected = both()
+    for one, other in zip(actual, expected, strict=True):
+        assert relative_error(one, other) < 1e-5
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_saves_what_group_norm_saves(dtype):
+    x = torch.randn(1, 6, 60, 60, device=DEVICE).to(dtype).requires_grad_()
+    ours = BCN(6, 3).to(DEVICE, dtype)
+    theirs = torch.nn.GroupNorm(3, 6).to(DEVICE, dtype)
+    # The difference is one number per channel and affine, not activations.
+    assert saved_bytes(ours, x) - saved_bytes(theirs, x) < 0.01 * x.nbytes
+
+
+def test_output_may_be_changed_in_place():
+    conv, norm = WSConv2d(4, 6, 3).to(DEVICE), BCN(6, 3).to(DEVICE)
+    x, cotangent = torch.randn(1, 4, 4, 5), torch.randn(1, 6, 2, 3)
+    gradients = []
+    for change in (torch.relu, torch.relu_):
+        norm.reset_running_stats()
+        conv.zero_grad()
+        change(norm(conv(x.to(DEVICE)))).backward(cotangent.to(DEVICE))
+        gradients.append(conv.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_updates_are_seen_by_autograd():
+    layer = BCN(6, 3).to(DEVICE)
+    x = torch.randn(1, 6, 2, 2, device=DEVICE, requires_grad=True)
+    kept = (x.mean((0, 2, 3)) * layer.running_mean).sum()
+    layer(x)
+    with pytest.raises(RuntimeError, match='modified by an inplace'):
+        kept.backward()
+
+
+# Dispatch
+
+
+def test_the_kernels_run(monkeypatch):
+    seen = launches(monkeypatch)
+    conv, norm = WSConv2d(6, 6, 1).to(DEVICE), BCN(6, 3).to(DEVICE)
+    x = torch.randn(1, 6, 2, 2, device=DEVICE)
+    norm(conv(x)).backward(torch.randn_like(x))
+    assert seen == [
+        *('standardize', 'moments', 'coefficients', 'affine'),
+        *('sums', 'slopes', 'affine_backward', 'standardize_backward'),
+    ]
+
+
+@pytest.mark.parametrize(
+    'change', ['float64', 'buffers', 'outer sizes', 'sync_batch']
+)
+def test_the_rest_runs_composed(monkeypatch, change):
+    dtype = torch.float64 if change == 'float64' else torch.float32
+    layer = BCN(6, 3, dtype=dtype, outer_affine='channel').to(DEVICE)
+    if change == 'buffers':
+        layer.running_mean = layer.running_mean.double()
+    if change == 'outer sizes':
+        layer.bias = torch.nn.Parameter(layer.bias[:3].detach())
+    if change == 'sync_batch':
+        layer.mode = change
+    seen = launches(monkeypatch)
+    x = torch.randn(2, 6, 2, 2, dtype=dtype, device=DEVICE)
+    assert layer(x).isfinite().all()
+    if change == 'float64':
+        standardize_weight(x)
+    assert not seen
+
+
+@pytest.mark.parametrize('name', ['weight', 'bn_bias', 'running_var'])
+def test_wrong_sizes_are_an_error_not_a_read_beyond(monkeypatch, name):
+    layer = BCN(6, 3).to(DEVICE)
+    getattr(layer, name).data = torch.ones(4, device=DEVICE)
+    seen = launches(monkeypatch)
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(2, 6, 2, 2, device=DEVICE))
+    assert not seen
+
+
+class Broken:
+    """A kernel that fails when it is launched."""
+
+    error: type[Exception] = RuntimeError
+
+    def __getitem__(self, grid):
+        raise self.error('Failed to find C compiler')
+
+
+@pytest.fixture
+def log(monkeypatch) -> list[str]:
+    """Let the choice fall on the kernels as on a GPU; what is then said."""
+    monkeypatch.setenv('WS_MM_KERNELS', 'auto')
+    monkeypatch.setattr('ws_mm.functional.fused', lambda x: cuda)
+    monkeypatch.setattr(ws_mm.kernels, '_failed', [])
+    said: list[str] = []
+
+    def print_log(message, logger, level):
+        assert level == logging.WARNING
+        said.append(message)
+
+    monkeypatch.setattr(ws_mm.kernels, 'print_log', print_log)
+    return said
+
+
+@pytest.mark.parametrize('broken', KERNELS)
+def test_a_kernel_that_fails_is_said_once_and_the_plain_one_runs(
+    monkeypatch, small_tiles, log, broken
+):
+    monkeypatch.setattr(cuda, 'FEW', 1)
+    monkeypatch.setattr(cuda, 'MANY', 99)
+    conv, norm = WSConv2d(6, 6, 1), BCN(6, 3, mode='batch')
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter, mean=1)
+    model = torch.nn.Sequential(conv, norm).to(DEVICE)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    x, cotangent = torch.randn(2, 1, 6, 5, 7).unbind()
+
+    def step():
+        model.load_state_dict(state)
+        model.zero_grad()
+        output = model(x.to(DEVICE))
+        output.backward(cotangent.to(DEVICE))
+        return [
+            output,
+            *(v.clone() for v in model.state_dict().values()),
+            *(p.grad.clone() for p in model.parameters()),
+        ]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('ws_mm.functional.fused', lambda x: None)
+        expected = step()
+    monkeypatch.setattr(triton_kernels, broken, Broken())
+    for _ in range(2):
+        for one, other in zip(step(), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert len(log) == 1
+    assert 'WS_MM_KERNELS=plain' in log[0]
+    assert 'Failed to find C compiler' in log[0]
+
+
+def test_without_triton_it_is_said_once(monkeypatch, log):
+    monkeypatch.setitem(sys.modules, 'ws_mm.kernels.cuda', None)
+    monkeypatch.delattr(ws_mm.kernels, 'cuda')
+    for _ in range(2):
+        assert ws_mm.kernels.attempt(ws_mm.kernels._cuda) is None
+    assert len(log) == 1
+    assert 'ws_mm.kernels.cuda' in log[0]
+
+
+def test_forced_kernels_show_their_error(monkeypatch):
+    monkeypatch.setattr(triton_kernels, 'affine', Broken())
+    with pytest.raises(RuntimeError, match='C compiler'):
+        BCN(6, 3).to(DEVICE)(torch.randn(1, 6, 2, 2, device=DEVICE))
+
+
+def test_no_memory_is_no_reason_for_another_kernel(monkeypatch, log):
+    broken = Broken()
+    broken.error = torch.cuda.OutOfMemoryError
+    monkeypatch.setattr(triton_kernels, 'affine', broken)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        BCN(6, 3).to(DEVICE)(torch.randn(1, 6, 2, 2, device=DEVICE))
+    assert not log
+
+
+def test_forced_kernels_without_gpu_name_the_interpreter(monkeypatch):
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    with pytest.raises(ValueError, match='TRITON_INTERPRET=1'):
+        fused(torch.randn(2))
+
+
+def test_choice_by_device(monkeypatch):
+    x = torch.randn(2, device=DEVICE)
+    assert fused(x) is cuda
+    monkeypatch.setenv('WS_MM_KERNELS', 'plain')
+    assert fused(x) is None
+    monkeypatch.setenv('WS_MM_KERNELS', 'auto')
+    assert fused(x.cpu()) is ws_mm.kernels.cpu
+    assert fused(x.to('meta')) is None
+
+
+# What the interpreter cannot see
+
+
+def test_all_kernels_compile_for_a_gpu(tmp_path):
+    environment = {**os.environ, 'TRITON_CACHE_DIR': str(tmp_path)}
+    environment.pop('TRITON_INTERPRET', None)
+    done = subprocess.run(
+        [sys.executable, ROOT / 'tests/compile_kernels.py'],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {line.split()[0] for line in done.stdout.splitlines()} == {*KERNELS}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason='needs a GPU of 16 GB')
+@pytest.mark.parametrize('layout', ['NCHW', 'channels_last'])
+def test_offsets_beyond_32_bits(layout):
+    x = torch.zeros(2, 64, 4100, 4100, dtype=torch.half, device=DEVICE)
+    x = to_layout(x, layout)
+    x[1, 63, -1] = torch.randn(4100, device=DEVICE).half()
+    assert x.numel() > 2**31
+    layer = BCN(64).to(DEVICE)
+    output = layer(x)[1, 62:, -2:]
+    layer.reset_running_stats()
+    part = x[1:, 62:].contiguous()
+    alone = BCN(2, 1).to(DEVICE)
+    # The second sample's statistics are half those of a batch of its own.
+    with torch.no_grad():
+        alone.running_mean.zero_()
+        alone.running_var.fill_(1)
+        layer(x)
+        alone.running_mean.copy_(layer.running_mean[62:])
+        alone.running_var.copy_(layer.running_var[62:])
+    expected = alone.eval()(part)[0, :, -2:]
+    assert relative_error(output, expected) < TOLERANCE[torch.half]
