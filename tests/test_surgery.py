@@ -341,3 +341,27 @@ def test_hook_stops_before_training():
     )
     with pytest.raises(ValueError, match="on_mistake='x'"):
         HOOKS.build(dict(type='CheckModelHook', on_mistake='x'))
+
+
+def test_hook_names_what_levels_share(monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        'ws_mm.hooks.print_log', lambda text, **_: said.append(text)
+    )
+    head = nn.ModuleDict(dict(bbox_head=nn.Sequential(BCN(8), BCN(8))))
+    runner = SimpleNamespace(model=head, cfg={})
+    levels = [torch.randn(1, 8, size, size) for size in (8, 4, 2)]
+    hook = HOOKS.build(dict(type='ws_mm.CheckModelHook'))
+    for compiled, sizes, count in ((True, 3, 0), (False, 1, 0), (False, 3, 1)):
+        runner.cfg = dict(compile=compiled)
+        hook.before_train(runner)
+        for x in levels[:sizes]:
+            head['bbox_head'](x)
+            head['bbox_head'](x)
+        hook.after_train_iter(runner, 0)
+        assert len(said) == count
+        # It looks once and leaves nothing behind.
+        assert not head['bbox_head'][0]._forward_pre_hooks
+    assert said[0].startswith('2 BCN layers ran on maps of several sizes')
+    assert 'bbox_head.0, bbox_head.1' in said[0]
+    assert 'model.bbox_head.norm_cfg=dict(' in said[0]

@@ -962,3 +962,63 @@ def test_the_only_checkpoint_outlives_the_next_save(
     cfg = Config(dict(default_hooks=hook))
     train.keep_a_whole_checkpoint(cfg)
     assert cfg.default_hooks.checkpoint.max_keep_ckpts == 5
+
+
+@pytest.mark.parametrize(
+    ('change', 'match'),
+    [
+        (
+            'norm_cfg=dict(type="ws_mm.BNC")',
+            r"model\.backbone\.norm_cfg\.type = 'ws_mm\.BNC'; did you mean "
+            r"'ws_mm\.BCN'",
+        ),
+        (
+            'norm_cfg=dict(type="ws_mm.BCN", num_gruops=4)',
+            r"mean 'num_groups'.*model\.backbone\.norm_cfg\.num_gruops = 4",
+        ),
+        (
+            'norm_cfg=dict(type="BN", num_groups=4)',
+            r'In the config: model\.backbone\.norm_cfg\.num_groups = 4$',
+        ),
+        (
+            'norm_cfg=dict(type="GN", num_groups=4, mode="estimate")',
+            r"model\.backbone\.norm_cfg\.mode = 'estimate'",
+        ),
+        (
+            'norm_cfg=dict(type="ws_mm.BCN", momentum=2)',
+            r'model\.backbone\.norm_cfg\.momentum = 2$',
+        ),
+        (
+            'conv_cfg=dict(type="ws_mm.WSConv2d", eps="1e-5")',
+            r"model\.backbone\.conv_cfg\.eps = '1e-5'",
+        ),
+        (
+            'depth=50, dcn=dict(type="DCNv2", deform_groups=1), '
+            'stage_with_dcn=(False, True, True, True)',
+            r'model\.backbone\.conv_cfg and model\.backbone\.dcn exclude',
+        ),
+        ('norm_cfg="BCN"', r"model\.backbone\.norm_cfg = 'BCN': give a dict"),
+    ],
+)
+def test_layer_that_cannot_be_built_names_its_key(
+    refuses: Script, config: Path, change: str, match: str
+) -> None:
+    with config.open('a') as file:
+        file.write(f'model["backbone"].update({change})\n')
+    refuses(match, 'bake', config, 'w.pth', 'out')
+    work = ('--work-dir', config.parent / 'work')
+    refuses(match, 'train', config, *work)
+
+
+def test_training_checks_the_model_first(
+    reaches: Callable[..., Config], config: Path, tmp_path: Path
+) -> None:
+    own = 'custom_hooks=[{"type":"ws_mm.CheckModelHook"}]'
+    work = ('--work-dir', tmp_path / 'work')
+    default = dict(type='ws_mm.CheckModelHook', on_mistake='print')
+    assert default in reaches('train', config, *work).custom_hooks
+    with config.open('a') as file:
+        file.write(own)
+    hooks = reaches('train', config, *work).custom_hooks
+    assert dict(type='ws_mm.CheckModelHook') in hooks
+    assert default not in hooks

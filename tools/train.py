@@ -156,6 +156,18 @@ def resume_exactly(cfg: Config) -> None:
         cfg.custom_hooks = [*hooks, dict(type='ws_mm.ExactResumeHook')]
 
 
+def check_model_first(cfg: Config) -> None:
+    """Name, before training, what ws_mm finds wrong with the model.
+
+    It judges by names and so only warns; a config that lists the hook itself
+    can let it stop the training.
+    """
+    hooks = cfg.get('custom_hooks') or []
+    if not any('CheckModelHook' in str(hook) for hook in hooks):
+        hook = dict(type='ws_mm.CheckModelHook', on_mistake='print')
+        cfg.custom_hooks = [*hooks, hook]
+
+
 def keep_a_whole_checkpoint(cfg: Config) -> None:
     """Never let the only checkpoint be deleted before the next is written.
 
@@ -253,6 +265,7 @@ def main() -> None:
     checks.check_checkpoints(cfg)
     checks.check_writable(cfg.work_dir, '--work-dir')
     keep_a_whole_checkpoint(cfg)
+    check_model_first(cfg)
     resume_exactly(cfg)
     launch.set_up_processes(cfg)
 

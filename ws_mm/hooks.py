@@ -86,7 +86,8 @@ class SyncEstimatesHook(_FrozenLayersHook):
 class CheckModelHook(_FrozenLayersHook):
     """Look for standardized convolutions without a norm before training.
 
-    It also warns of frozen BCN layers, see :func:`report_frozen`.
+    It also warns of frozen BCN layers, see :func:`report_frozen`, and, after
+    the first iteration, of BCN layers that pyramid levels share.
 
     It judges by names and order, see :func:`~ws_mm.surgery.check`, which a
     model with unusual names can mislead; ``tools/check_model.py`` runs the
@@ -108,25 +109,67 @@ class CheckModelHook(_FrozenLayersHook):
                 'on_mistake=...)])'
             )
         self.on_mistake = on_mistake
+        self._watched: list[Any] = []
 
     def before_train(self, runner: Any) -> None:
         """Check the model that is about to be trained."""
         model = runner.model
         if is_model_wrapper(model):
             model = model.module
+        self._watch_sizes(model, runner)
         mistakes = check(model).mistakes
         if not mistakes:
             return
-        message = '\n'.join(
-            (
-                'The model standardizes convolutions that nothing normalizes:',
-                *mistakes,
-                "If this is not so, set on_mistake='print' in CheckModelHook.",
-            )
-        )
+        lines = [
+            'The model standardizes convolutions that nothing normalizes:',
+            *mistakes,
+        ]
         if self.on_mistake == 'raise':
-            raise ValueError(message)
-        print_log(message, logger='current', level=logging.WARNING)
+            lines.append(
+                "If this is not so, set on_mistake='print' in CheckModelHook."
+            )
+            raise ValueError('\n'.join(lines))
+        print_log('\n'.join(lines), logger='current', level=logging.WARNING)
+
+    def after_train_iter(
+        self,
+        runner: Any,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Any = None,
+    ) -> None:
+        """Say, after the first iteration, which layers levels share."""
+        if not self._watched:
+            return
+        for handle in self._watched:
+            handle.remove()
+        self._watched = []
+        shared = [name for name, seen in self._sizes.items() if len(seen) > 1]
+        if shared:
+            part = shared[0].split('.')[0]
+            print_log(
+                f'{len(shared)} BCN layers ran on maps of several sizes in '
+                f'one iteration ({", ".join(shared[:3])}, ...): a head shared '
+                'over pyramid levels. Their estimates mix the levels and move '
+                'once per level. GN has none: set '
+                f"model.{part}.norm_cfg=dict(type='GN', num_groups=32)",
+                logger='current',
+                level=logging.WARNING,
+            )
+
+    def _watch_sizes(self, model: nn.Module, runner: Any) -> None:
+        self._sizes: dict[str, set[torch.Size]] = {}
+        # A compiler would compile the first iteration for its hooks alone.
+        if getattr(runner, 'cfg', {}).get('compile'):
+            return
+        for name, module in model.named_modules():
+            if isinstance(module, BCN):
+                seen = self._sizes.setdefault(name, set())
+                self._watched.append(
+                    module.register_forward_pre_hook(
+                        lambda _, args, seen=seen: seen.add(args[0].shape[2:])
+                    )
+                )
 
 
 def report_frozen(model: nn.Module) -> None:
