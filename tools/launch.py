@@ -25,12 +25,17 @@ from checks import (
     iter_datasets,
 )
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 # Both scripts run from a checkout in which ws_mm was not installed.
 if importlib.util.find_spec('ws_mm') is None:
     sys.path.insert(0, str(ROOT))
+
+# mmengine looks for a distribution that the maintained line renamed; the name
+# of the package finds the one as well as the other.
+MODULE2PACKAGE['mmseg'] = 'mmseg'
 
 # Environment names of rank, world size and local rank, per launcher.
 ENVIRONMENT = {

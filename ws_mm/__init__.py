@@ -14,6 +14,7 @@ except ImportError as error:
     ) from error
 
 from .checkpoint import PretrainedGN
+from .configs import apply_norm
 from .conv import WSConv1d, WSConv2d, WSConv3d
 from .functional import batch_channel_norm, standardize_weight
 from .hooks import CheckModelHook, SyncEstimatesHook
@@ -33,6 +34,7 @@ __all__ = [
     'WSConv2d',
     'WSConv3d',
     '__version__',
+    'apply_norm',
     'bake',
     'batch_channel_norm',
     'check',
