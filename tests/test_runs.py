@@ -79,23 +79,23 @@ def tool(name: str) -> object:
 
 
 @pytest.mark.parametrize(
-    ('text', 'extra'),
-    [(SEG, ITERATIONS), (DET, EPOCHS)],
+    ('text', 'extra', 'kills'),
+    [(SEG, ITERATIONS, 2), (DET, EPOCHS, 3)],
     ids=['iterations, two workers', 'epochs, no worker'],
 )
 def test_a_killed_run_ends_in_the_same_bits(
-    forks: Forks, text: str, extra: str, tmp_path: Path
+    forks: Forks, text: str, extra: str, kills: int, tmp_path: Path
 ) -> None:
     data = write_data(tmp_path / 'data', images=3)
     config = write_config(data, text, AUGMENT + extra)
     code, said = forks.call(
         'kill_and_resume',
-        *(config, tmp_path / 'runs', '--kills', 3),
+        *(config, tmp_path / 'runs', '--kills', kills),
         log=tmp_path / 'log',
     )
     assert code == 0, said
     result = json.loads(said.splitlines()[-1])
-    assert result['kills'] == 3
+    assert result['kills'] == kills
     assert result['of_these_in_the_midst_of_a_save'] > 0
     assert result['resumed_from']
     assert result['logged_iterations'] == 6
