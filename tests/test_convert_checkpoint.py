@@ -166,6 +166,52 @@ def test_the_host_computes_what_the_source_did(
     assert bool(made) == (layout != norm)
 
 
+def mmdet_names(state):
+    """As open-mmlab://jhu/* has them."""
+    return {name.replace('bn', 'gn'): values for name, values in state.items()}
+
+
+@pytest.mark.usefixtures('tools')
+def test_names_of_mmdet(convert, capsys):
+    source = source_of('gn')
+    names = mmdet_names(source.state_dict())
+    assert 'layer1.0.gn2.weight' in names
+    new = host(convert(names, *WS), dict(type='GN', num_groups=32), 'outside')
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, (actual,) = source(x), new(x)
+    error = (actual - expected).abs().max() / expected.abs().max()
+    assert error < 1e-4
+    lines = capsys.readouterr().out.splitlines()
+    assert 'mapped   layer1.0.gn2.weight -> layer1.0.gn2.weight' in lines
+    told = [x.split()[1] for x in lines if x.startswith(('mapped', 'dropped'))]
+    assert sorted(told) == sorted(names)
+
+
+@pytest.mark.usefixtures('tools')
+@pytest.mark.parametrize(
+    ('model', 'match'),
+    [
+        ('resnetv2_50x1_bit', 'norm1.weight: .*ResNetV2.*before each'),
+        ('nf_resnet50', 'gain: .*ScaledStdConv2d.*no norm behind'),
+    ],
+)
+def test_networks_of_timm_that_no_host_holds(
+    model,
+    match,
+    refuses,  # noqa: F811
+    tmp_path,
+):
+    timm = pytest.importorskip('timm')
+    with torch.device('meta'):
+        names = timm.create_model(model).state_dict()
+    state = {name: torch.zeros(1) for name in names}
+    torch.save(state, tmp_path / 'old.pth')
+    out = tmp_path / 'new.pth'
+    refuses(match, 'convert_checkpoint', tmp_path / 'old.pth', out, *WS)
+    assert not out.exists()
+
+
 @pytest.mark.usefixtures('tools')
 def test_bn_to_bcn_keeps_the_first_step(convert, capsys):
     state = convert(source_of('bn').state_dict(), '--norm', 'bcn')
@@ -185,6 +231,7 @@ def swap(state, one, two):
     ('layout', 'one', 'two'),
     [
         ('gn', 'layer1.0.gn1.weight', 'layer1.0.gn2.weight'),
+        ('jhu', 'layer1.0.gn1.bias', 'layer1.1.gn1.bias'),
         ('bcn', 'layer1.0.bn1.bn_weight', 'layer1.0.bn1.bn_bias'),
         ('bn', 'layer1.0.conv1.weight', 'layer1.1.conv1.weight'),
     ],
@@ -201,10 +248,12 @@ def test_swapped_tensors_are_found(
         return state
 
     monkeypatch.setattr(module, 'convert', wrong)
-    torch.save(source_of(layout).state_dict(), tmp_path / 'old.pth')
+    old = source_of('gn' if layout == 'jhu' else layout).state_dict()
+    old = mmdet_names(old) if layout == 'jhu' else old
+    torch.save(old, tmp_path / 'old.pth')
     out = tmp_path / 'new.pth'
     paths = [str(tmp_path / 'old.pth'), str(out)]
-    options = WS if layout == 'gn' else ()
+    options = WS if layout in ('gn', 'jhu') else ()
     monkeypatch.setattr(sys, 'argv', ['x', *paths, *options])
     with pytest.raises(module.SetupError, match='computes something else'):
         module.main()
@@ -219,6 +268,9 @@ def test_swapped_tensors_are_found(
         ('gn', WS, {'layer1.0.bn2.weight': None}, 'no layer1.0.bn2.weight'),
         ('gn', WS, {'conv1.weight': None}, 'no ResNet'),
         ('gn', (), {}, 'do not show whether.*--ws-source'),
+        ('gn', WS, {'layer1.0.gn2.weight': 1}, 'another key.*0.bn2.weight'),
+        ('gn', WS, {'layer1.0.gn2.running_var': 1}, '1 keys are not of a Res'),
+        ('gn', WS, {'block1/unit01/a': 1}, "in Google's names"),
         ('bn', ('--norm', 'gn'), {}, 'become bn or bcn'),
     ],
 )

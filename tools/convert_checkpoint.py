@@ -1,7 +1,9 @@
 """Convert a ResNet or ResNeXt checkpoint for a WS backbone, and verify it.
 
-Read are torchvision's names (timm's are the same), with or without
-'module.': the authors' GN+WS and BCN+WS releases, and plain BN networks.
+Read are torchvision's names (those of timm's ResNets are the same), with or
+without 'module.': the authors' GN+WS and BCN+WS releases, and plain BN
+networks; and mmdet's (``gn1``): open-mmlab://jhu/*. Refused with the reason
+are networks that no ResNet of the hosts can hold: BiT, ResNetV2, NFNet.
 Written are OpenMMLab's names. Every tensor is accounted for, and both
 networks are run in float64 on a random image before anything is written.
 """
@@ -10,7 +12,7 @@ import argparse
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import checks
@@ -28,6 +30,28 @@ KNOWN = re.compile(
     r'num_batches_tracked|estbn_moving_speed)'
     r'|(?P<fc>fc|last_linear)\.(?:weight|bias))'
 )
+# No GroupNorm has them.
+GN_ESTIMATES = re.compile(r'\bgn\d\.(running_|num_batches)')
+# What a key of another network looks like, and why it stays outside.
+UNFIT = {
+    r'\.gain$': (
+        "of timm's ScaledStdConv2d (NFNet, NF-ResNet), which multiplies each "
+        'standardized filter by a learned gain and has no norm behind it; '
+        'WSConv2d needs one, and the ResNet of mmdet and mmseg has one: '
+        'another network, whatever the weights.'
+    ),
+    r'(^|\.)stages\.\d+\.blocks\.\d+\.norm1\.': (
+        'a ResNetV2 (timm; BiT with StdConv2d), which normalizes before each '
+        'convolution. The ResNet of mmdet and mmseg normalizes after it: '
+        'another network, whatever the weights. Use the network itself '
+        'through a wrapper, or a ResNet with GN+WS.'
+    ),
+    r'(^|[./])block\d[./]unit\d\d[./]': (
+        "a BiT in Google's names, a ResNetV2, which normalizes before each "
+        'convolution. The ResNet of mmdet and mmseg normalizes after it: '
+        'another network, whatever the weights.'
+    ),
+}
 # Layout found, norm asked for: largest relative difference of the mapping.
 # The estimates (0, 1) of a GN differ from it by the eps added to 1.
 TOLERANCE = {
@@ -90,6 +114,25 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _torchvision_name(name: str) -> str:
+    """The name of the same tensor in torchvision's networks."""
+    return re.sub(r'\bgn(\d)\.', r'bn\1.', name.removeprefix('module.'))
+
+
+def refuse_unfit(names: Iterable[str]) -> None:
+    """Refuse networks that a ResNet of the hosts cannot compute.
+
+    Raises:
+        SetupError: it is one; the message says why.
+    """
+    for pattern, reason in UNFIT.items():
+        found = [name for name in names if re.search(pattern, name)]
+        if found:
+            raise SetupError(
+                f'{found[0]}: the checkpoint is {reason} Nothing was written.'
+            )
+
+
 def recognise(content: dict) -> Source:
     """Say what a checkpoint holds.
 
@@ -97,8 +140,19 @@ def recognise(content: dict) -> Source:
         SetupError: a key is not explained, or there is no ResNet.
     """
     entries = content.get('state_dict', content)
-    names = {name.removeprefix('module.'): name for name in entries}
-    strange = [names[name] for name in names if not KNOWN.fullmatch(name)]
+    refuse_unfit(entries)
+    names = {_torchvision_name(name): name for name in entries}
+    if len(names) < len(entries):
+        twice = sorted(set(entries) - set(names.values()))
+        raise SetupError(
+            f'{len(twice)} keys name a tensor that another key names, too: '
+            f'{", ".join(twice[:8])}. Nothing was written.'
+        )
+    strange = [
+        old
+        for name, old in names.items()
+        if not KNOWN.fullmatch(name) or GN_ESTIMATES.search(old)
+    ]
     if strange:
         raise SetupError(
             f'{len(strange)} keys are not of a ResNet in torchvision names: '
