@@ -83,7 +83,6 @@ def test_averaged_weights(publish, tmp_path):
 @pytest.mark.parametrize(
     ('change', 'options', 'match'),
     [
-        (dict(state_dict={}), (), 'no state_dict'),
         (dict(ema_state_dict={}), ('--ema',), 'no ema_state_dict'),
         (dict(meta={}), (), 'give --name'),
         ({}, ('--name', 'a/b'), 'not a path'),
@@ -92,6 +91,13 @@ def test_averaged_weights(publish, tmp_path):
 def test_refused(change, options, match, refuses, tmp_path):  # noqa: F811
     old = write(tmp_path / 'old.pth', **change)
     refuses(match, 'publish', old, tmp_path / 'out', *options)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_bare_weights_are_refused(refuses, tmp_path):  # noqa: F811
+    torch.save(dict(weight=torch.ones(2)), tmp_path / 'old.pth')
+    match = 'no state_dict: it is none of a training. It holds weight'
+    refuses(match, 'publish', tmp_path / 'old.pth', tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
 
 

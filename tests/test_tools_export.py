@@ -252,7 +252,10 @@ def scores(work_dir):
 
 def test_the_metrics_of_the_host_come_out(script, tmp_path):
     _, weights, _ = write(tmp_path, GN + SHALLOW + ALIGNED)
-    config, out, *options = data(tmp_path, GN, SHALLOW + ALIGNED)
+    # Scores are taken at the size of the file, not that of the input.
+    resize = "dataset['pipeline'].insert(1, RESIZE)\n"
+    resize = resize.replace('RESIZE', "dict(type='Resize', scale=(41, 33))")
+    config, out, *options = data(tmp_path, GN, SHALLOW + ALIGNED + resize)
     script('export', config, weights, out)
     script('test_onnx', config, out, *options)
     actual = scores(tmp_path / 'work')
