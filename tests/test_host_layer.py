@@ -1,5 +1,8 @@
 """What a host does to one layer in one process, and what comes of it."""
 
+import copy
+import io
+import pickle
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -8,7 +11,9 @@ import reference
 import torch
 import torch.nn.functional as F
 from comparison import TOLERANCE, disagreements, values_and_gradients
+from mmengine.model import ExponentialMovingAverage
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
@@ -367,3 +372,173 @@ def sharded_rank(rank: int, version: int) -> None:
 @pytest.mark.parametrize('version', [1, 2])
 def test_sharded_with_mixed_precision(version, world):
     world(2).run(sharded_rank, version)
+
+
+def block() -> nn.Sequential:
+    torch.manual_seed(4)
+    conv = WSConv2d(CHANNELS, CHANNELS, 3, bias=False)
+    return nn.Sequential(conv, make_layer())
+
+
+def train_step(model: nn.Module, run=None, seed: int = 2) -> dict[str, Tensor]:
+    """Output, gradients and buffers of one step."""
+    x = make_input(seed=seed).requires_grad_()
+    output = (run or model)(x)
+    cotangent = torch.randn(
+        output.shape, generator=torch.Generator().manual_seed(7)
+    )
+    leaves = {'x': x, **dict(model.named_parameters())}
+    gradients = torch.autograd.grad(output, list(leaves.values()), cotangent)
+    return {
+        'output': output.detach(),
+        **{f'd{k}': g for k, g in zip(leaves, gradients, strict=True)},
+        **buffers(model),
+    }
+
+
+def test_gradient_accumulation_moves_the_estimates_per_forward():
+    layer, x, dy = make_layer().double(), make_input(), make_input(seed=5)
+    state = {k: v.detach().clone() for k, v in layer.state_dict().items()}
+    expected = torch.zeros(CHANNELS, dtype=torch.float64)
+    for one, cotangent in zip(
+        x.double().split(1), dy.double().split(1), strict=True
+    ):
+        layer(one).backward(cotangent)  # gradients add up, no step between
+        bn_weight = state['bn_weight'].clone().requires_grad_()
+        output, running = reference.batch_channel_norm(
+            one,
+            {**state, 'bn_weight': bn_weight},
+            GROUPS,
+            training=True,
+            momentum=layer.momentum,
+        )
+        expected += torch.autograd.grad(output, bn_weight, cotangent)[0]
+        state |= running
+    assert not disagreements(
+        {**buffers(layer), 'dbn_weight': layer.bn_weight.grad},
+        {**running, 'dbn_weight': expected},
+        TOLERANCE[torch.float64],
+    )
+
+
+@pytest.mark.parametrize('counting', [False, True])
+@pytest.mark.parametrize('update_buffers', [False, True])
+def test_moving_average_of_a_model(update_buffers, counting):
+    model = block()
+    average = ExponentialMovingAverage(
+        model, momentum=0.25, update_buffers=update_buffers
+    )
+    if counting:  # as SyncEstimatesHook does before training
+        model[1].values_seen = torch.zeros(1, dtype=torch.float64)
+    expected = {k: v.clone() for k, v in model.state_dict().items()}
+    for step in range(3):
+        train_step(model, seed=step)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1)
+        average.update_parameters(model)
+        for name, values in model.state_dict().items():
+            copied = step == 0 or ('running' in name and not update_buffers)
+            expected[name] = (
+                values.clone() if copied else expected[name].lerp(values, 0.25)
+            )
+    assert not disagreements(dict(average.module.state_dict()), expected, 1e-6)
+    average.eval()(make_input())
+
+
+def test_copies_while_values_are_counted():
+    model = block()
+    model[1].values_seen = torch.zeros(1, dtype=torch.float64)
+    train_step(model)
+    file = io.BytesIO()
+    pickle.dump(model, file)
+    file.seek(0)
+    twins = [copy.deepcopy(model), pickle.load(file)]
+    seen = model[1].values_seen.clone()
+    assert seen > 0
+    expected = train_step(model)
+    for twin in twins:
+        assert torch.equal(twin[1].values_seen, seen)  # and not shared
+        actual = train_step(twin)
+        for name, values in expected.items():
+            assert torch.equal(actual[name], values), name
+        assert twin.state_dict().keys() == block().state_dict().keys()
+
+
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+def test_compiled_once_for_all_steps(mode):
+    torch._dynamo.reset()
+    eager, model = block(), block()
+    eager[1].mode = model[1].mode = mode
+    counter = CompileCounterWithBackend('aot_eager')
+    run = torch.compile(model, backend=counter, fullgraph=True)
+    for step in range(4):
+        actual = train_step(model, run, seed=step)
+        expected = train_step(eager, seed=step)
+        assert not disagreements(actual, expected, 5e-5)
+    assert counter.frame_count == 1
+
+
+def test_functional_call_moves_the_buffers_it_is_given():
+    layer, other = make_layer(), make_layer()
+    with torch.no_grad():
+        for values in other.state_dict().values():
+            values.add_(0.5)
+    before = buffers(layer)
+    given = {k: v.detach().clone() for k, v in other.state_dict().items()}
+    x = make_input()
+    output = torch.func.functional_call(layer, given, x)
+    assert torch.equal(output, other(x))
+    for name, values in layer.named_buffers():
+        assert torch.equal(values, before[name])
+        assert torch.equal(given[name], other.get_buffer(name))
+
+
+def strided(x: Tensor) -> Tensor:
+    wide = torch.randn(*x.shape[:3], 2 * x.shape[3])
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+LAYOUTS = {
+    'channels_last': lambda x: x.to(memory_format=torch.channels_last),
+    'transposed': lambda x: x.mT.contiguous().mT,
+    'strided': strided,
+    'offset': lambda x: torch.cat([x, x])[x.shape[0] :],
+    'expanded': lambda x: x[:1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize('samples', [1, 2])
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_layouts_of_the_input(kernels, layout, samples):
+    results = []
+    x = make_input(samples)
+    if layout == 'expanded':
+        x = x[:1].repeat(samples, 1, 1, 1)
+    for change in (LAYOUTS[layout], torch.Tensor.contiguous):
+        for model in (block(), make_layer()):
+            leaf = change(x.clone()).detach().requires_grad_()
+            output = model(leaf)
+            cotangent = torch.ones(output.shape).cumsum(3).sin()
+            output.backward(cotangent)
+            results.append(
+                {
+                    'output': output,
+                    'dx': leaf.grad,
+                    **{k: p.grad for k, p in model.named_parameters()},
+                    **{f'b {k}': v for k, v in model.named_buffers()},
+                }
+            )
+    for actual, expected in zip(results[:2], results[2:], strict=True):
+        assert not disagreements(actual, expected, 5e-5)
+
+
+def test_deterministic_algorithms(kernels):
+    try:
+        torch.use_deterministic_algorithms(True)
+        first, second = (train_step(block()) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, values in first.items():
+        assert torch.equal(values, second[name]), name

@@ -189,7 +189,35 @@ def dtypes() -> str:
     return together(rows)
 
 
+def compiled() -> str:
+    """torch.compile of a training step as one graph."""
+
+    def of(layer: nn.Module) -> str:
+        torch._dynamo.reset()
+        run = torch.compile(layer, backend='aot_eager', fullgraph=True)
+        run(torch.randn(2, 8, 9, 9)).sin().sum().backward()
+        return 'one graph'
+
+    layers = {k: make for k, make in NORMS.items()}
+    layers |= {k: lambda m=make: m(8, 8, 3) for k, make in CONVS.items()}
+    return together({k: lambda m=m: of(m()) for k, m in layers.items()})
+
+
+def called_twice() -> str:
+    """Two calls in training before one backward."""
+
+    def of(layer: nn.Module) -> str:
+        torch.manual_seed(0)
+        x = [torch.randn(2, 8, 5, 5, requires_grad=True) for _ in range(2)]
+        (layer(x[0]).square() + layer(x[1]).sin()).sum().backward()
+        return f'differentiates, gradients {kind(x[0].grad)}'
+
+    return together({k: lambda m=m: of(m()) for k, m in NORMS.items()})
+
+
 ROWS = {
+    'called_twice': called_twice,
+    'compiled': compiled,
     'dtypes': dtypes,
     'constant_filters': constant_filters,
     'magnitudes': magnitudes,
