@@ -542,3 +542,26 @@ def test_deterministic_algorithms(kernels):
         torch.use_deterministic_algorithms(False)
     for name, values in first.items():
         assert torch.equal(values, second[name]), name
+
+
+@pytest.mark.parametrize('separate', [True, False])
+def test_estimates_of_a_head_over_pyramid_levels(separate):
+    heads = pytest.importorskip('mmdet.models', exc_type=ImportError)
+    kind = heads.RetinaSepBNHead if separate else heads.RetinaHead
+    head = kind(
+        num_classes=2,
+        in_channels=CHANNELS,
+        feat_channels=CHANNELS,
+        stacked_convs=1,
+        conv_cfg=dict(type='ws_mm.WSConv2d'),
+        norm_cfg=dict(type='ws_mm.BCN', num_groups=GROUPS),
+        **(dict(num_ins=5) if separate else {}),
+    )
+    levels = [make_input(seed=level) * (level + 1) for level in range(5)]
+    scores, boxes = head(levels)
+    sum((y * torch.randn_like(y)).sum() for y in scores + boxes).backward()
+    assert all(p.grad.isfinite().all() for p in head.parameters())
+    means = [m.running_mean for m in head.modules() if isinstance(m, BCN)]
+    # Two branches, and either their own estimates per level or one of all.
+    assert len(means) == (10 if separate else 2)
+    assert len({tuple(mean.tolist()) for mean in means}) == len(means)
