@@ -144,7 +144,7 @@ def standardize_backward(
             d = tl.load(weight + start + column, mask=mask, other=0.0)
             d = tl.where(mask, d.to(tl.float32) - mean - rest, 0.0)
             product += tl.sum(g * d, 1)
-    # d sum(h d) is zero in a constant filter, its factor infinite.
+    # In a constant filter sum(h d) is zero, and its factor must be finite.
     safe = tl.where(std > 0.0, std, 1.0)
     if INSIDE:
         factor = 1.0 / tl.sqrt(std * std + eps)
@@ -152,7 +152,7 @@ def standardize_backward(
     else:
         factor = 1.0 / (std + eps)
         slope = product * factor / (safe * (fan_in - 1))
-    slope = tl.where(std > 0.0, slope, 0.0)[:, None]
+    slope = slope[:, None]
     factor = factor[:, None]
     if WHOLE:
         result = ((g - d * slope) * factor).to(output.dtype.element_ty)
