@@ -103,7 +103,8 @@ def train(
         ),
         train_cfg=loop,
         val_cfg=dict(),
-        val_evaluator=Evaluator(Score()),
+        # Without a folder mmengine leaves one where it was called from.
+        val_evaluator=Evaluator(Score(collect_dir=str(folder / 'collect'))),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.05)),
         default_hooks=dict(
             logger=None,
