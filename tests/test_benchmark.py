@@ -1,68 +1,191 @@
-"""The benchmark runs, describes itself, and is what README.md shows."""
+"""The benchmarks run, describe themselves, and are what README.md shows."""
 
+import copy
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARK = ROOT / 'tools/benchmark'
 sys.path.insert(0, str(BENCHMARK))
 import layers  # noqa: E402
+import model  # noqa: E402
+import peers  # noqa: E402
+import race  # noqa: E402
+import result  # noqa: E402
+import scaling  # noqa: E402
 import table  # noqa: E402
 
-RESULT = BENCHMARK / 'results/layers--cpu.json'
+SUITES = ['layers', 'model', 'scaling']
+RESULTS = [BENCHMARK / f'results/{suite}--cpu.json' for suite in SUITES]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, BENCHMARK / 'layers.py', *arguments],
+        [sys.executable, BENCHMARK / script, *arguments],
         capture_output=True,
         text=True,
     )
 
 
-def test_one_case_from_the_command_line(tmp_path):
-    done = run(str(tmp_path), '--rounds', '1', '--only', 'pooled')
+def rows_of(folder: Path) -> dict[str, dict]:
+    (path,) = folder.glob('*.json')
+    measured = json.loads(path.read_text())
+    result.check(measured)
+    return {r['contender']: r for r in measured['cases'][0]['rows']}
+
+
+def test_one_case_of_the_layers(tmp_path):
+    arguments = '--rounds', '2', '--only', 'pooled 1x256x1x1'
+    done = run('layers.py', str(tmp_path), *arguments)
     assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.glob('*.json')
-    result = json.loads(path.read_text())
-    layers.check(result)
-    rows = {r['contender']: r for r in result['cases'][0]['rows']}
+    rows = rows_of(tmp_path)
     # One value per channel: an error row, not a crash.
     assert 'more than 1 value' in rows['BatchNorm2d']['error']
     assert rows['GroupNorm']['ratio'] == 1
     assert rows['BCN estimate']['ms_p20'] > 0
     assert rows['BCN estimate']['saved_bytes'] > 0
+    assert rows['copy']['gigabytes_per_second'] > 0
 
 
-def test_refuses(tmp_path):
-    done = run(str(tmp_path / 'out'), '--only', 'nothing')
+def test_ranks_count_their_collectives(tmp_path):
+    arguments = '--rounds', '1', '--only', 'ranks 2'
+    done = run('scaling.py', str(tmp_path), *arguments)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path)
+    assert rows['BatchNorm2d']['collectives'] == 0
+    assert rows['BCN estimate']['collectives'] == 1
+    # 20 norms, one each way.
+    assert rows['BCN sync_batch']['collectives'] == 40
+    if not torch.cuda.is_available():
+        assert 'only work with GPU' in rows['SyncBatchNorm']['error']
+
+
+def test_slope_of_a_power():
+    points = [(math.log(x), math.log(5 * x**0.7)) for x in (2, 9, 40, 41)]
+    assert scaling.slope(points) == pytest.approx(0.7)
+    rows = [{'contender': 'BCN', 'ms': 3.0}]
+    more = [{'contender': 'BCN', 'ms': 6.0}]
+    cases = [
+        {'name': 'images 1', 'rows': rows},
+        {'name': 'images 4', 'rows': more},
+    ]
+    assert scaling.slopes(cases)['slopes'] == {
+        'pixels': {},
+        'channels': {},
+        'images': {'BCN': pytest.approx(0.5)},
+    }
+
+
+def test_a_segmentor_as_users_train_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(model, 'SEGMENTATION', (65, 65))
+    argv = ['model.py', str(tmp_path), '--rounds', '1', '--only', 'DeepLab']
+    monkeypatch.setattr(sys, 'argv', argv)
+    model.main()
+    (path,) = tmp_path.glob('*.json')
+    train, infer = json.loads(path.read_text())['cases']
+    rows = {row['contender']: row for row in train['rows']}
+    # One image: BN cannot do the pooled branch of the head.
+    assert 'more than 1 value' in rows['BN']['error']
+    assert rows['GN+WS']['saved_bytes'] > rows['GN']['saved_bytes']
+    assert all('ratio' in row for row in infer['rows'])
+    assert path.with_suffix('.png').exists()
+
+
+def test_every_detector_gets_the_same_rois(monkeypatch):
+    monkeypatch.setattr(model, 'DETECTION', (128, 128))
+    batch = model.Detection('cpu')
+    for contender in ('GN+WS', 'BCN+WS'):
+        detector = model.build(model.MASK_RCNN, contender, 'cpu')
+        seen = []
+        detector.roi_head.mask_head.convs[0].register_forward_pre_hook(
+            lambda module, args, seen=seen: seen.append(len(args[0]))
+        )
+        # The heads behind do not matter here.
+        detector.roi_head.mask_head.convs[0].forward = lambda x: 1 / 0
+        with pytest.raises(ZeroDivisionError), torch.no_grad():
+            batch.loss(detector.train())
+        assert seen == [model.POSITIVES]
+
+
+@pytest.mark.parametrize('contender', [*model.MODELS, 'frozen BN'])
+def test_contenders_are_built_as_named(contender):
+    names = {
+        'GN': {'Conv2d', 'GroupNorm'},
+        'GN + mmcv ConvWS': {'ConvWS2d', 'GroupNorm', 'Conv2d'},
+        'BN': {'Conv2d', 'BatchNorm2d'},
+        'frozen BN': {'Conv2d', 'BatchNorm2d'},
+        'GN+WS': {'WSConv2d', 'GroupNorm', 'Conv2d'},
+        'BCN+WS': {'WSConv2d', 'BCN', 'Conv2d'},
+    }
+    with torch.device('meta'):
+        cfg = model.config_of(model.MASK_RCNN, contender)
+        detector = model.build_model(cfg)
+    built = {
+        type(module).__name__
+        for module in detector.modules()
+        if 'Conv' in type(module).__name__ or 'N' in type(module).__name__
+    }
+    kinds = {'Conv2d', 'ConvWS2d', 'WSConv2d', 'BCN'}
+    kinds |= {'GroupNorm', 'BatchNorm2d', 'SyncBatchNorm'}
+    assert built & kinds == names[contender]
+
+
+@pytest.mark.parametrize('script', SUITES)
+def test_refuses(script, tmp_path):
+    done = run(f'{script}.py', str(tmp_path / 'out'), '--only', 'nothing')
     assert done.returncode == 2
     assert "--only='nothing'" in done.stderr
-    assert 'pooled' in done.stderr
-    assert '--rounds=0' in run(str(tmp_path), '--rounds', '0').stderr
-    assert not list(tmp_path.rglob('*.json'))
+    done = run(f'{script}.py', str(tmp_path), '--rounds', '0')
+    assert '--rounds=0' in done.stderr
+    assert not list(tmp_path.rglob('*'))
 
 
-def test_schema_names_what_is_missing():
-    result = json.loads(RESULT.read_text())
-    layers.check(result)
-    del result['cases'][0]['rows'][0]['ms_p20']
-    with pytest.raises(ValueError, match='filters of resnet50.*lacks a time'):
-        layers.check(result)
-    del result['environment']
+def test_a_failing_contender_is_an_error_row():
+    def fails():
+        raise RuntimeError('no\nway')
+
+    rows = race.race({'a': int, 'b': fails}, 'b', 2, 'cpu')
+    assert rows[1] == {'contender': 'b', 'error': 'RuntimeError: no'}
+    assert 'ms' in rows[0]
+    assert 'ratio' not in rows[0]
+
+
+def test_ratios_pair_the_rounds(monkeypatch):
+    clock = iter([1.0, 2.0, 10.0, 30.0, 4.0, 16.0])
+    monkeypatch.setattr(race, 'clock', lambda run, device: next(clock))
+    monkeypatch.setattr(race.random, 'shuffle', lambda order: None)
+    rows = race.race({'a': int, 'b': int}, 'a', 3, 'cpu', warm_up=0)
+    assert rows[0]['ms'] == 4
+    assert rows[1]['ratio'] == 3
+    assert [rows[1]['ratio_p20'], rows[1]['ratio_p80']] == [2, 4]
+
+
+@pytest.mark.parametrize('path', RESULTS, ids=lambda path: path.stem)
+def test_results_describe_themselves(path):
+    measured = json.loads(path.read_text())
+    result.check(measured)
+    assert path.stem.startswith(measured['suite'] + '--')
+    assert path.with_suffix('.png').exists()
+    del measured['cases'][0]['rows'][0]['ms_p20']
+    name = measured['cases'][0]['name']
+    with pytest.raises(ValueError, match=f'{name}.*lacks a time'):
+        result.check(measured)
+    del measured['environment']
     with pytest.raises(ValueError, match="lacks 'environment'"):
-        layers.check(result)
+        result.check(measured)
+    with pytest.raises(ValueError, match=rf'schema=1 .*{path.stem[:5]}'):
+        result.check({**json.loads(path.read_text()), 'schema': 1})
 
 
 def test_contenders_compute_what_they_claim():
-    import torch
-
     weight = torch.randn(8, 4, 3, 3)
-    functions = layers.standardizers()
+    functions = peers.standardizers()
     torch.testing.assert_close(
         functions['WS'](weight), functions['mmcv ConvWS'](weight)
     )
@@ -70,20 +193,58 @@ def test_contenders_compute_what_they_claim():
     constant = (36 / 35) ** 0.5
     torch.testing.assert_close(
         functions['WS'](weight) * constant,
-        functions['timm StdConv2d form'](weight),
+        functions['timm StdConv2d'](weight),
         rtol=1e-3,
         atol=1e-3,
     )
     x = torch.randn(2, 64, 5, 5) * 3 + 1
-    contenders = layers.norms(64)
-    for _ in range(2):
-        outputs = [
-            contenders[name]()(x) for name in ('BCN estimate', 'authors BCN')
-        ]
-        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    contenders = peers.norms(64, 'cpu')
+    outputs = [
+        contenders[name]()(x) for name in ('BCN estimate', 'authors BCN')
+    ]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
 
 
-def test_readme_shows_the_result():
-    shown = table.table(json.loads(RESULT.read_text()))
+CASES = [(name, {}) for name in layers.ACTIVATIONS]
+CASES += [
+    (name, how) for name in layers.VARIED for how in layers.VARIANTS.values()
+]
+
+
+@pytest.mark.parametrize(('name', 'how'), CASES)
+def test_fused_and_plain_agree_where_they_are_timed(name, how, monkeypatch):
+    torch.manual_seed(0)
+    shape = layers.ACTIVATIONS[name]
+    dtype = how.get('dtype', torch.float32)
+    layout = how.get('layout', torch.contiguous_format)
+    x = torch.randn(shape).add_(0.5).to(dtype).contiguous(memory_format=layout)
+    cotangent = torch.randn(shape).to(dtype)
+    norm = peers.norms(shape[1], 'cpu')['BCN estimate']()
+    norm.train(how.get('training', True))
+    with torch.no_grad():
+        for values in (*norm.parameters(), norm.running_var):
+            values.uniform_(0.5, 2)
+        norm.running_mean.normal_()
+    results = []
+    for choice in ('auto', 'plain'):
+        monkeypatch.setenv(race.VARIABLE, choice)
+        layer = copy.deepcopy(norm)
+        leaf = x.clone().requires_grad_()
+        output = layer(leaf)
+        output.backward(cotangent)
+        gradients = [leaf.grad, *(p.grad for p in layer.parameters())]
+        results.append([output.detach(), *gradients, *layer.buffers()])
+    for fused, plain in zip(*results, strict=True):
+        assert fused.dtype == plain.dtype
+        near = 1e-4 if dtype == torch.float32 else 2e-2
+        scale = plain.float().abs().max().item()
+        difference = (fused.float() - plain.float()).abs().max().item()
+        assert difference <= near * scale
+
+
+@pytest.mark.parametrize('suite', ['layers', 'model'])
+def test_readme_shows_the_result(suite):
+    path = BENCHMARK / f'results/{suite}--cpu.json'
+    shown = table.table(json.loads(path.read_text()))
     readme = (ROOT / 'README.md').read_text()
     assert shown in readme, f'paste this into README.md:\n{shown}'

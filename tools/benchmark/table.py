@@ -8,41 +8,33 @@ import json
 from pathlib import Path
 from typing import Any
 
-
-def cell(row: dict[str, Any] | None) -> str:
-    """A ratio, or why there is none."""
-    if row is None:
-        return ''
-    return 'error' if 'error' in row else f'{row["ratio"]:.2f}'
+from result import brief, check
 
 
 def table(result: dict[str, Any]) -> str:
-    """One table for each baseline of the result."""
-    blocks = []
-    for baseline in dict.fromkeys(c['baseline'] for c in result['cases']):
-        cases = [c for c in result['cases'] if c['baseline'] == baseline]
-        names = [
-            row['contender']
-            for row in cases[0]['rows']
-            if row['contender'] != baseline
-        ]
-        lines = [
-            f'| time over {baseline} | ' + ' | '.join(names) + ' |',
-            '|---' * (len(names) + 1) + '|',
-        ]
-        for case in cases:
-            rows = {row['contender']: row for row in case['rows']}
-            cells = (cell(rows.get(name)) for name in names)
-            lines.append(f'| {case["name"]} | ' + ' | '.join(cells) + ' |')
-        blocks.append('\n'.join(lines))
-    return '\n\n'.join(blocks)
+    """One table for each baseline and set of contenders of the result."""
+    blocks: dict[tuple[str, ...], list[str]] = {}
+    for case in result['cases']:
+        baseline = case['baseline']
+        rows = {row['contender']: row for row in case['rows']}
+        key = baseline, *(name for name in rows if name != baseline)
+        if key not in blocks:
+            blocks[key] = [
+                f'| time over {baseline} | ' + ' | '.join(key[1:]) + ' |',
+                '|---' * len(key) + '|',
+            ]
+        cells = (brief(rows[name]) for name in key[1:])
+        blocks[key].append(f'| {case["name"]} | ' + ' | '.join(cells) + ' |')
+    return '\n\n'.join('\n'.join(lines) for lines in blocks.values())
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('result', type=Path)
-    print(table(json.loads(parser.parse_args().result.read_text())))
+    result = json.loads(parser.parse_args().result.read_text())
+    check(result)
+    print(table(result))
 
 
 if __name__ == '__main__':

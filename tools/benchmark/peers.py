@@ -1,0 +1,116 @@
+"""The contenders: norms of activations, standardizations of weights.
+
+Peers are imported where a package has them: torch's norms, mmcv's ConvWS,
+timm's StdConv2d and, on a GPU, Liger's GroupNorm. The authors' estimate-based
+BCN was published as text only and is written here.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import ws_mm
+
+
+class AuthorsBCN(nn.Module):
+    """Estimate-based BCN in the operations of the authors' README."""
+
+    def __init__(self, channels: int, groups: int = 32, rate: float = 0.1):
+        super().__init__()
+        self.groups, self.rate = groups, rate
+        self.gamma = nn.Parameter(torch.ones(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+        self.weight = nn.Parameter(torch.ones(1, groups, 1))
+        self.bias = nn.Parameter(torch.zeros(1, groups, 1))
+        self.register_buffer('mean', torch.zeros(channels))
+        self.register_buffer('var', torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Update the estimates, normalize with them, then by groups."""
+        n, c = x.shape[:2]
+        if self.training:
+            with torch.no_grad():
+                flat = x.transpose(0, 1).reshape(c, -1).float()
+                deviation = (flat - self.mean[:, None]) ** 2
+                self.mean.lerp_(flat.mean(1), self.rate)
+                self.var.lerp_(deviation.mean(1), self.rate)
+        view = 1, c, *[1] * (x.dim() - 2)
+        y = (x - self.mean.clone().view(view)) / (
+            self.var.clone().view(view) + 1e-5
+        ).sqrt()
+        y = y * self.gamma.view(view) + self.beta.view(view)
+        y = y.reshape(1, n * self.groups, -1)
+        var, mean = torch.var_mean(y, 2, correction=0, keepdim=True)
+        y = ((y - mean) / (var + 1e-5).sqrt()).view(n, self.groups, -1)
+        return (y * self.weight + self.bias).view(x.shape).to(x.dtype)
+
+
+def norms(channels: int, device: str) -> dict[str, Callable[[], nn.Module]]:
+    """The contenders that normalize activations."""
+    contenders: dict[str, Callable[[], nn.Module]] = {
+        'GroupNorm': lambda: nn.GroupNorm(32, channels),
+        'BatchNorm2d': lambda: nn.BatchNorm2d(channels),
+        'authors BCN': lambda: AuthorsBCN(channels),
+        'BCN estimate': lambda: ws_mm.BCN(channels),
+        'BCN batch': lambda: ws_mm.BCN(channels, mode='batch'),
+        'BCN plain': lambda: ws_mm.BCN(channels),
+    }
+    if device == 'cuda':
+        contenders |= {
+            'compiled GroupNorm': lambda: compiled(nn.GroupNorm(32, channels)),
+            'BCN compiled': lambda: compiled(ws_mm.BCN(channels)),
+            'Liger GroupNorm': lambda: liger_group_norm(channels),
+        }
+    return contenders
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    """The module through torch.compile."""
+    module.compile()
+    return module
+
+
+def liger_group_norm(channels: int) -> nn.Module:
+    """Liger's Triton GroupNorm, for (N, C, *) inputs."""
+    from liger_kernel.transformers import LigerGroupNorm
+
+    return LigerGroupNorm(channels, 32)
+
+
+def standardizers() -> dict[str, Callable[[Tensor], Tensor]]:
+    """The contenders that standardize weights."""
+    # mmcv and timm have no function for the weight alone: stop each at its
+    # convolution, which then returns the weight.
+
+    def mmcv_form(weight: Tensor) -> Tensor:
+        from mmcv.cnn.bricks import conv_ws
+
+        with mock.patch.object(conv_ws.F, 'conv2d', lambda x, w, *_: w):
+            return conv_ws.conv_ws_2d(weight, weight)
+
+    def timm_form(weight: Tensor) -> Tensor:
+        from timm.layers import std_conv
+
+        layer = SimpleNamespace(
+            weight=weight,
+            out_channels=weight.shape[0],
+            eps=1e-6,
+            bias=None,
+            stride=1,
+            padding=0,
+            dilation=1,
+            groups=1,
+        )
+        with mock.patch.object(std_conv.F, 'conv2d', lambda x, w, *_: w):
+            return std_conv.StdConv2d.forward(layer, weight)
+
+    return {
+        'copy': lambda weight: weight.clone(),
+        'mmcv ConvWS': mmcv_form,
+        'timm StdConv2d': timm_form,
+        'WS': ws_mm.standardize_weight,
+        'WS plain': ws_mm.standardize_weight,
+    }
