@@ -20,6 +20,7 @@ from .functional import batch_channel_norm, standardize_weight
 from .hooks import CheckModelHook, SyncEstimatesHook
 from .norm import BCN
 from .resume import ExactResumeHook
+from .singularities import SingularitiesHook
 from .surgery import bake, check, convert
 
 __version__ = '0.1.0'
@@ -29,6 +30,7 @@ __all__ = [
     'CheckModelHook',
     'ExactResumeHook',
     'PretrainedGN',
+    'SingularitiesHook',
     'SyncEstimatesHook',
     'WSConv1d',
     'WSConv2d',

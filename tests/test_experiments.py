@@ -1,0 +1,262 @@
+"""The experiment runner on real, tiny trainings."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / 'tools'))
+from experiments import grid, norms, records, report, run  # noqa: E402
+
+GRIDS = sorted((ROOT / 'tools/experiments/grids').glob('*.py'))
+TASK = 'tools/experiments/tasks/cifar_resnet8.py'
+VGG = 'tools/experiments/tasks/cifar_vgg6.py'
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory) -> Path:
+    """Two classes of images, dark and bright, in folders."""
+    folder = tmp_path_factory.mktemp('images')
+    random = np.random.default_rng(0)
+    for split, count in (('train', 6), ('test', 4)):
+        for label, level in (('bright', 170), ('dark', 30)):
+            (folder / split / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.normal(level, 20, (32, 32, 3)).clip(0, 255)
+                image = Image.fromarray(pixels.astype('uint8'))
+                image.save(folder / split / label / f'{i}.png')
+    return folder
+
+
+def options(images: Path, **more) -> dict:
+    return {
+        'train_dataloader.dataset.data_root': str(images / 'train'),
+        'val_dataloader.dataset.data_root': str(images / 'test'),
+        'model.width': 16,
+        'model.num_classes': 2,
+        'log_level': 'WARNING',
+        **more,
+    }
+
+
+def write_grid(path: Path, cells: list[dict], images: int = 24) -> Path:
+    tiny = dict(config=TASK, images=images, lr=0.05, at=1, metric='accuracy')
+    tasks = dict(tiny=tiny, vgg={**tiny, 'config': VGG})
+    path.write_text(f'tasks = {tasks!r}\ncells = {cells!r}\n')
+    return path
+
+
+def call(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / 'tools/experiments/run.py', *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
+
+
+@pytest.fixture(scope='module')
+def finished(images, tmp_path_factory):
+    """One call over a run of each kind of end."""
+    folder = tmp_path_factory.mktemp('out')
+    own = options(images)
+    path = write_grid(
+        folder / 'grid.py',
+        [
+            dict(task='tiny', norm='BCN+WS', images=2, options=own),
+            dict(task='tiny', norm='GN', lr_factor=1e38, options=own),
+            # A stage of one pixel at one image: no batch statistics.
+            dict(
+                task='vgg',
+                norm='BN',
+                options={
+                    **own,
+                    'model.stages': [1, 1, 1, 1, 1, 1],
+                },
+            ),
+        ],
+    )
+    return folder, call(path, folder / 'out')
+
+
+def test_every_end_has_its_record(finished):
+    folder, done = finished
+    found, bad = records.read_all(folder / 'out/records')
+    assert not bad
+    ends = {record['cell']['norm']: record for record in found}
+    assert set(ends) == {'BCN+WS', 'GN', 'BN'}, done.stdout
+    good = ends['BCN+WS']
+    assert good['status'] == 'done'
+    assert good['metrics'][-1]['step'] == 12
+    assert good['metric'] == good['metrics'][-1]['accuracy']
+    assert good['curve'][-1][0] == 12
+    assert good['seconds'] > 0
+    assert good['peak_bytes'] > 1e8
+    assert good['versions']['torch'] == torch.__version__
+    assert ends['GN']['status'] == 'diverged'
+    assert 'at iteration' in ends['GN']['reason']
+    assert ends['BN']['status'] == 'impossible'
+    assert 'more than 1 value per channel' in ends['BN']['reason']
+    assert done.returncode == 0
+    assert '[3/3]' in done.stdout
+    assert 'left' in done.stdout
+
+
+def test_finished_runs_are_not_run_again(finished):
+    folder, _ = finished
+    path = folder / 'out/records'
+    before = {p: p.stat().st_mtime_ns for p in path.iterdir()}
+    again = call(folder / 'grid.py', folder / 'out')
+    assert again.returncode == 0
+    assert {p: p.stat().st_mtime_ns for p in path.iterdir()} == before
+
+
+def test_report_shows_every_end(finished, capsys, tmp_path):
+    folder, _ = finished
+    figure = tmp_path / 'figure.png'
+    report.main([str(folder / 'out'), '--figure', str(figure)])
+    shown = capsys.readouterr().out
+    assert 'diverged: at iteration' in shown
+    assert 'impossible:' in shown
+    assert '(n=1)' in shown
+    assert figure.stat().st_size > 5000
+    with pytest.raises(SystemExit):
+        report.main([str(folder / 'out'), '--task', 'other'])
+    assert "'tiny'" in capsys.readouterr().err
+
+
+def test_killed_and_half_written_runs_are_resumed(images, tmp_path):
+    cells = [dict(task='tiny', norm='BCN+WS', options=options(images))]
+    path = write_grid(tmp_path / 'grid.py', cells, images=80)
+    (cell,) = grid.load(path).cells
+    process = subprocess.Popen(
+        [
+            *(sys.executable, ROOT / 'tools/experiments/run.py'),
+            *(path, tmp_path / 'out'),
+        ],
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    work_dir = tmp_path / 'out/runs' / cell.key
+    deadline = time.monotonic() + 240
+    while not list(work_dir.glob('iter_*.pth')):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    record = tmp_path / 'out/records' / f'{cell.key}.json'
+    assert not record.exists()
+    record.parent.mkdir(exist_ok=True)
+    record.write_text('{"schema": 1, "cell":')
+    done = call(path, tmp_path / 'out')
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'is not whole' in done.stdout
+    log = (work_dir / 'output.log').read_text()
+    assert 'Resuming from' in log
+    found = records.read(record)
+    steps = [step for step, _ in found['curve']]
+    assert steps == list(range(1, 81))
+    assert not list(work_dir.glob('*.pth'))
+
+
+def test_a_failure_leaves_no_record_and_the_exit_code_says_so(
+    images, tmp_path
+):
+    cells = [
+        dict(
+            task='tiny',
+            norm='GN',
+            options=options(images, **{'model.widht': 3}),
+        )
+    ]
+    path = write_grid(tmp_path / 'grid.py', cells)
+    done = call(path, tmp_path / 'out')
+    assert done.returncode == 1
+    assert 'widht' in done.stdout
+    assert '1 of 1 runs failed' in done.stderr
+    assert not list((tmp_path / 'out').glob('records/*'))
+
+
+def test_a_second_call_is_kept_out(images, tmp_path):
+    (tmp_path / 'out').mkdir()
+    path = write_grid(tmp_path / 'grid.py', [dict(task='tiny', norm='GN')])
+    with run.alone(tmp_path / 'out'):
+        done = call(path, tmp_path / 'out')
+    assert done.returncode == 1
+    assert 'another call is at work' in done.stderr
+
+
+@pytest.mark.parametrize(
+    ('cell', 'message'),
+    [
+        (
+            dict(task='tinny', norm='GN'),
+            "task='tinny' is not one of 'tiny', 'vgg'",
+        ),
+        (dict(task='tiny', norm='GM'), "norm='GM' is not one of .*'GN'"),
+        (dict(task='tiny', nrom='GN'), 'cells.0.nrom is unknown'),
+        (dict(task='tiny'), 'cells.0.norm is missing'),
+        (dict(task='tiny', norm='GN', images=0), 'images=0 must be'),
+    ],
+)
+def test_a_wrong_grid_is_refused(cell, message, tmp_path):
+    path = write_grid(tmp_path / 'grid.py', [cell])
+    with pytest.raises(grid.GridError, match=message):
+        grid.load(path)
+
+
+def test_equal_images_one_rule_for_the_rate():
+    task = dict(config=TASK, images=160, lr=0.1, at=8, metric='accuracy')
+    for images, factor in ((1, 1.0), (16, 0.5)):
+        cell = grid.Cell('tiny', 'BCN+WS', images, 3, factor)
+        cfg = grid.config_of(cell, task)
+        assert cfg.train_cfg.max_iters * images == 160
+        rate = cfg.optim_wrapper.optimizer.lr
+        assert rate == pytest.approx(0.1 * images / 8 * factor)
+        assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_iters
+        assert cfg.param_scheduler[0].end == cfg.param_scheduler[1].begin
+        assert cfg.randomness.seed == 3
+        assert cfg.train_dataloader.batch_size == images
+
+
+def test_norms_reach_every_norm_cfg_and_nothing_else():
+    model = {
+        'a': {'norm_cfg': None, 'conv_cfg': 1, 'width': 2},
+        'b': [{'norm_cfg': {'type': 'GN'}}, {'c': {}}],
+    }
+    assert norms.apply(model, 'BCN+WS', momentum=0.01) == 2
+    assert model['a']['norm_cfg']['momentum'] == 0.01
+    assert model['a']['width'] == 2
+    assert model['b'][0]['conv_cfg'] == norms.WS
+    assert model['b'][1] == {'c': {}}
+    assert 'momentum' not in norms.BCN
+
+
+@pytest.mark.parametrize('path', GRIDS, ids=lambda path: path.stem)
+def test_grids_load_and_every_cell_has_a_config(path):
+    loaded = grid.load(path)
+    for cell in {(c.task, c.norm): c for c in loaded.cells}.values():
+        cfg = grid.config_of(cell, loaded.tasks[cell.task])
+        assert cfg.train_cfg.max_iters > 0
+
+
+def test_cell_means_and_spreads():
+    def record(metric, status='done', reason=''):
+        return dict(metric=metric, status=status, reason=reason)
+
+    shown = report.cell(
+        [record(0.1), record(0.3), record(None, 'diverged', 'x')]
+    )
+    assert shown == '0.200 ± 0.141 (n=2); diverged: x (n=1)'
+    assert report.cell([]) == 'not run'

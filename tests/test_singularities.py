@@ -1,0 +1,208 @@
+"""What is measured before each ReLU, against plain statistics."""
+
+import json
+import math
+
+import pytest
+import torch
+from mmengine.evaluator import BaseMetric
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+import ws_mm
+from ws_mm.singularities import FILE, Moments, SingularitiesHook, measure
+
+
+def test_report_against_the_definitions():
+    torch.manual_seed(0)
+    scale = torch.tensor([1.0, 0.5, 2.0, 1e-3])
+    shift = torch.tensor([0.0, 2.0, -5.5, -1.0])
+    x = torch.randn(6, 4, 40, 50) * scale.view(1, -1, 1, 1)
+    x = x + shift.view(1, -1, 1, 1)
+    # Rarely negative, unlike the Gaussian of its moments.
+    x[:, 1] = torch.rand(6, 40, 50) - 0.002
+    report = (Moments.of(x[:2]) + Moments.of(x[2:])).report()
+    rows = x.double().transpose(0, 1).flatten(1)
+    mean, std = rows.mean(1), rows.std(1, correction=0)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    firing = normal.cdf(mean / std)
+    rare = torch.minimum(firing, 1 - firing)
+    share = (rows > 0).double().mean(1)
+    rare_share = torch.minimum(share, 1 - share)
+    for threshold, text in ((1e-2, '0.01'), (1e-3, '0.001')):
+        expected = (rare < threshold).double().mean().item()
+        assert report[f'gaussian_below_{text}'] == expected
+        expected = (rare_share < threshold).double().mean().item()
+        assert report[f'empirical_below_{text}'] == expected
+    gaussians = torch.distributions.Normal(mean, std)
+    kl = torch.distributions.kl_divergence(
+        gaussians, torch.distributions.Normal(0.0, 1.0)
+    )
+    assert report['kl'] == pytest.approx(kl.mean().item(), rel=1e-6)
+    # None of these can stand for another.
+    assert report['gaussian_below_0.01'] == 0.5
+    assert report['gaussian_below_0.001'] == 0.25
+    assert report['empirical_below_0.01'] == 0.75
+
+
+def test_constant_channels_are_eliminated():
+    x = torch.tensor([0.0, 3.0, -2.0]).view(1, 3, 1, 1).expand(2, 3, 4, 4)
+    report = Moments.of(x).report()
+    assert {v for k, v in report.items() if k != 'kl'} == {1.0}
+    assert math.isfinite(report['kl'])
+    # Zero is not positive: half of these fire.
+    half = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)
+    assert Moments.of(half).report()['empirical_below_0.01'] == 0
+
+
+class Net(nn.Module):
+    """One ReLU for all; the second norm's output is added to first."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.norm1 = ws_mm.BCN(8, 4)
+        self.norm2 = nn.BatchNorm2d(8)
+        self.norm3 = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        seen = self.norm1(x)
+        self.seen1 = seen.clone()
+        y = self.relu(seen)
+        y = self.relu(self.norm2(y) + y)
+        out = self.norm3(y)
+        self.seen3 = out.clone()
+        return self.relu(out)
+
+
+def test_only_relus_that_directly_follow_a_norm_and_nothing_changes():
+    torch.manual_seed(0)
+    net = Net().train()
+    net.norm2.eval()
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    images = torch.randn(4, 3, 9, 9)
+    seen = []
+
+    def run(model):
+        assert not torch.is_grad_enabled()
+        for image in images.split(2):
+            model(image)
+            seen.append((model.seen1, model.seen3))
+
+    found = measure(net, run)
+    assert list(found) == ['norm1', 'norm3']
+    for index, name in enumerate(found):
+        parts = [Moments.of(pair[index]) for pair in seen]
+        assert found[name] == (parts[0] + parts[1]).report()
+    assert net.training
+    assert net.norm1.training
+    assert not net.norm2.training
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    assert not net.relu._forward_pre_hooks
+    assert measure(net, lambda model: model(images[:0])) == {}
+
+
+class Trained(BaseModel):
+    def __init__(self, relu: bool = True):
+        super().__init__()
+        self.net = Net() if relu else nn.Conv2d(3, 2, 3)
+
+    def forward(self, inputs, mode='tensor'):
+        y = self.net(inputs)
+        return {'loss': (y - 1).square().mean()} if mode == 'loss' else [y]
+
+
+class Nothing(BaseMetric):
+    def process(self, data_batch, data_samples):
+        self.results.append(0)
+
+    def compute_metrics(self, results):
+        return {'nothing': 0.0}
+
+
+def runner(tmp_path, hook, validate=True, relu=True, name='run') -> Runner:
+    torch.manual_seed(0)
+    images = [(image,) for image in torch.randn(6, 3, 9, 9)]
+    loader = dict(
+        dataset=images,
+        batch_size=2,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        collate_fn=lambda batch: [torch.stack([b[0] for b in batch])],
+    )
+    validation = dict(
+        val_dataloader=loader, val_cfg=dict(), val_evaluator=[Nothing()]
+    )
+    return Runner(
+        model=Trained(relu),
+        work_dir=str(tmp_path / name),
+        train_dataloader={
+            **loader,
+            'sampler': dict(type='InfiniteSampler', shuffle=True),
+        },
+        train_cfg=dict(by_epoch=False, max_iters=5, val_interval=100),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+        custom_hooks=[hook],
+        randomness=dict(seed=1),
+        log_level='ERROR',
+        experiment_name=f'{tmp_path.name}_{name}',
+        visualizer=dict(
+            type='Visualizer',
+            vis_backends=[dict(type='LocalVisBackend')],
+            name=f'{tmp_path.name}_{name}',
+        ),
+        **(validation if validate else {}),
+    )
+
+
+def test_hook_measures_start_interval_and_end(tmp_path):
+    hook = dict(type='ws_mm.SingularitiesHook', interval=2, num_batches=2)
+    run = runner(tmp_path, hook)
+    run.train()
+    lines = (tmp_path / 'run' / FILE).read_text().splitlines()
+    lines = [json.loads(line) for line in lines]
+    assert [line['iteration'] for line in lines] == [0, 2, 4, 5]
+    assert list(lines[0]['layers']) == ['net.norm1', 'net.norm3']
+    # Of the fixed images, the first four, with the weights of the end.
+    model = run.model
+
+    def again(model):
+        for batch in list(run.val_dataloader)[:2]:
+            model.val_step(batch)
+
+    assert measure(model, again) == lines[-1]['layers']
+    assert lines[0]['layers'] != lines[-1]['layers']
+    (scalars,) = (tmp_path / 'run').glob('*/vis_data/scalars.json')
+    kls = [
+        json.loads(line)['singularities/kl']
+        for line in scalars.read_text().splitlines()
+        if 'singularities' in line
+    ]
+    assert kls[-1] == pytest.approx(
+        sum(layer['kl'] for layer in lines[-1]['layers'].values()) / 2
+    )
+
+
+def test_training_is_the_same_with_the_hook(tmp_path):
+    states = []
+    hooks = SingularitiesHook(interval=1), SingularitiesHook(interval=99)
+    for index, hook in enumerate(hooks):
+        run = runner(tmp_path, hook, name=f'same{index}')
+        run.train()
+        states.append(run.model.state_dict())
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), key
+
+
+def test_refuses(tmp_path):
+    with pytest.raises(ValueError, match='interval=0 must be.*at least 1'):
+        SingularitiesHook(interval=0)
+    with pytest.raises(ValueError, match="num_batches='a' must be"):
+        SingularitiesHook(num_batches='a')
+    with pytest.raises(ValueError, match='set val_dataloader'):
+        runner(tmp_path, SingularitiesHook(), False, name='a').train()
+    with pytest.raises(ValueError, match='no ReLU module'):
+        runner(tmp_path, SingularitiesHook(), relu=False, name='b').train()

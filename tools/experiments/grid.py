@@ -1,0 +1,234 @@
+"""A grid of experiments: one file that says which runs there are.
+
+A grid file is an mmengine config with
+
+    tasks = dict(NAME=dict(
+        config=...,        config of the task, seen from the repository
+        images=...,        training images that every run sees
+        lr=..., at=...,    learning rate at so many images per step; other
+                           batches follow the linear rule
+        metric=...))       key of the final metric
+    cells = [dict(task=..., norm=..., images=..., seeds=[...]), ...]
+
+and in a cell, optionally, lists of values under images, norm, lr_factor
+(times the rule's rate), norm_cfg (a dict of changed settings), options (a
+dict of config keys) and name (what the tables call the row).
+"""
+
+import hashlib
+import itertools
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.norms import apply, parts_of
+from mmengine.config import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+TASK_KEYS = {'config', 'images', 'lr', 'at', 'metric'}
+LISTED = ('task', 'norm', 'images', 'lr_factor')
+CELL_KEYS = {*LISTED, 'seeds', 'norm_cfg', 'options', 'name'}
+WARM_UP = 0.1  # share of the steps
+VALIDATIONS = 4  # over a run, the last at its end
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    task: str
+    norm: str
+    images: int = 1
+    seed: int = 0
+    lr_factor: float = 1.0
+    norm_cfg: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    name: str = ''
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return self.name or self.norm
+
+    @property
+    def key(self) -> str:
+        """A file name that tells it from all others."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        words = f'{self.task}_{self.label}_b{self.images}_s{self.seed}'
+        safe = ''.join(c if c.isalnum() else '-' for c in words.lower())
+        return f'{safe}_{hashlib.sha256(text.encode()).hexdigest()[:8]}'
+
+
+class GridError(Exception):
+    """The grid file is wrong; the message is for its author."""
+
+
+@dataclass
+class Grid:
+    """Tasks and the runs over them."""
+
+    path: Path
+    tasks: dict[str, dict[str, Any]]
+    cells: list[Cell]
+
+
+def load(path: str | Path) -> Grid:
+    """Read a grid file.
+
+    Raises:
+        GridError: it is missing or wrong; the message names key and value.
+    """
+    path = Path(path)
+    try:
+        raw = Config.fromfile(path)
+    except Exception as error:
+        raise GridError(f'{path} cannot be read: {error}') from error
+    tasks = _plain(raw.get('tasks') or {})
+    if not tasks:
+        raise GridError(f'{path} has no tasks; {__doc__}')
+    for name, task in tasks.items():
+        _check_keys(f'tasks.{name}', task, TASK_KEYS, TASK_KEYS)
+        if not (ROOT / task['config']).is_file():
+            raise GridError(
+                f'tasks.{name}.config={task["config"]!r} is no file'
+            )
+    cells: dict[str, Cell] = {}
+    for index, entry in enumerate(_plain(raw.get('cells') or [])):
+        where = f'cells.{index}'
+        _check_keys(where, entry, CELL_KEYS, {'task', 'norm'})
+        for cell in _expand(entry):
+            if cell.task not in tasks:
+                raise GridError(
+                    f'{where}.task={cell.task!r} is not one of '
+                    f'{", ".join(map(repr, tasks))}'
+                )
+            try:
+                parts_of(cell.norm)
+            except ValueError as error:
+                raise GridError(f'{where}: {error}') from None
+            if not isinstance(cell.images, int) or cell.images < 1:
+                raise GridError(
+                    f'{where}.images={cell.images!r} must be at least 1'
+                )
+            cells[cell.key] = cell
+    if not cells:
+        raise GridError(f'{path} has no cells')
+    return Grid(path, tasks, list(cells.values()))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _check_keys(
+    where: str, entry: dict, legal: set[str], needed: set[str]
+) -> None:
+    unknown = sorted(set(entry) - legal)
+    if unknown:
+        raise GridError(
+            f'{where}.{unknown[0]} is unknown: use {", ".join(sorted(legal))}'
+        )
+    missing = sorted(needed - set(entry))
+    if missing:
+        raise GridError(f'{where}.{missing[0]} is missing')
+
+
+def _expand(entry: dict[str, Any]) -> list[Cell]:
+    lists = [
+        value if isinstance(value, list) else [value]
+        for value in (entry.get(key, _default(key)) for key in LISTED)
+    ]
+    common = {
+        key: entry[key]
+        for key in ('norm_cfg', 'options', 'name')
+        if key in entry
+    }
+    return [
+        Cell(**dict(zip(LISTED, values, strict=True)), seed=seed, **common)
+        for *values, seed in itertools.product(*lists, entry.get('seeds', [0]))
+    ]
+
+
+def _default(key: str) -> Any:
+    return {'images': 1, 'lr_factor': 1.0}.get(key)
+
+
+def config_of(cell: Cell, task: dict[str, Any]) -> Config:
+    """The whole config of a run: equal images, equal schedule rule.
+
+    Raises:
+        GridError: the task has no norm_cfg to set.
+    """
+    cfg = Config.fromfile(ROOT / task['config'])
+    if not apply(cfg.model, cell.norm, **cell.norm_cfg):
+        raise GridError(
+            f'{task["config"]} has no norm_cfg in its model: give it one '
+            'wherever experiments shall put theirs'
+        )
+    steps = max(1, round(task['images'] / cell.images))
+    cfg.train_dataloader.batch_size = cell.images
+    cfg.train_dataloader.sampler = {'type': 'InfiniteSampler'}
+    cfg.train_dataloader.pop('batch_sampler', None)
+    cfg.train_cfg = {
+        'type': 'IterBasedTrainLoop',
+        'max_iters': steps,
+        'val_interval': -(-steps // VALIDATIONS),
+    }
+    cfg.optim_wrapper.optimizer.lr = (
+        task['lr'] * cell.images / task['at'] * cell.lr_factor
+    )
+    warm = max(1, round(steps * WARM_UP))
+    cfg.param_scheduler = [
+        {
+            'type': 'LinearLR',
+            'start_factor': 0.1,
+            'by_epoch': False,
+            'begin': 0,
+            'end': warm,
+        },
+        {
+            'type': 'CosineAnnealingLR',
+            'by_epoch': False,
+            'begin': warm,
+            'end': steps,
+            'T_max': max(1, steps - warm),
+        },
+    ]
+    cfg.randomness = {'seed': cell.seed, 'deterministic': True}
+    cfg.default_hooks = {
+        **cfg.get('default_hooks', {}),
+        'checkpoint': {
+            'type': 'CheckpointHook',
+            'by_epoch': False,
+            'interval': -(-steps // VALIDATIONS),
+            'max_keep_ckpts': 2,
+        },
+        'logger': {
+            'type': 'LoggerHook',
+            'interval': max(1, steps // 100),
+            'log_metric_by_epoch': False,
+        },
+    }
+    cfg.log_processor = {
+        'type': 'LogProcessor',
+        'window_size': max(1, steps // 100),
+        'by_epoch': False,
+    }
+    cfg.custom_imports = {
+        'imports': [
+            *(cfg.get('custom_imports') or {}).get('imports', []),
+            'experiments.hooks',
+        ],
+        'allow_failed_imports': False,
+    }
+    cfg.custom_hooks = [
+        *(cfg.get('custom_hooks') or []),
+        {'type': 'StopWhenDiverged'},
+    ]
+    cfg.merge_from_dict(cell.options)
+    return cfg

@@ -1,0 +1,52 @@
+"""The normalizations that experiments compare, by name."""
+
+from typing import Any
+
+GROUPS = 16  # the small models have few channels
+WS = {'type': 'ws_mm.WSConv2d'}
+BCN = {'type': 'ws_mm.BCN', 'num_groups': GROUPS}
+Parts = tuple[dict[str, Any] | None, dict[str, Any]]
+
+# name: (conv_cfg, norm_cfg)
+NORMS: dict[str, Parts] = {
+    # From scratch its statistics are those of the start: nothing is
+    # normalized at all.
+    'frozen BN': (None, {'type': 'torchvision.ops.FrozenBatchNorm2d'}),
+    'BN': (None, {'type': 'BN'}),
+    'BN+WS': (WS, {'type': 'BN'}),
+    'GN': (None, {'type': 'GN', 'num_groups': GROUPS}),
+    'GN+WS': (WS, {'type': 'GN', 'num_groups': GROUPS}),
+    'BCN': (None, BCN),
+    'BCN+WS': (WS, BCN),
+    'BCN+WS batch': (WS, {**BCN, 'mode': 'batch'}),
+    'BCN+WS channel': (WS, {**BCN, 'outer_affine': 'channel'}),
+}
+
+
+def parts_of(norm: str, **changes: Any) -> Parts:
+    """The conv_cfg and norm_cfg of a norm, with settings changed.
+
+    Raises:
+        ValueError: the name is unknown; the message lists the known ones.
+    """
+    if norm not in NORMS:
+        raise ValueError(
+            f'norm={norm!r} is not one of {", ".join(map(repr, NORMS))}'
+        )
+    conv, own = NORMS[norm]
+    return conv, {**own, **changes}
+
+
+def apply(model: Any, norm: str, **changes: Any) -> int:
+    """Put a norm wherever a model config has a norm_cfg; say how often."""
+    conv_cfg, norm_cfg = parts_of(norm, **changes)
+    count = 0
+    if isinstance(model, dict):
+        if 'norm_cfg' in model:
+            model['norm_cfg'] = dict(norm_cfg)
+            model['conv_cfg'] = conv_cfg and dict(conv_cfg)
+            count += 1
+        values = list(model.values())
+    else:
+        values = list(model) if isinstance(model, (list, tuple)) else []
+    return count + sum(apply(value, norm, **changes) for value in values)

@@ -1,0 +1,312 @@
+"""Run a grid of experiments, and go on where it was interrupted.
+
+    python tools/experiments/run.py GRID.py OUT_DIR [--processes 2]
+
+Each run is tools/train.py on a config that is written to OUT_DIR/configs, in
+OUT_DIR/runs; what came out is one file of OUT_DIR/records, written when the
+run has ended. A run without a whole record is done again, from its last
+checkpoint. A loss that is no number ends a run as "diverged"; a norm that
+cannot normalize what it gets ends it as "impossible"; any other failure
+leaves no record, and the next call tries again.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+TOOLS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TOOLS))
+
+from experiments import records  # noqa: E402
+from experiments.grid import Cell, Grid, GridError, config_of  # noqa: E402
+from experiments.grid import load as load_grid  # noqa: E402
+from experiments.hooks import DIVERGED  # noqa: E402
+
+# What says that a norm cannot do its work on these activations.
+IMPOSSIBLE = re.compile(
+    r'ValueError: (.*more than (?:1|one) value per channel.*'
+    r'|a group of one value cannot be normalized.*)'
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what has no record yet."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('grid', help='grid file, see grid.py')
+    parser.add_argument('out_dir', type=Path)
+    parser.add_argument(
+        '--processes', type=int, default=1, help='runs at a time'
+    )
+    parser.add_argument(
+        '--only', default='', help='runs whose name contains this'
+    )
+    parser.add_argument(
+        '--list', action='store_true', help='say what would run'
+    )
+    options = parser.parse_args(argv)
+    if options.processes < 1:
+        parser.error(f'--processes={options.processes} must be at least 1')
+    try:
+        grid = load_grid(options.grid)
+    except GridError as error:
+        sys.exit(f'error: {error}')
+    cells = [cell for cell in grid.cells if options.only in cell.key]
+    if not cells:
+        names = '\n  '.join(cell.key for cell in grid.cells)
+        parser.error(f'--only={options.only!r} names no run of\n  {names}')
+    waiting = [c for c in cells if not has_record(c, options.out_dir)]
+    if options.list:
+        for cell in cells:
+            state = 'waits' if cell in waiting else 'done'
+            print(f'{state:5} {cell.key}')
+        return
+    options.out_dir.mkdir(parents=True, exist_ok=True)
+    with alone(options.out_dir):
+        failed = run_all(grid, waiting, len(cells), options)
+    if failed:
+        sys.exit(f'error: {failed} of {len(waiting)} runs failed, see above')
+
+
+@contextmanager
+def alone(folder: Path) -> Any:
+    """Keep a second call out of the same folder."""
+    with open(folder / '.lock', 'w') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            sys.exit(f'error: another call is at work in {folder}')
+        yield
+
+
+def has_record(cell: Cell, out_dir: Path) -> bool:
+    """Whether a run is done; a record that is not whole does not count."""
+    path = out_dir / 'records' / f'{cell.key}.json'
+    if not path.exists():
+        return False
+    try:
+        records.read(path)
+    except ValueError as error:
+        print(f'{error}; the run is done again', flush=True)
+        return False
+    return True
+
+
+def run_all(
+    grid: Grid,
+    waiting: list[Cell],
+    total: int,
+    options: argparse.Namespace,
+) -> int:
+    """Run the cells, several at a time; return how many failed."""
+    started, failed, done = time.monotonic(), 0, 0
+    stop = threading.Event()
+    with ThreadPoolExecutor(options.processes) as pool:
+        threads = max(1, (os.cpu_count() or 1) // options.processes)
+        jobs = {
+            pool.submit(
+                run_cell,
+                cell,
+                grid.tasks[cell.task],
+                options.out_dir,
+                threads,
+                stop,
+            ): cell
+            for cell in waiting
+        }
+        try:
+            for job in as_completed(jobs):
+                done += 1
+                outcome = job.result()
+                failed += outcome is None
+                spent = time.monotonic() - started
+                left = spent / done * (len(waiting) - done)
+                print(
+                    f'[{total - len(waiting) + done}/{total}] '
+                    f'{jobs[job].key}: {brief(outcome)}; '
+                    f'{clock(spent)} spent, about {clock(left)} left',
+                    flush=True,
+                )
+        except KeyboardInterrupt:
+            stop.set()
+            for job in jobs:
+                job.cancel()
+            sys.exit('interrupted; call again to go on')
+    return failed
+
+
+def brief(record: dict[str, Any] | None) -> str:
+    """What became of a run, in a few words."""
+    if record is None:
+        return 'failed'
+    if record['status'] == 'done':
+        return f'{record["metric"]:.4g} in {clock(record["seconds"])}'
+    return f'{record["status"]} ({record["reason"]})'
+
+
+def clock(seconds: float) -> str:
+    """A duration as h:mm:ss."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f'{minutes // 60}:{minutes % 60:02d}:{seconds:02d}'
+
+
+def run_cell(
+    cell: Cell,
+    task: dict[str, Any],
+    out_dir: Path,
+    threads: int,
+    stop: threading.Event,
+) -> dict[str, Any] | None:
+    """Train one cell to its end and write its record."""
+    if stop.is_set():
+        return None
+    config = out_dir.resolve() / 'configs' / f'{cell.key}.py'
+    work_dir = out_dir.resolve() / 'runs' / cell.key
+    config.parent.mkdir(parents=True, exist_ok=True)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    (work_dir / DIVERGED).unlink(missing_ok=True)
+    config_of(cell, task).dump(config)
+    log = work_dir / 'output.log'
+    started = time.monotonic()
+    with log.open('a') as file:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, TOOLS / 'train.py', config),
+                *('--work-dir', work_dir, '--resume'),
+            ],
+            cwd=TOOLS.parent,
+            env={**os.environ, 'OMP_NUM_THREADS': str(threads)},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    attempts = work_dir / 'attempts.jsonl'
+    with attempts.open('a') as file:
+        attempt = {
+            'seconds': time.monotonic() - started,
+            'peak_bytes': usage.ru_maxrss * 1024,
+        }
+        file.write(json.dumps(attempt) + '\n')
+    record = outcome(cell, task, work_dir, process.returncode)
+    if record is None:
+        tail = log.read_text().splitlines()[-12:]
+        print(f'{cell.key} failed, see {log}:', *tail, sep='\n  ', flush=True)
+        return None
+    records.write(out_dir / 'records' / f'{cell.key}.json', record)
+    for checkpoint in work_dir.glob('*.pth'):
+        checkpoint.unlink()
+    return record
+
+
+def outcome(
+    cell: Cell, task: dict[str, Any], work_dir: Path, code: int
+) -> dict[str, Any] | None:
+    """The record of a run that has ended, None if it simply failed."""
+    curve, metrics = read_curves(work_dir)
+    status, reason, metric = 'done', '', None
+    if code != 0:
+        diverged = work_dir / DIVERGED
+        said = (work_dir / 'output.log').read_text()
+        found = IMPOSSIBLE.findall(said)
+        if diverged.exists():
+            iteration = json.loads(diverged.read_text())['iteration']
+            status, reason = 'diverged', f'at iteration {iteration}'
+        elif found:
+            status, reason = 'impossible', found[-1]
+        else:
+            return None
+    elif not metrics or task['metric'] not in metrics[-1]:
+        known = ', '.join(metrics[-1]) if metrics else 'none'
+        print(
+            f'{cell.key}: no metric {task["metric"]!r} among {known}: mend '
+            f'tasks.{cell.task}.metric of the grid',
+            flush=True,
+        )
+        return None
+    else:
+        metric = metrics[-1][task['metric']]
+    lines = (work_dir / 'attempts.jsonl').read_text().splitlines()
+    attempts = [json.loads(line) for line in lines]
+    return {
+        'schema': records.SCHEMA,
+        'cell': {**asdict(cell), 'label': cell.label},
+        'status': status,
+        'reason': reason,
+        'versions': versions(),
+        'curve': curve,
+        'metrics': metrics,
+        'metric': metric,
+        'seconds': sum(a['seconds'] for a in attempts),
+        'peak_bytes': max(a['peak_bytes'] for a in attempts),
+    }
+
+
+def read_curves(
+    work_dir: Path,
+) -> tuple[list[list[float]], list[dict[str, float]]]:
+    """Loss over iterations, and the metrics of every validation.
+
+    A run that was resumed has one file for each attempt; where two say
+    something of an iteration, the later one counts.
+    """
+    losses: dict[int, float] = {}
+    metrics: dict[int, dict[str, float]] = {}
+    for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
+        for line in path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # killed while it was written
+                continue
+            if 'loss' in entry:
+                losses[entry['step']] = entry['loss']
+            else:
+                metrics[entry['step']] = entry
+    return [[i, losses[i]] for i in sorted(losses)], [
+        metrics[i] for i in sorted(metrics)
+    ]
+
+
+def versions() -> dict[str, str]:
+    """What a reader needs to repeat a run."""
+    import mmcv
+    import mmdet
+    import mmseg
+    import torch
+
+    import ws_mm
+
+    git = shutil.which('git')
+    commit = ''
+    if git:
+        done = subprocess.run(
+            [git, 'rev-parse', '--short', 'HEAD'],
+            cwd=TOOLS,
+            capture_output=True,
+            text=True,
+        )
+        commit = done.stdout.strip()
+    return {
+        'commit': commit,
+        'torch': torch.__version__,
+        'mmcv': mmcv.__version__,
+        'mmdet': mmdet.__version__,
+        'mmseg': mmseg.__version__,
+        'ws_mm': ws_mm.__version__,
+    }
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,43 @@
+"""ResNet-8 of 32 channels on CIFAR images in folders, one for each class."""
+
+custom_imports = dict(
+    imports=['experiments.classification'], allow_failed_imports=False
+)
+data_root = 'data/cifar10_subset/'
+
+model = dict(
+    type='CifarResNet',
+    blocks=1,
+    width=32,
+    conv_cfg=None,
+    norm_cfg=dict(type='BN'),
+)
+
+train_dataloader = dict(
+    batch_size=1,
+    num_workers=0,
+    sampler=dict(type='InfiniteSampler'),
+    collate_fn=dict(type='default_collate'),
+    dataset=dict(
+        type='ClassFolders', data_root=data_root + 'train', augment=True
+    ),
+)
+val_dataloader = dict(
+    batch_size=100,
+    num_workers=0,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    collate_fn=dict(type='default_collate'),
+    dataset=dict(type='ClassFolders', data_root=data_root + 'test'),
+)
+val_evaluator = dict(type='Accuracy')
+
+train_cfg = dict(
+    type='IterBasedTrainLoop', max_iters=10000, val_interval=10000
+)
+val_cfg = dict()
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=0.0005),
+    clip_grad=dict(max_norm=10, norm_type=2),
+)
+default_scope = 'mmengine'
