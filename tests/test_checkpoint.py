@@ -302,6 +302,17 @@ def test_own_filters_are_no_matter(route, tmp_path, said):
     assert sum('does not say' in line for line in said) == expected
 
 
+def test_a_checkpoint_that_has_no_filters_is_no_matter(said):
+    net = ws_net('gn')
+    norms = {
+        key: value
+        for key, value in net.state_dict().items()
+        if value.dim() == 1
+    }
+    assert net.load_state_dict(dict(norms), strict=False).missing_keys
+    assert not said
+
+
 def test_filters_of_a_runner_are_known(tmp_path, said):
     path = str(tmp_path / 'iter_1.pth')
     net = ws_net('gn')

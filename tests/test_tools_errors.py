@@ -998,6 +998,12 @@ def test_the_only_checkpoint_outlives_the_next_save(
             r'model\.backbone\.conv_cfg and model\.backbone\.dcn exclude',
         ),
         ('norm_cfg="BCN"', r"model\.backbone\.norm_cfg = 'BCN': give a dict"),
+        # Of two keys with the argument, only that of the layer it is about.
+        (
+            'conv_cfg=dict(type="ws_mm.WSConv2d", eps=1e-5), '
+            'norm_cfg=dict(type="ws_mm.BCN", eps="1e-5")',
+            r"In the config: model\.backbone\.norm_cfg\.eps = '1e-5'$",
+        ),
     ],
 )
 def test_layer_that_cannot_be_built_names_its_key(
@@ -1022,3 +1028,11 @@ def test_training_checks_the_model_first(
     hooks = reaches('train', config, *work).custom_hooks
     assert dict(type='ws_mm.CheckModelHook') in hooks
     assert default not in hooks
+
+
+def test_only_the_first_keys_of_many_are_listed() -> None:
+    parts = {f'part{i}': dict(norm_cfg=dict(typo=1)) for i in range(6)}
+    error = TypeError("got an unexpected keyword argument 'typo'")
+    said = load('checks').explain(Config(dict(model=parts)), error)
+    assert said.count('norm_cfg.typo = 1') == 4
+    assert said.endswith('and 2 more')
