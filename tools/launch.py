@@ -4,6 +4,7 @@ import argparse
 import difflib
 import importlib.util
 import json
+import logging
 import os
 import pickle
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from checks import (
     BUILD_ERRORS,
     ROOT,
@@ -122,6 +124,14 @@ def run(main: Callable[[], None]) -> None:
             time.sleep(30)
         print(f'error: {error}', file=sys.stderr, flush=True)
         sys.exit(1)
+    # A thread of gloo that is still alive when the interpreter ends aborts
+    # the process ('terminate called without an active exception') after all
+    # its work is done; to destroy the group aborts it as well.
+    if dist.is_available() and dist.is_initialized():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _raised_by(package: str, error: Exception) -> bool:
