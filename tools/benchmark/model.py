@@ -73,7 +73,23 @@ def build(template: str, contender: str, device: str) -> nn.Module:
     return model.to(device)
 
 
-class Detection:
+class Batch:
+    """One image and what is known of it, as the host passes them."""
+
+    image: Tensor
+    sample: Any
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """The summed losses of a training step."""
+        losses = model(self.image, [self.sample], mode='loss')
+        return model.parse_losses(losses)[0]
+
+    def infer(self, model: nn.Module) -> Any:
+        """The network in one forward; a detector's boxes stay unselected."""
+        return model(self.image, [self.sample], mode='tensor')
+
+
+class Detection(Batch):
     """One image with objects for Mask R-CNN."""
 
     def __init__(self, device: str) -> None:
@@ -105,17 +121,8 @@ class Detection:
             ),
         ).to(device)
 
-    def loss(self, model: nn.Module) -> Tensor:
-        """The summed losses of a training step."""
-        losses = model(self.image, [self.sample], mode='loss')
-        return model.parse_losses(losses)[0]
 
-    def infer(self, model: nn.Module) -> Any:
-        """All of the network; the boxes stay unselected."""
-        return model(self.image, [self.sample], mode='tensor')
-
-
-class Segmentation:
+class Segmentation(Batch):
     """One image with labels for DeepLab."""
 
     def __init__(self, device: str) -> None:
@@ -127,15 +134,6 @@ class Segmentation:
             metainfo={'img_shape': SEGMENTATION, 'ori_shape': SEGMENTATION},
             gt_sem_seg=PixelData(data=torch.randint(21, (1, *SEGMENTATION))),
         ).to(device)
-
-    def loss(self, model: nn.Module) -> Tensor:
-        """The summed losses of a training step."""
-        losses = model(self.image, [self.sample], mode='loss')
-        return model.parse_losses(losses)[0]
-
-    def infer(self, model: nn.Module) -> Any:
-        """The class scores."""
-        return model(self.image, [self.sample], mode='tensor')
 
 
 def time_training(

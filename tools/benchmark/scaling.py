@@ -188,7 +188,7 @@ def slopes(cases: list[dict[str, Any]]) -> dict[str, Any]:
             for name, pairs in times.items()
             if len(pairs) > 1
         }
-    return {'slopes': {sweep: values for sweep, values in found.items()}}
+    return {'slopes': found}
 
 
 def slope(points: list[tuple[float, float]]) -> float:
