@@ -7,7 +7,8 @@ A grid file is an mmengine config with
         images=...,        training images that every run sees
         lr=..., at=...,    learning rate at so many images per step; other
                            batches follow the linear rule
-        metric=...))       key of the final metric
+        metric=...,        key of the final metric
+        validations=...))  over a run, the last at its end (default: 4)
     cells = [dict(task=..., norm=..., images=..., seeds=[...]), ...]
 
 and in a cell, optionally, lists of values under images, norm, lr_factor
@@ -27,10 +28,11 @@ from mmengine.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 TASK_KEYS = {'config', 'images', 'lr', 'at', 'metric'}
+TASK_OPTIONS = {'validations': 4}
 LISTED = ('task', 'norm', 'images', 'lr_factor')
 CELL_KEYS = {*LISTED, 'seeds', 'norm_cfg', 'options', 'name'}
 WARM_UP = 0.1  # share of the steps
-VALIDATIONS = 4  # over a run, the last at its end
+SAVES = 4  # over a run
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,9 @@ def load(path: str | Path) -> Grid:
     if not tasks:
         raise GridError(f'{path} has no tasks; {__doc__}')
     for name, task in tasks.items():
-        _check_keys(f'tasks.{name}', task, TASK_KEYS, TASK_KEYS)
+        _check_keys(
+            f'tasks.{name}', task, {*TASK_KEYS, *TASK_OPTIONS}, TASK_KEYS
+        )
         if not (ROOT / task['config']).is_file():
             raise GridError(
                 f'tasks.{name}.config={task["config"]!r} is no file'
@@ -170,6 +174,7 @@ def config_of(cell: Cell, task: dict[str, Any]) -> Config:
             f'{task["config"]} has no norm_cfg in its model: give it one '
             'wherever experiments shall put theirs'
         )
+    task = {**TASK_OPTIONS, **task}
     steps = max(1, round(task['images'] / cell.images))
     cfg.train_dataloader.batch_size = cell.images
     cfg.train_dataloader.sampler = {'type': 'InfiniteSampler'}
@@ -177,7 +182,7 @@ def config_of(cell: Cell, task: dict[str, Any]) -> Config:
     cfg.train_cfg = {
         'type': 'IterBasedTrainLoop',
         'max_iters': steps,
-        'val_interval': -(-steps // VALIDATIONS),
+        'val_interval': -(-steps // task['validations']),
     }
     cfg.optim_wrapper.optimizer.lr = (
         task['lr'] * cell.images / task['at'] * cell.lr_factor
@@ -205,7 +210,7 @@ def config_of(cell: Cell, task: dict[str, Any]) -> Config:
         'checkpoint': {
             'type': 'CheckpointHook',
             'by_epoch': False,
-            'interval': -(-steps // VALIDATIONS),
+            'interval': -(-steps // SAVES),
             'max_keep_ckpts': 2,
         },
         'logger': {

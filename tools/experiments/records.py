@@ -10,6 +10,7 @@ SCHEMA = 1
 STATUSES = ('done', 'diverged', 'impossible')
 KEYS = {
     'schema',
+    'task',
     'cell',
     'status',
     'versions',

@@ -67,7 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not cells:
         names = '\n  '.join(cell.key for cell in grid.cells)
         parser.error(f'--only={options.only!r} names no run of\n  {names}')
-    waiting = [c for c in cells if not has_record(c, options.out_dir)]
+    waiting = [
+        cell
+        for cell in cells
+        if not has_record(cell, grid.tasks[cell.task], options.out_dir)
+    ]
     if options.list:
         for cell in cells:
             state = 'waits' if cell in waiting else 'done'
@@ -91,16 +95,25 @@ def alone(folder: Path) -> Any:
         yield
 
 
-def has_record(cell: Cell, out_dir: Path) -> bool:
-    """Whether a run is done; a record that is not whole does not count."""
+def has_record(cell: Cell, task: dict[str, Any], out_dir: Path) -> bool:
+    """Whether a run is done; a record that is not whole does not count.
+
+    Raises:
+        SystemExit: the record is of a task with other settings.
+    """
     path = out_dir / 'records' / f'{cell.key}.json'
     if not path.exists():
         return False
     try:
-        records.read(path)
+        found = records.read(path)
     except ValueError as error:
         print(f'{error}; the run is done again', flush=True)
         return False
+    if found['task'] != task:
+        sys.exit(
+            f'error: {path} is of tasks.{cell.task}={found["task"]}, the '
+            f'grid has {task}: give another OUT_DIR'
+        )
     return True
 
 
@@ -242,6 +255,7 @@ def outcome(
     attempts = [json.loads(line) for line in lines]
     return {
         'schema': records.SCHEMA,
+        'task': task,
         'cell': {**asdict(cell), 'label': cell.label},
         'status': status,
         'reason': reason,
@@ -273,7 +287,7 @@ def read_curves(
             if 'loss' in entry:
                 losses[entry['step']] = entry['loss']
             else:
-                metrics[entry['step']] = entry
+                metrics.setdefault(entry['step'], {}).update(entry)
     return [[i, losses[i]] for i in sorted(losses)], [
         metrics[i] for i in sorted(metrics)
     ]

@@ -1,4 +1,4 @@
-"""ResNet-8 of 32 channels on CIFAR images in folders, one for each class."""
+"""ResNet-8 of 16 channels on CIFAR images in folders, one for each class."""
 
 custom_imports = dict(
     imports=['experiments.classification'], allow_failed_imports=False
@@ -8,7 +8,7 @@ data_root = 'data/cifar10_subset/'
 model = dict(
     type='CifarResNet',
     blocks=1,
-    width=32,
+    width=16,
     conv_cfg=None,
     norm_cfg=dict(type='BN'),
 )

@@ -3,5 +3,5 @@
 _base_ = './cifar_resnet8.py'
 
 model = dict(
-    _delete_=True, type='CifarVGG', width=32, norm_cfg=dict(type='BN')
+    _delete_=True, type='CifarVGG', width=16, norm_cfg=dict(type='BN')
 )
