@@ -5,10 +5,11 @@ experiments need, on mmengine and with the builders of mmcv.
 """
 
 from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
-import torch
 import torch.nn.functional as F
+from experiments.contrast import by_contrast
 from mmcv.cnn import ConvModule
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
@@ -101,6 +102,7 @@ class CifarResNet(BaseModel):
         num_classes: of the classifier.
         conv_cfg: of every convolution.
         norm_cfg: of every norm.
+        standardize: give every image zero mean and unit variance first.
     """
 
     def __init__(
@@ -110,8 +112,10 @@ class CifarResNet(BaseModel):
         num_classes: int = 10,
         conv_cfg: Config = None,
         norm_cfg: Config = None,
+        standardize: bool = False,
     ) -> None:
         super().__init__()
+        self.standardize = standardize
         cfgs = conv_cfg, norm_cfg
         layers: list[nn.Module] = [conv(3, width, *cfgs)]
         channels = width
@@ -128,13 +132,17 @@ class CifarResNet(BaseModel):
         self, inputs: Tensor, labels: Tensor, mode: str = 'tensor'
     ) -> Any:
         """Scores, their loss, or what the metric compares."""
+        contrast = inputs.std((1, 2, 3))
+        if self.standardize:
+            inputs = F.layer_norm(inputs, inputs.shape[1:])
         scores = self.classifier(self.features(inputs).mean((2, 3)))
         if mode == 'loss':
             return {'loss': F.cross_entropy(scores, labels)}
         if mode == 'predict':
+            right = (scores.argmax(1) == labels).tolist()
             return [
-                {'right': right}
-                for right in (scores.argmax(1) == labels).tolist()
+                {'right': hit, 'contrast': value}
+                for hit, value in zip(right, contrast.tolist(), strict=True)
             ]
         return scores
 
@@ -149,6 +157,7 @@ class CifarVGG(CifarResNet):
         num_classes: of the classifier.
         conv_cfg: of every convolution.
         norm_cfg: of every norm.
+        standardize: give every image zero mean and unit variance first.
     """
 
     def __init__(
@@ -158,8 +167,10 @@ class CifarVGG(CifarResNet):
         num_classes: int = 10,
         conv_cfg: Config = None,
         norm_cfg: Config = None,
+        standardize: bool = False,
     ) -> None:
         BaseModel.__init__(self)
+        self.standardize = standardize
         layers: list[nn.Module] = []
         channels = 3
         for stage, convs in enumerate(stages):
@@ -178,9 +189,14 @@ class Accuracy(BaseMetric):
 
     def process(self, data_batch: Any, data_samples: Any) -> None:
         """Keep whether each prediction of a batch is right."""
-        self.results += [sample['right'] for sample in data_samples]
+        self.results += [
+            (sample['right'], sample['contrast']) for sample in data_samples
+        ]
 
-    def compute_metrics(self, results: list[bool]) -> dict[str, float]:
-        """The share, in percent."""
-        right = torch.tensor(results, dtype=torch.float64)
-        return {'accuracy': 100 * right.mean().item()}
+    def compute_metrics(
+        self, results: list[tuple[bool, float]]
+    ) -> dict[str, float]:
+        """The share, in percent: of all, and by thirds of contrast."""
+        right = [100.0 * hit for hit, _ in results]
+        thirds = by_contrast(right, [value for _, value in results])
+        return {'accuracy': mean(right), **thirds}

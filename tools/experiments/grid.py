@@ -228,6 +228,7 @@ def config_of(cell: Cell, task: dict[str, Any]) -> Config:
         'imports': [
             *(cfg.get('custom_imports') or {}).get('imports', []),
             'experiments.hooks',
+            'experiments.variants',
         ],
         'allow_failed_imports': False,
     }

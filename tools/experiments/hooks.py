@@ -1,14 +1,22 @@
-"""Ends a run whose loss is no number, and says where."""
+"""What experiments watch or change while a run goes on."""
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from torch import Tensor, nn
+
+from ws_mm import BCN
+from ws_mm.singularities import NORMS
 
 DIVERGED = 'diverged.json'
+SCHEDULES = ('debiased', 'learning rate')
+Batch = Any
 
 
 @HOOKS.register_module()
@@ -24,8 +32,8 @@ class StopWhenDiverged(Hook):
         self,
         runner: Any,
         batch_idx: int,
-        data_batch: Any = None,
-        outputs: dict[str, torch.Tensor] | None = None,
+        data_batch: Batch = None,
+        outputs: dict[str, Tensor] | None = None,
     ) -> None:
         """Look at the loss of every iteration."""
         loss = (outputs or {}).get('loss')
@@ -37,3 +45,174 @@ class StopWhenDiverged(Hook):
         raise FloatingPointError(
             f'the loss is {loss.item()} at iteration {runner.iter + 1}'
         )
+
+
+@HOOKS.register_module()
+class UpdateRateHook(Hook):
+    """Let the update rate of every BCN follow a schedule.
+
+    Formula, at iteration t from 0, with r the rate of the config:
+        'debiased': max(r, 1 / (t + 1)), a plain mean at first
+        'learning rate': r times the learning rate over its highest
+
+    Args:
+        schedule: one of the two.
+
+    Raises:
+        ValueError: the schedule is unknown.
+    """
+
+    def __init__(self, schedule: str) -> None:
+        if schedule not in SCHEDULES:
+            raise ValueError(
+                f'schedule={schedule!r} is not one of '
+                f'{", ".join(map(repr, SCHEDULES))} (custom_hooks)'
+            )
+        self.schedule = schedule
+
+    def before_train(self, runner: Any) -> None:
+        """Note the rates of the config."""
+        self._rates = {
+            module: module.momentum
+            for module in runner.model.modules()
+            if isinstance(module, BCN)
+        }
+
+    def before_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Batch = None
+    ) -> None:
+        """Set the rate of this iteration."""
+        group = runner.optim_wrapper.param_groups[0]
+        for module, rate in self._rates.items():
+            if self.schedule == 'debiased':
+                module.momentum = max(rate, 1 / (runner.iter + 1))
+            else:
+                module.momentum = rate * group['lr'] / group['initial_lr']
+
+
+@HOOKS.register_module()
+class TrainModeGapHook(Hook):
+    """Evaluate once more at the end, with the norms as in training.
+
+    The metrics get the prefix ``train_mode/``. What the norms keep is put
+    back afterwards.
+    """
+
+    def after_train(self, runner: Any) -> None:
+        """Run the validation images through training-mode norms."""
+        model, evaluator = runner.model, runner.val_evaluator
+        norms = [m for m in model.modules() if isinstance(m, NORMS)]
+        with kept(model):
+            model.eval()
+            for norm in norms:
+                norm.training = True
+            with torch.no_grad():
+                for batch in runner.val_dataloader:
+                    outputs = model.val_step(batch)
+                    evaluator.process(data_samples=outputs, data_batch=batch)
+            found = evaluator.evaluate(len(runner.val_dataloader.dataset))
+        runner.visualizer.add_scalars(
+            {f'train_mode/{key}': value for key, value in found.items()},
+            step=runner.iter,
+        )
+
+
+@HOOKS.register_module()
+class SmoothnessHook(Hook):
+    """How much the gradient turns over one step of the optimizer.
+
+    Formula, with g and g' the gradients of one batch before and after the
+    step that moved the parameters by d:
+        smoothness/lipschitz = |g' - g| / |d|
+        smoothness/change = |g' - g| / |g|
+
+    Convention: the second needs no scale of the weights; standardized ones
+        have none. Both batches' statistics are those of that batch.
+
+    Args:
+        interval: iterations between measurements.
+    """
+
+    def __init__(self, interval: int = 100) -> None:
+        self.interval = interval
+
+    def before_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Batch = None
+    ) -> None:
+        """Take gradient and parameters before the step."""
+        self._before = None
+        if runner.iter % self.interval == 0:
+            parameters = [p.detach().clone() for p in learned(runner.model)]
+            self._before = parameters, gradient(runner.model, data_batch)
+
+    def after_train_iter(
+        self,
+        runner: Any,
+        batch_idx: int,
+        data_batch: Batch = None,
+        outputs: Any = None,
+    ) -> None:
+        """Compare with those after it."""
+        if self._before is None:
+            return
+        parameters, before = self._before
+        after = gradient(runner.model, data_batch)
+        moved = [
+            p - q
+            for p, q in zip(learned(runner.model), parameters, strict=True)
+        ]
+        turned = [a - b for a, b in zip(after, before, strict=True)]
+        turn = length(turned)
+        runner.visualizer.add_scalars(
+            {
+                'smoothness/lipschitz': turn / length(moved),
+                'smoothness/change': turn / length(before),
+            },
+            step=runner.iter + 1,
+        )
+
+
+def learned(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are trained."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def length(values: list[Tensor]) -> float:
+    """Euclidean length of all the tensors together."""
+    with torch.no_grad():
+        return torch.stack([v.norm() for v in values]).norm().item()
+
+
+def gradient(model: Any, batch: Batch) -> list[Tensor]:
+    """Gradient of the loss of a batch; the model stays as it is."""
+    with kept(model):
+        torch.manual_seed(0)  # detectors sample; both times the same
+        data = model.data_preprocessor(batch, True)
+        if isinstance(data, dict):
+            losses = model(**data, mode='loss')
+        else:
+            losses = model(*data, mode='loss')
+        loss, _ = model.parse_losses(losses)
+        parameters = learned(model)
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [
+        torch.zeros_like(p) if g is None else g
+        for p, g in zip(parameters, found, strict=True)
+    ]
+
+
+@contextmanager
+def kept(model: nn.Module) -> Iterator[None]:
+    """Put buffers, modes and the random state back afterwards."""
+    buffers = {b: b.detach().clone() for b in model.buffers()}
+    modes = {m: m.training for m in model.modules()}
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+        for module, mode in modes.items():
+            module.training = mode
+        torch.set_rng_state(state)

@@ -19,6 +19,7 @@ NORMS: dict[str, Parts] = {
     'BCN': (None, BCN),
     'BCN+WS': (WS, BCN),
     'BCN+WS batch': (WS, {**BCN, 'mode': 'batch'}),
+    'BCN+WS variant': (WS, {**BCN, 'type': 'VariantBCN'}),
     'BCN+WS channel': (WS, {**BCN, 'outer_affine': 'channel'}),
 }
 

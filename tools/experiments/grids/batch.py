@@ -1,50 +1,69 @@
 """Which norm at which batch: every run of a task sees the same images."""
 
-tasks = dict(
-    nuclei_instances=dict(
-        config='configs/demo/mask-rcnn_r18_fpn64_gn-ws-all_2xb1-4e_nuclei.py',
-        images=892,
-        lr=0.01,
-        at=1,
-        metric='coco/segm_mAP',
-    ),
-    nuclei_masks=dict(
-        config='configs/demo/deeplabv3_r18-w32-d8_gn-ws-all_1xb1-1k_nuclei.py',
-        images=1000,
-        lr=0.02,
-        at=1,
-        metric='mIoU',
-    ),
-    cifar_resnet8=dict(
-        config='tools/experiments/tasks/cifar_resnet8.py',
-        images=40000,
-        lr=0.1,
-        at=128,
-        metric='accuracy',
-    ),
-    cifar_vgg6=dict(
-        config='tools/experiments/tasks/cifar_vgg6.py',
-        images=40000,
-        lr=0.05,
-        at=128,
-        metric='accuracy',
-    ),
-)
-norms = ['BN', 'GN', 'GN+WS', 'BCN', 'BCN+WS']
+_base_ = './_base_/tasks.py'
+
 seeds = [0, 1, 2]
+gap = dict(
+    custom_hooks=[
+        dict(type='StopWhenDiverged'),
+        dict(type='TrainModeGapHook'),
+    ]
+)
 cells = [
     dict(
-        task=['cifar_resnet8', 'cifar_vgg6'],
-        norm=[*norms, 'BN+WS', 'BCN+WS batch', 'frozen BN'],
-        images=[1, 16],
+        task='cifar_resnet8',
+        norm=['BN', 'GN', 'GN+WS', 'BCN+WS'],
+        images=1,
         seeds=seeds,
+        options=gap,
     ),
-    dict(task='nuclei_instances', norm=norms, seeds=seeds),
-    dict(task='nuclei_masks', norm=['GN', 'GN+WS', 'BCN+WS'], seeds=seeds),
     dict(
-        task='nuclei_instances',
+        task='cifar_resnet8',
         norm=['BN', 'GN+WS', 'BCN+WS', 'BCN+WS batch'],
         images=16,
         seeds=seeds,
+        options=gap,
+    ),
+    dict(
+        task='nuclei_masks',
+        norm=['BN', 'GN', 'GN+WS', 'BCN+WS'],
+        seeds=seeds,
+        options=gap,
+    ),
+    # The head pools one image to one value per channel: no BN can do that.
+    *[
+        dict(
+            task='nuclei_masks',
+            norm='BN',
+            name='BN in the backbone, GN in the head',
+            images=images,
+            seeds=seeds,
+            options={
+                **gap,
+                'model.decode_head.norm_cfg': dict(type='GN', num_groups=16),
+            },
+        )
+        for images in (1, 16)
+    ],
+    dict(task='nuclei_masks', norm='BN', images=16, seeds=seeds, options=gap),
+    dict(
+        task='nuclei_instances',
+        norm=['BN', 'GN', 'GN+WS', 'BCN+WS'],
+        seeds=seeds,
+    ),
+    dict(task='nuclei_instances', norm='BN', images=16, seeds=seeds),
+    dict(
+        task='cifar_resnet8',
+        norm=['frozen BN', 'BN+WS', 'BCN'],
+        images=1,
+        seeds=seeds,
+        options=gap,
+    ),
+    dict(
+        task='cifar_resnet8',
+        norm=['BN', 'GN+WS', 'BCN+WS'],
+        images=[2, 4],
+        seeds=seeds,
+        options=gap,
     ),
 ]

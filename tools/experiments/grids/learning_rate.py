@@ -4,16 +4,16 @@ _base_ = './_base_/tasks.py'
 
 cells = [
     dict(
-        task=['cifar_resnet8', 'cifar_vgg6'],
+        task='cifar_resnet8',
         norm=['BN', 'GN', 'GN+WS', 'BCN+WS'],
-        lr_factor=[0.3, 1.0, 3.0, 10.0],
+        lr_factor=[1.0, 3.0, 10.0],
         seeds=[0],
     ),
     dict(
-        task=['cifar_resnet8', 'cifar_vgg6'],
+        task='cifar_resnet8',
         norm='BN',
         images=16,
-        lr_factor=[0.3, 1.0, 3.0],
+        lr_factor=[1.0, 3.0, 10.0],
         seeds=[0],
     ),
 ]

@@ -1,0 +1,34 @@
+"""How near to elimination the channels are, and how the gradient turns."""
+
+_base_ = './_base_/tasks.py'
+
+measure = dict(
+    custom_hooks=[
+        dict(type='StopWhenDiverged'),
+        dict(type='SmoothnessHook', interval=500),
+        dict(type='ws_mm.SingularitiesHook', interval=1000, num_batches=2),
+    ]
+)
+cells = [
+    dict(
+        task='cifar_vgg6',
+        norm=['GN', 'GN+WS', 'BCN', 'BCN+WS'],
+        seeds=[0, 1, 2],
+        options=measure,
+    ),
+    dict(
+        task='cifar_vgg6',
+        norm='BN',
+        images=16,
+        seeds=[0, 1, 2],
+        options=dict(
+            custom_hooks=[
+                dict(type='StopWhenDiverged'),
+                dict(type='SmoothnessHook', interval=31),
+                dict(
+                    type='ws_mm.SingularitiesHook', interval=62, num_batches=2
+                ),
+            ]
+        ),
+    ),
+]

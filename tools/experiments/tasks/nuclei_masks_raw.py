@@ -1,0 +1,22 @@
+"""Nuclei as the microscope saw them: no distortion of brightness."""
+
+_base_ = './nuclei_masks.py'
+
+train_dataloader = dict(
+    dataset=dict(
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='LoadAnnotations'),
+            dict(
+                type='RandomResize',
+                scale=(256, 256),
+                ratio_range=(0.75, 2.0),
+                keep_ratio=True,
+            ),
+            dict(type='RandomCrop', crop_size=(256, 256)),
+            dict(type='RandomFlip', prob=0.5, direction='horizontal'),
+            dict(type='RandomFlip', prob=0.5, direction='vertical'),
+            dict(type='PackSegInputs'),
+        ]
+    )
+)

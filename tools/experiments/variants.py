@@ -1,0 +1,89 @@
+"""BCN with one ingredient changed: what an experiment asks, no user needs."""
+
+from typing import Any
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor
+
+from ws_mm import BCN
+from ws_mm.functional import batch_channel_norm, updated_estimates
+
+
+@MODELS.register_module()
+class VariantBCN(BCN):
+    """BCN whose inner normalization does less, or blends in the image's own.
+
+    Formula, with mean and var the estimates after their update, m and v the
+    moments of one image (constants to the gradient, as the estimates are):
+        centering=False: mean = 0
+        scaling=False: var = 1
+        blend=b: (1 - b) mean + b m and (1 - b) var + b v
+
+    Convention: a blend is taken in training and in evaluation.
+
+    Args:
+        *args: of ``BCN``.
+        centering: subtract the mean.
+        scaling: divide by the standard deviation.
+        blend: share of the image's own moments, in [0, 1].
+        **kwargs: of ``BCN``.
+
+    Raises:
+        ValueError: ``blend`` is outside [0, 1], or ``mode`` not 'estimate'.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        centering: bool = True,
+        scaling: bool = True,
+        blend: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if not 0 <= blend <= 1:
+            raise ValueError(
+                f'blend={blend!r} must be in [0, 1] (norm_cfg=dict(blend=...))'
+            )
+        if self.mode != 'estimate':
+            raise ValueError(
+                f"mode={self.mode!r}: VariantBCN is for mode='estimate'"
+            )
+        self.centering, self.scaling, self.blend = centering, scaling, blend
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input`` of shape (N, num_features, *)."""
+        if self.training and input.numel():
+            moved = updated_estimates(
+                input, self.running_mean, self.running_var, self.momentum
+            )
+            self.running_mean.copy_(moved[0])
+            self.running_var.copy_(moved[1])
+        if not self.blend:
+            return self._normalize(input, self.running_mean, self.running_var)
+        outputs = []
+        for image in input.split(1):
+            with torch.no_grad():
+                var, mean = torch.var_mean(
+                    image.transpose(0, 1).flatten(1), 1, correction=0
+                )
+                mean = torch.lerp(self.running_mean, mean, self.blend)
+                var = torch.lerp(self.running_var, var, self.blend)
+            outputs.append(self._normalize(image, mean, var))
+        return torch.cat(outputs) if outputs else input
+
+    def _normalize(self, input: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        # The estimates themselves move on; clones outlive that until the
+        # backward.
+        return batch_channel_norm(
+            input,
+            self.num_groups,
+            mean.clone() if self.centering else torch.zeros_like(mean),
+            var.clone() if self.scaling else torch.ones_like(var),
+            self.bn_weight,
+            self.bn_bias,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+        )
