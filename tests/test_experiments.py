@@ -19,6 +19,12 @@ from experiments import grid, norms, records, report, run  # noqa: E402
 GRIDS = sorted((ROOT / 'tools/experiments/grids').glob('*.py'))
 TASK = 'tools/experiments/tasks/cifar_resnet8.py'
 VGG = 'tools/experiments/tasks/cifar_vgg6.py'
+HOOKS = [
+    dict(type='StopWhenDiverged'),
+    dict(type='TrainModeGapHook'),
+    dict(type='SmoothnessHook', interval=5),
+    dict(type='ws_mm.SingularitiesHook', interval=6, num_batches=1),
+]
 
 
 @pytest.fixture(scope='module')
@@ -71,7 +77,12 @@ def finished(images, tmp_path_factory):
     path = write_grid(
         folder / 'grid.py',
         [
-            dict(task='tiny', norm='BCN+WS', images=2, options=own),
+            dict(
+                task='tiny',
+                norm='BCN+WS',
+                images=2,
+                options={**own, 'custom_hooks': HOOKS},
+            ),
             dict(task='tiny', norm='GN', lr_factor=1e38, options=own),
             # A stage of one pixel at one image: no batch statistics.
             dict(
@@ -97,6 +108,11 @@ def test_every_end_has_its_record(finished):
     assert good['status'] == 'done'
     assert good['metrics'][-1]['step'] == 12
     assert good['metric'] == good['metrics'][-1]['accuracy']
+    # What the hooks measured at the same step is in the same entry.
+    assert 0 <= good['metrics'][-1]['train_mode/accuracy'] <= 100
+    assert good['metrics'][-1]['singularities/kl'] > 0
+    turns = report.curve_of(good, 'smoothness/change')
+    assert [step for step, _ in turns] == [1, 6, 11]
     assert good['curve'][-1][0] == 12
     assert good['seconds'] > 0
     assert good['peak_bytes'] > 1e8
@@ -128,6 +144,24 @@ def test_report_shows_every_end(finished, capsys, tmp_path):
     assert 'impossible:' in shown
     assert '(n=1)' in shown
     assert figure.stat().st_size > 5000
+    collection = tmp_path / 'all.json'
+    report.main([str(folder / 'out'), '--publish', str(collection)])
+    assert capsys.readouterr().out == shown
+    report.main([str(collection)])
+    assert capsys.readouterr().out == shown
+    keys = ['accuracy', 'train_mode/accuracy']
+    report.main([str(collection), '--task', 'tiny', '--metrics', *keys])
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0] == f'| tiny | {" | ".join(keys)} |'
+    assert rows[2].startswith('| BCN+WS, 2 per step, lr x1 | ')
+    assert 'diverged' in rows[3]
+    with pytest.raises(SystemExit):
+        report.main([str(collection), '--metrics', 'acuracy'])
+    assert 'there are accuracy' in capsys.readouterr().err
+    collection.write_text('[{}]')
+    with pytest.raises(SystemExit):
+        report.main([str(collection)])
+    assert 'record 0 lacks cell' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         report.main([str(folder / 'out'), '--task', 'other'])
     assert "'tiny'" in capsys.readouterr().err
@@ -186,6 +220,17 @@ def test_a_failure_leaves_no_record_and_the_exit_code_says_so(
     assert 'widht' in done.stdout
     assert '1 of 1 runs failed' in done.stderr
     assert not list((tmp_path / 'out').glob('records/*'))
+
+
+def test_records_of_another_task_are_not_taken_for_this_one(finished):
+    folder, _ = finished
+    path = write_grid(folder / 'other.py', [], images=48)
+    cells = (folder / 'grid.py').read_text().split('\n', 1)[1]
+    path.write_text(path.read_text().split('\n', 1)[0] + '\n' + cells)
+    done = call(path, folder / 'out')
+    assert done.returncode == 1
+    assert "'images': 48" in done.stderr
+    assert 'give another OUT_DIR' in done.stderr
 
 
 def test_a_second_call_is_kept_out(images, tmp_path):
@@ -258,5 +303,5 @@ def test_cell_means_and_spreads():
     shown = report.cell(
         [record(0.1), record(0.3), record(None, 'diverged', 'x')]
     )
-    assert shown == '0.200 ± 0.141 (n=2); diverged: x (n=1)'
+    assert shown == '0.2 ± 0.141 (n=2); diverged: x (n=1)'
     assert report.cell([]) == 'not run'

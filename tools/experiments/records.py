@@ -45,24 +45,58 @@ def read(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f'{path} is not whole: {error}') from None
-    missing = KEYS - set(record) if isinstance(record, dict) else KEYS
-    if missing:
-        raise ValueError(f'{path} lacks {", ".join(sorted(missing))}')
-    if record['schema'] != SCHEMA or record['status'] not in STATUSES:
-        raise ValueError(
-            f'{path} has schema={record["schema"]!r} and '
-            f'status={record["status"]!r}; wanted {SCHEMA} and one of '
-            f'{", ".join(STATUSES)}'
-        )
+    check(record, str(path))
     return record
 
 
-def read_all(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """All records of a folder, and what is wrong with the others."""
+def check(record: Any, name: str) -> None:
+    """Raise ValueError, with the name, where a record is not one."""
+    missing = KEYS - set(record) if isinstance(record, dict) else KEYS
+    if missing:
+        raise ValueError(f'{name} lacks {", ".join(sorted(missing))}')
+    if record['schema'] != SCHEMA or record['status'] not in STATUSES:
+        raise ValueError(
+            f'{name} has schema={record["schema"]!r} and '
+            f'status={record["status"]!r}; wanted {SCHEMA} and one of '
+            f'{", ".join(STATUSES)}'
+        )
+
+
+def read_all(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """All records of a folder or a collection, and what is wrong with others.
+
+    Args:
+        path: a folder with one file for each, or what :func:`collect` wrote.
+    """
     good, bad = [], []
-    for path in sorted(folder.glob('*.json')):
+    if path.is_file():
+        for index, record in enumerate(json.loads(path.read_text())):
+            check(record, f'{path}, record {index}')
+            good.append(record)
+        return good, bad
+    for file in sorted(path.glob('*.json')):
         try:
-            good.append(read(path))
+            good.append(read(file))
         except ValueError as error:
             bad.append(str(error))
     return good, bad
+
+
+def collect(records: list[dict[str, Any]], path: Path) -> None:
+    """Write many records into one file, a line for each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ',\n'.join(json.dumps(shorten(record)) for record in records)
+    part = path.with_suffix('.part')
+    part.write_text(f'[\n{lines}\n]\n')
+    os.replace(part, path)
+
+
+def shorten(value: Any) -> Any:
+    """Round every number to six digits."""
+    if isinstance(value, float):
+        return float(f'{value:.6g}')
+    if isinstance(value, dict):
+        return {key: shorten(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shorten(item) for item in value]
+    return value

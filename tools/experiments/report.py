@@ -1,11 +1,15 @@
 """Tables and figures of the records of an experiment.
 
-    python tools/experiments/report.py OUT_DIR [--task NAME] [--figure FILE]
+    python tools/experiments/report.py OUT_DIR
+    python tools/experiments/report.py docs/results/batch.json --task NAME
 
 Prints one Markdown table for each task: a row for each norm, a column for
 each number of images per step (and learning-rate factor, where several were
 tried), cells with mean, standard deviation and number of seeds. Runs that
-diverged or could not be are cells too. The figure shows the loss curves.
+diverged or could not be are cells too. With --metrics the columns are those
+metrics at the end of the runs. --figure draws the loss, or with --curve a
+metric, over the images seen. --publish collects the records in one file,
+which this command reads as well.
 """
 
 import argparse
@@ -23,13 +27,29 @@ Records = list[dict[str, Any]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print tables; draw the figure if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('out_dir', type=Path)
+    """Print tables; draw and collect if asked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        'source', type=Path, help='folder of run.py, or published records'
+    )
     parser.add_argument('--task', default='', help='only this task')
-    parser.add_argument('--figure', type=Path, help='PNG of the loss curves')
+    parser.add_argument('--metrics', nargs='+', help='columns, see above')
+    parser.add_argument('--figure', type=Path, help='PNG to draw')
+    parser.add_argument('--curve', default='loss', help='what it shows')
+    parser.add_argument('--publish', type=Path, help='JSON to collect in')
     options = parser.parse_args(argv)
-    found, bad = records.read_all(options.out_dir / 'records')
+    source = options.source
+    if source.is_dir():
+        source = source / 'records'
+    elif not source.is_file():
+        parser.error(f'{source} is neither a folder nor a file')
+    try:
+        found, bad = records.read_all(source)
+    except ValueError as error:
+        parser.error(f'{source} is no collection of records: {error}')
     for line in bad:
         print(f'left out: {line}', file=sys.stderr)
     tasks = list(dict.fromkeys(r['cell']['task'] for r in found))
@@ -40,13 +60,26 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f'{", ".join(map(repr, tasks)) or "none at all"}'
             )
         tasks = [options.task]
+        found = [r for r in found if r['cell']['task'] == options.task]
     if not tasks:
-        parser.error(f'{options.out_dir} has no records')
+        parser.error(f'{options.source} has no records')
+    known = {'loss', *(key for r in found for m in r['metrics'] for key in m)}
+    for key in [*(options.metrics or []), options.curve]:
+        if key not in known:
+            parser.error(
+                f'{key!r} is in no record; there are '
+                + ', '.join(sorted(known))
+            )
     for task in tasks:
         own = [r for r in found if r['cell']['task'] == task]
-        print(f'{table(task, own)}\n')
+        if options.metrics:
+            print(f'{metrics_table(task, own, options.metrics)}\n')
+        else:
+            print(f'{table(task, own)}\n')
     if options.figure:
-        draw(found, tasks, options.figure)
+        draw(found, tasks, options.curve, options.figure)
+    if options.publish:
+        records.collect(found, options.publish)
 
 
 def column_of(record: dict[str, Any]) -> tuple[int, float]:
@@ -54,14 +87,19 @@ def column_of(record: dict[str, Any]) -> tuple[int, float]:
     return record['cell']['images'], record['cell']['lr_factor']
 
 
+def named(column: tuple[int, float], factors: set[float]) -> str:
+    """Head of a column of :func:`table`."""
+    images, factor = column
+    return f'{images} per step' + (
+        f', lr x{factor:g}' if factors != {1} else ''
+    )
+
+
 def table(task: str, found: Records) -> str:
     """The Markdown table of one task."""
     columns = sorted({column_of(record) for record in found})
     factors = {factor for _, factor in columns}
-    heads = [
-        f'{images} per step' + (f', lr x{factor:g}' if factors != {1} else '')
-        for images, factor in columns
-    ]
+    heads = [named(column, factors) for column in columns]
     lines = [
         f'| {task} | ' + ' | '.join(heads) + ' |',
         '|---' * (len(columns) + 1) + '|',
@@ -76,24 +114,50 @@ def table(task: str, found: Records) -> str:
     return '\n'.join(lines)
 
 
-def cell(found: Records) -> str:
+def metrics_table(task: str, found: Records, keys: Sequence[str]) -> str:
+    """The Markdown table of some metrics at the end of a task's runs."""
+    lines = [f'| {task} | ' + ' | '.join(keys) + ' |']
+    lines.append('|---' * (len(keys) + 1) + '|')
+    factors = {record['cell']['lr_factor'] for record in found}
+    groups: dict[tuple[str, tuple[int, float]], Records] = {}
+    for record in found:
+        key = record['cell']['label'], column_of(record)
+        groups.setdefault(key, []).append(record)
+    for (label, column), own in groups.items():
+        cells = [
+            cell(own, lambda record, key=key: last(record, key))
+            for key in keys
+        ]
+        head = f'{label}, {named(column, factors)}'
+        lines.append(f'| {head} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def last(record: dict[str, Any], key: str) -> float | None:
+    """A metric where the run measured it last."""
+    values = [m[key] for m in record['metrics'] if key in m]
+    return values[-1] if values else None
+
+
+def cell(found: Records, value: Any = lambda record: record['metric']) -> str:
     """Mean, standard deviation and n of one cell, or why there is none."""
     if not found:
         return 'not run'
-    values = [r['metric'] for r in found if r['status'] == 'done']
+    values = [value(r) for r in found if r['status'] == 'done']
+    values = [v for v in values if v is not None]
     others = [r for r in found if r['status'] != 'done']
     words = []
     if values:
-        spread = f' ± {stdev(values):.3f}' if len(values) > 1 else ''
-        words.append(f'{mean(values):.3f}{spread} (n={len(values)})')
+        spread = f' ± {stdev(values):.3g}' if len(values) > 1 else ''
+        words.append(f'{mean(values):.4g}{spread} (n={len(values)})')
     for status in dict.fromkeys(r['status'] for r in others):
         own = [r for r in others if r['status'] == status]
         words.append(f'{status}: {own[0]["reason"]} (n={len(own)})')
-    return '; '.join(words).replace('|', '/')
+    return '; '.join(words).replace('|', '/') or 'not measured'
 
 
-def draw(found: Records, tasks: list[str], path: Path) -> None:
-    """Loss over images seen, one panel for each task."""
+def draw(found: Records, tasks: list[str], curve: str, path: Path) -> None:
+    """A curve over the images seen, one panel for each task."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -108,15 +172,20 @@ def draw(found: Records, tasks: list[str], path: Path) -> None:
     )
     for axis, task in zip(axes.flat, tasks, strict=True):
         colors: dict[str, str] = {}
+        positive = True
         for record in found:
-            if record['cell']['task'] != task or not record['curve']:
+            points = curve_of(record, curve)
+            if record['cell']['task'] != task or not points:
                 continue
-            images = record['cell']['images']
+            images, factor = column_of(record)
             name = f'{record["cell"]["label"]}, {images}'
+            if factor != 1:
+                name += f', lr x{factor:g}'
             color = colors.setdefault(name, f'C{len(colors) % 10}')
+            positive = positive and min(y for _, y in points) > 0
             axis.plot(
-                [step * images for step, _ in record['curve']],
-                [loss for _, loss in record['curve']],
+                [step * images for step, _ in points],
+                [y for _, y in points],
                 color=color,
                 linewidth=0.8,
             )
@@ -124,13 +193,21 @@ def draw(found: Records, tasks: list[str], path: Path) -> None:
             axis.plot([], [], color=color, label=name)
         axis.set_title(task, size=9)
         axis.set_xlabel('images seen')
-        axis.set_ylabel('training loss')
-        axis.set_yscale('log')
+        axis.set_ylabel('training loss' if curve == 'loss' else curve)
+        if positive:
+            axis.set_yscale('log')
         if colors:
             axis.legend(fontsize=6, title='norm, images per step')
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def curve_of(record: dict[str, Any], key: str) -> list[list[float]]:
+    """Steps and values of the training loss or of a metric."""
+    if key == 'loss':
+        return record['curve']
+    return [[m['step'], m[key]] for m in record['metrics'] if key in m]
 
 
 if __name__ == '__main__':
