@@ -43,6 +43,14 @@ ROOTS = {
 CLASSES = {'coco': 80, 'voc12aug': 21, 'nuclei': None, 'stardist': None}
 # Learning rate at 16 images, for the linear rule.
 RATES = {'coco': 0.02, 'voc12aug': 0.007}
+# The README's words for metrics, the hosts' names, and percent in both.
+METRICS = {
+    'box': 'coco/bbox_mAP',
+    'box AP': 'coco/bbox_mAP',
+    'mask AP': 'coco/segm_mAP',
+    'mIoU': 'mIoU',
+}
+SCALES = {'box': 100, 'box AP': 100, 'mask AP': 100, 'mIoU': 1}
 # No norm follows these, in the published models either: what '-all' omits.
 PLAIN = {
     'rpn_head.rpn_conv',
@@ -323,18 +331,22 @@ def test_pretrained_weights_fit_the_layers(leaf: str) -> None:
 
 
 @every_leaf
-def test_leading_comment_names_the_published_row(leaf: str) -> None:
-    lines = LEAVES[leaf].read_text().splitlines()
-    comment = ' '.join(
-        line.removeprefix('# ')
-        for line in lines[: [line[:1] for line in lines].index('_')]
-    )
-    row = results()[leaf]
+def test_expected_figures_are_those_the_readme_states(leaf: str) -> None:
+    row, expected = results()[leaf], load(leaf).get('expected')
     if row['published'] == '-':
-        assert 'no published row' in comment.lower()
-    else:
-        stated = f'{row["row it reproduces"]}: {row["published"]}.'
-        assert comment == stated
+        # Inherited, a figure would be that of another batch or norm.
+        assert expected is None
+        comment = LEAVES[leaf].read_text().split('_base_')[0]
+        words = comment.replace('\n# ', ' ').lower()
+        assert 'no published row' in words
+        return
+    assert expected.source == row['row it reproduces']
+    stated = {}
+    for part in row['published'].split(', '):
+        value, what = part.split(' ', 1)
+        stated[METRICS[what]] = pytest.approx(float(value) / SCALES[what])
+    assert expected.metrics == stated
+    assert expected.tolerance == (1.0 if 'mIoU' in stated else 0.005)
 
 
 def test_readme_lists_every_config() -> None:

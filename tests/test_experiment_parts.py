@@ -89,6 +89,20 @@ def test_variants_compute_their_formula(settings, training):
     )
 
 
+def test_a_variant_is_called_twice_before_the_backward():
+    norm = randomized().train()
+    x = torch.randn(2, 6, 5, 4, dtype=torch.double, requires_grad=True)
+    first = norm(x)
+    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    norm(torch.randn_like(x))
+    expected = torch.stack([written_down(i, norm, mean, var) for i in x])
+    cotangent = torch.randn_like(x)
+    torch.testing.assert_close(
+        torch.autograd.grad(first, x, cotangent),
+        torch.autograd.grad(expected, x, cotangent),
+    )
+
+
 def test_a_variant_has_its_limits():
     with pytest.raises(ValueError, match='blend=1.5 must be in'):
         variants.VariantBCN(6, 3, blend=1.5)

@@ -219,9 +219,14 @@ def test_segmentation_trains_under_slurm_and_is_tested_augmented(
         *('test.py', config, tmp_path / 'work dir' / 'iter_1.pth', '--tta'),
         *('--work-dir', tmp_path / 'test', '--out', out),
         *('--show-dir', tmp_path / 'pictures'),
+        *('--verify', '--cfg-options', 'expected.source=nobody'),
+        *('expected.metrics.mIoU=101.0', 'expected.tolerance=0.5'),
     )
-    assert done.returncode == 0, done.stdout
-    assert 'mIoU' in done.stdout
+    assert done.returncode == 1, done.stdout
+    assert re.search(
+        r'error: --verify: missed: mIoU [\d.]+, expected 101 within 0.5',
+        done.stdout,
+    )
     samples = pickle.loads(out.read_bytes())
     assert len(samples) == 2
     assert all(

@@ -9,6 +9,7 @@ import checks
 import launch
 from checks import SetupError
 from mmengine.config import Config, ConfigDict
+from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
 from mmengine.runner import Runner
 
@@ -41,6 +42,11 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='test-time augmentation: tta_model and tta_pipeline of the '
         'config, or horizontal flips',
+    )
+    parser.add_argument(
+        '--verify',
+        action='store_true',
+        help='exit with 1 if a metric falls short of what the config expects',
     )
     launch.add_common_options(parser)
     return parser.parse_args()
@@ -145,11 +151,69 @@ def dump_predictions(runner: Runner, path: str) -> None:
     runner.test_evaluator.metrics.append(metric(out_file_path=path))
 
 
+def check_expected(cfg: Config) -> None:
+    """See that there is something to verify.
+
+    Raises:
+        SetupError: the config expects nothing, or not in the right form.
+    """
+    expected = cfg.get('expected')
+    example = (
+        "expected = dict(source='our run of ...', metrics={'mIoU': 78.1}, "
+        'tolerance=1.0)'
+    )
+    if not expected:
+        raise SetupError(
+            f'--verify: {cfg.filename} expects no figure: nobody published '
+            f'that row. To verify against one of yours, add to the config: '
+            f'{example}'
+        )
+    numbers = [
+        expected.get('tolerance'),
+        *expected.get('metrics', {}).values(),
+    ]
+    if (
+        set(expected) != {'source', 'metrics', 'tolerance'}
+        or not expected.metrics
+        or not all(type(number) in (int, float) for number in numbers)
+    ):
+        raise SetupError(f'expected={expected}: write {example}')
+
+
+def verify(cfg: Config, found: dict[str, float]) -> None:
+    """Compare the metrics with those of the config.
+
+    Raises:
+        SetupError: one is missing, or falls short by more than the
+            tolerance.
+    """
+    expected, short = cfg.expected, []
+    for name, value in expected.metrics.items():
+        if name not in found:
+            raise SetupError(
+                f'expected.metrics.{name} is not among the metrics '
+                f'{", ".join(sorted(found))}: mend that name or '
+                'test_evaluator.'
+            )
+        line = (
+            f'{name} {found[name]:.4g}, expected {value:.4g} within '
+            f'{expected.tolerance:g}'
+        )
+        launch.say(f'{line} ({expected.source})')
+        # NaN falls short as well.
+        if not found[name] >= value - expected.tolerance:
+            short.append(line)
+    if short:
+        raise SetupError(f'--verify: missed: {"; ".join(short)}.')
+
+
 def main() -> None:
     """Check everything, then evaluate."""
     args = parse_args()
     needed = ('model', 'test_dataloader', 'test_cfg', 'test_evaluator')
     cfg = launch.load_config(args, needed)
+    if args.verify:
+        check_expected(cfg)
     cfg.load_from = args.checkpoint
     cfg.resume = False
     checks.check_data(cfg, ('test_dataloader',))
@@ -171,7 +235,9 @@ def main() -> None:
     if args.out:
         dump_predictions(runner, args.out)
     launch.gather_in_work_dir(runner, 'test')
-    runner.test()
+    metrics = runner.test()
+    if args.verify and is_main_process():
+        verify(cfg, metrics)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,8 @@
-# DeepLabv3.pytorch, DeepLabV3 R101 GN+WS: 77.20 mIoU.
+expected = dict(
+    source='DeepLabv3.pytorch, DeepLabV3 R101 GN+WS',
+    metrics={'mIoU': 77.20},
+    tolerance=1.0,
+)
 _base_ = './deeplabv3_r50-d16_gn-ws-all_8xb2-50e_voc12aug-513x513.py'
 model = dict(
     backbone=dict(

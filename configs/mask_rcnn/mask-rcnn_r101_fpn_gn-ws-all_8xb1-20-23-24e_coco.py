@@ -1,4 +1,9 @@
-# WS authors, Mask R-CNN R101 2x, 4x1 images: 42.73 box, 37.92 mask AP.
+expected = dict(
+    _delete_=True,
+    source='WS authors, Mask R-CNN R101 2x, 4x1 images',
+    metrics={'coco/bbox_mAP': 0.4273, 'coco/segm_mAP': 0.3792},
+    tolerance=0.005,
+)
 _base_ = './mask-rcnn_r101_fpn_gn-ws-all_8xb1-2x_coco.py'
 param_scheduler = _base_.param_scheduler
 param_scheduler[1].milestones = [20, 23]
