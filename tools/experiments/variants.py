@@ -74,13 +74,11 @@ class VariantBCN(BCN):
         return torch.cat(outputs) if outputs else input
 
     def _normalize(self, input: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        # The estimates themselves move on; clones outlive that until the
-        # backward.
         return batch_channel_norm(
             input,
             self.num_groups,
-            mean.clone() if self.centering else torch.zeros_like(mean),
-            var.clone() if self.scaling else torch.ones_like(var),
+            mean if self.centering else torch.zeros_like(mean),
+            var if self.scaling else torch.ones_like(var),
             self.bn_weight,
             self.bn_bias,
             self.weight,
