@@ -141,7 +141,7 @@ def test_safetensors_are_read_and_written(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    source = source_of('bn')
+    source = source_of('bn', centered=True)
     old, new = (tmp_path / f'{n}.safetensors' for n in 'ab')
     save_file(source.state_dict(), old)
     convert = load('convert_checkpoint')

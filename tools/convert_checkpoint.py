@@ -1,14 +1,23 @@
 """Convert a ResNet or ResNeXt checkpoint for a WS backbone, and verify it.
 
 Read are torchvision's names (those of timm's ResNets are the same), with or
-without 'module.': the authors' GN+WS and BCN+WS releases, and plain BN
-networks; and mmdet's (``gn1``): open-mmlab://jhu/*. Refused with the reason
-are networks that no ResNet of the hosts can hold: BiT, ResNetV2, NFNet.
-Written are OpenMMLab's names. Every tensor is accounted for, and both
+without 'module.': the authors' GN+WS and BCN+WS releases, timm's StdConv2d,
+plain BN and GN networks; and mmdet's (gn1): open-mmlab://jhu/*. Refused with
+the reason are networks that no ResNet of the hosts can hold: BiT, ResNetV2,
+NFNet. Written are OpenMMLab's names. Every tensor is accounted for, and both
 networks are run in float64 on a random image before anything is written.
+
+Exact are networks of standardized filters, with their own norm. Of timm's
+StdConv2d, which divides by the biased variance, a constant per layer goes
+into the filters and the rest of it is in the conv_cfg that is printed. GN to
+BCN is exact but for eps. Not exact, and only written with --approximate:
+plain filters, whose means no standardized filter has (their scale goes into
+a BN or BCN, while GN keeps that of a group only), BN to BCN, which
+normalizes once more, and BN to GN, which normalizes by the image.
 """
 
 import argparse
+import math
 import os
 import re
 from collections import OrderedDict
@@ -40,6 +49,12 @@ UNFIT = {
         'WSConv2d needs one, and the ResNet of mmdet and mmseg has one: '
         'another network, whatever the weights.'
     ),
+    r'(^|\.)stem\.norm\.': (
+        "a ResNetV2 of timm's hybrid ViT, whose convolutions pad as "
+        'TensorFlow does, more on one side than on the other. The ResNet of '
+        'mmdet and mmseg pads both sides alike: another network, whatever '
+        'the weights.'
+    ),
     r'(^|\.)stages\.\d+\.blocks\.\d+\.norm1\.': (
         'a ResNetV2 (timm; BiT with StdConv2d), which normalizes before each '
         'convolution. The ResNet of mmdet and mmseg normalizes after it: '
@@ -60,9 +75,27 @@ TOLERANCE = {
     ('bcn', 'bcn'): 1e-9,
     ('bn', 'bn'): 1e-9,
     ('bn', 'bcn'): 1e-9,
+    ('bn', 'gn'): 1e-9,
 }
+# Above it, the network written is not that of the checkpoint.
+SAME = 1e-3
 WS_EPS = NORM_EPS = 1e-5
+TIMM_EPS = 1e-6
 State = dict[str, Tensor]
+
+
+class Filters(NamedTuple):
+    """What becomes of the filters before they are used.
+
+    Attributes:
+        formula: of the source: 'plain', 'authors' or 'timm'.
+        eps_mode: of the convolutions written, and of the authors' formula.
+        eps: likewise.
+    """
+
+    formula: str
+    eps_mode: str
+    eps: float
 
 
 class Source(NamedTuple):
@@ -91,7 +124,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--norm',
         choices=['gn', 'bcn', 'bn'],
-        help='norm of the backbone; default: that of the source',
+        help='norm of the backbone (default: that of the source)',
     )
     parser.add_argument(
         '--num-groups',
@@ -107,9 +140,18 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--ws-source',
+        nargs='?',
+        choices=['authors', 'timm'],
+        const='authors',
+        help='say that a GN or BN checkpoint was trained with standardized '
+        'filters, which its tensors cannot show: by the formula of the '
+        "authors and of mmcv's ConvWS (the default), or of timm's StdConv2d",
+    )
+    parser.add_argument(
+        '--approximate',
         action='store_true',
-        help='say that a GN checkpoint was trained with standardized weights,'
-        ' which its tensors cannot show; needed for GN',
+        help='write a start for training, too, that computes something else '
+        'than the checkpoint; how far off it is, is printed',
     )
     return parser.parse_args()
 
@@ -243,18 +285,60 @@ def run_resnet(
     return x, used
 
 
-def standardized(weight: Tensor, eps_mode: str) -> tuple[Tensor, Tensor]:
+def standardized(weight: Tensor, filters: Filters) -> tuple[Tensor, Tensor]:
     """Filters with zero mean and unit variance, and what divided them."""
     var, mean = torch.var_mean(weight, (1, 2, 3), keepdim=True)
-    if eps_mode == 'outside':
-        divisor = var.sqrt() + WS_EPS
+    if filters.eps_mode == 'outside':
+        divisor = var.sqrt() + filters.eps
     else:
-        divisor = (var + WS_EPS).sqrt()
+        divisor = (var + filters.eps).sqrt()
     return (weight - mean) / divisor, divisor.flatten()
 
 
+def used_filters(weight: Tensor, filters: Filters) -> Tensor:
+    """Filters as the source network uses them."""
+    if filters.formula == 'plain':
+        return weight
+    if filters.formula == 'timm':
+        var, mean = torch.var_mean(
+            weight, (1, 2, 3), correction=0, keepdim=True
+        )
+        return (weight - mean) / (var + TIMM_EPS).sqrt()
+    return standardized(weight, filters)[0]
+
+
+def held_filters(
+    weight: Tensor, filters: Filters, scale_absorbed: bool
+) -> Tensor:
+    """What of them a standardized convolution can hold.
+
+    Args:
+        weight: the filters of the checkpoint.
+        filters: what becomes of them.
+        scale_absorbed: whether the norm undoes a scale per filter.
+    """
+    if filters.formula == 'plain':
+        mean = weight.mean((1, 2, 3), keepdim=True)
+        same = weight - mean
+        return same if scale_absorbed else standardized(weight, filters)[0]
+    used = used_filters(weight, filters)
+    if filters.formula == 'timm' and not scale_absorbed:
+        return used * timm_scale(weight)
+    return used
+
+
+def timm_scale(weight: Tensor) -> float:
+    """Our filters over timm's: those of the same eps, by N and by N - 1."""
+    fan_in = weight.shape[1:].numel()
+    return math.sqrt((fan_in - 1) / fan_in)
+
+
 def run_source(
-    source: Source, image: Tensor, groups: int, eps_mode: str, centered: bool
+    source: Source,
+    image: Tensor,
+    groups: int,
+    conv: Callable[[Tensor], Tensor],
+    as_gn: bool = False,
 ) -> tuple[Tensor, set[str]]:
     """Run the network of the checkpoint, written from its formulas.
 
@@ -262,25 +346,19 @@ def run_source(
         source: the checkpoint.
         image: (N, 3, H, W) in float64.
         groups: of GN.
-        eps_mode: of standardized convolutions.
-        centered: take the mean from the filters of a plain network, which
-            is what no standardized one can hold.
+        conv: what a filter becomes before use.
+        as_gn: take the affine of its BN for that of a GN.
     """
-
-    def conv(weight: Tensor) -> Tensor:
-        if source.layout != 'bn':
-            return standardized(weight, eps_mode)[0]
-        mean = weight.mean((1, 2, 3), keepdim=True)
-        return weight - mean if centered else weight
+    layout = 'gn' if as_gn else source.layout
 
     def norm(name: str, x: Tensor) -> Tensor:
         def get(key: str) -> Tensor:
             return source.state[f'{name}.{key}'].double().flatten()
 
         inner = ''
-        if source.layout == 'bcn':
+        if layout == 'bcn':
             inner = 'pbn.' if f'{name}.pbn.weight' in source.state else 'bn.'
-        if source.layout != 'gn':
+        if layout != 'gn':
             x = F.batch_norm(
                 x,
                 get(f'{inner}running_mean'),
@@ -288,10 +366,10 @@ def run_source(
                 get(f'{inner}weight'),
                 get(f'{inner}bias'),
             )
-        if source.layout == 'bn':
+        if layout == 'bn':
             return x
         scale, shift = get('weight'), get('bias')
-        own = scale.numel() if source.layout == 'bcn' else groups
+        own = scale.numel() if layout == 'bcn' else groups
         y = F.group_norm(x, own)
         repeats = x.shape[1] // scale.numel()
         scale = scale.repeat_interleave(repeats)[:, None, None]
@@ -305,7 +383,7 @@ def run_target(
     image: Tensor,
     kind: str,
     groups: int,
-    eps_mode: str,
+    filters: Filters,
     inner_only: bool,
 ) -> Tensor:
     """Run the converted network with the layers of ws_mm and torch."""
@@ -342,20 +420,21 @@ def run_target(
         return run_resnet(
             state,
             image,
-            lambda weight: standardize_weight(weight, WS_EPS, eps_mode),
+            lambda weight: standardize_weight(
+                weight, filters.eps, filters.eps_mode
+            ),
             norm,
             'gn' if kind == 'gn' else 'bn',
         )[0]
 
 
-def absorb_scale(state: State, conv: str, norm: str, eps_mode: str) -> None:
+def absorb_scale(state: State, norm: str, divisor: Tensor) -> None:
     """Let a BatchNorm undo what standardizing does to the filters' scale.
 
     Formula, with d what divides a filter:
         running_mean / d, running_var / d^2,
         weight * sqrt(running_var + d^2 eps) / sqrt(running_var + eps)
     """
-    divisor = standardized(state[f'{conv}.weight'].double(), eps_mode)[1]
     mean, var, weight = (
         state[f'{norm}.{key}'].double()
         for key in ('running_mean', 'running_var', 'weight')
@@ -372,35 +451,37 @@ def absorb_scale(state: State, conv: str, norm: str, eps_mode: str) -> None:
 
 
 def convert(
-    source: Source, kind: str, eps_mode: str, num_groups: int = 32
+    source: Source, kind: str, filters: Filters, num_groups: int = 32
 ) -> State:
     """Make the tensors of the backbone.
 
     Args:
         source: the checkpoint.
         kind: 'gn', 'bcn' or 'bn'.
-        eps_mode: of its convolutions.
+        filters: what becomes of its filters.
         num_groups: of new BCN layers.
-
-    Raises:
-        SetupError: there is no such conversion.
     """
     from ws_mm.checkpoint import from_batch_norm, to_native_layout
     from ws_mm.norm import fit_num_groups
 
-    if (source.layout, kind) not in TOLERANCE:
-        legal = [new for old, new in TOLERANCE if old == source.layout]
-        raise SetupError(
-            f'--norm {kind}: the checkpoint has {source.layout.upper()} '
-            f'layers, which become {" or ".join(legal)}.'
-        )
     state = {name: values.clone() for name, values in source.state.items()}
     for conv in [n[:-7] for n in state if KNOWN.fullmatch(n)['conv']]:
         norm = re.sub(r'conv(\d)$', r'bn\1', conv)
         norm = re.sub(r'downsample\.0$', 'downsample.1', norm)
-        channels = state[f'{conv}.weight'].shape[0]
-        if source.layout == 'bn':
-            absorb_scale(state, conv, norm, eps_mode)
+        weight = state[f'{conv}.weight'].double()
+        channels = len(weight)
+        divisor = torch.ones(channels).double()
+        if filters.formula == 'plain':
+            divisor = standardized(weight, filters)[1]
+        elif filters.formula == 'timm':
+            divisor /= timm_scale(weight)
+            # float64: what is lost is what saving in float32 loses.
+            state[f'{conv}.weight'] = weight * timm_scale(weight)
+        if source.layout == 'bn' and kind != 'gn':
+            absorb_scale(state, norm, divisor)
+        elif source.layout == 'bn':
+            for key in ('running_mean', 'running_var', 'num_batches_tracked'):
+                state.pop(f'{norm}.{key}', None)
         if kind == 'bcn' and source.layout == 'bn':
             outer = torch.empty(fit_num_groups(channels, num_groups))
             from_batch_norm(state, f'{norm}.', outer)
@@ -465,24 +546,93 @@ def save(state: State, path: str) -> None:
     torch.save(dict(state_dict=ordered), path)
 
 
+def choose_filters(args: argparse.Namespace, layout: str) -> Filters:
+    """What becomes of the filters of a checkpoint.
+
+    Raises:
+        SetupError: the options contradict each other or the checkpoint.
+    """
+    formula = 'authors' if layout == 'bcn' else args.ws_source or 'plain'
+    if args.ws_source != 'timm':
+        default = 'inside' if layout == 'bcn' else 'outside'
+        return Filters(formula, args.eps_mode or default, WS_EPS)
+    if layout == 'bcn':
+        raise SetupError(
+            "--ws-source timm: the checkpoint has the authors' BCN layers, "
+            'which timm has not. Leave the option out.'
+        )
+    if args.eps_mode == 'outside':
+        raise SetupError(
+            "--eps-mode outside: timm's StdConv2d has its eps inside. Leave "
+            'the option out.'
+        )
+    return Filters('timm', 'inside', TIMM_EPS)
+
+
+def refuse_other_function(
+    args: argparse.Namespace, source: Source, filters: Filters, real: float
+) -> None:
+    """Refuse what computes something else, unless it was asked for.
+
+    Raises:
+        SetupError: it does; the message says by how much.
+    """
+    if real <= SAME or args.approximate:
+        return
+    if source.layout != 'bcn' and filters.formula == 'plain':
+        raise SetupError(
+            f'The checkpoint is a ResNet with {source.layout.upper()}, and '
+            'its tensors do not show whether it was trained with weight '
+            'standardization. If it was, add --ws-source (--ws-source timm '
+            'for StdConv2d). If not, standardized filters cannot keep its '
+            f'function (relative difference {real:.1e} on a random image): '
+            '--approximate writes them as a start for training. Nothing was '
+            'written.'
+        )
+    raise SetupError(
+        f'Another norm computes something else (relative difference '
+        f'{real:.1e} on a random image). Leave --norm out, or add '
+        '--approximate for a start for training. Nothing was written.'
+    )
+
+
+def losses(source: Source, kind: str, filters: Filters) -> list[str]:
+    """What of the source network the converted one has not, in words."""
+    said = []
+    if filters.formula == 'plain':
+        said.append('the means of plain filters')
+        if source.layout == 'gn' or kind == 'gn':
+            said.append('their scale within a group of GN')
+    if (source.layout, kind) == ('bn', 'bcn'):
+        said.append('what the second normalization of BCN takes out')
+    if (source.layout, kind) == ('bn', 'gn'):
+        said.append('the statistics of the data, which GN takes of the image')
+    return said
+
+
 def main() -> None:
     """Recognise, convert, verify, write."""
     args = parse_args()
     source = recognise(checks.read_checkpoint(args.source))
-    if source.layout == 'gn' and not args.ws_source:
-        raise SetupError(
-            'The checkpoint is a ResNet with GN, and its tensors do not show '
-            'whether it was trained with weight standardization. If not, '
-            'nothing can keep its function: GN has no scale per filter. Add '
-            '--ws-source if it is a GN+WS network; nothing was written.'
-        )
     kind = args.norm or source.layout
-    eps_mode = args.eps_mode or (
-        'inside' if source.layout == 'bcn' else 'outside'
-    )
+    if (source.layout, kind) not in TOLERANCE:
+        legal = [new for old, new in TOLERANCE if old == source.layout]
+        raise SetupError(
+            f'--norm {kind}: the checkpoint has {source.layout.upper()} '
+            f'layers, which become {" or ".join(legal)}.'
+        )
+    filters = choose_filters(args, source.layout)
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(2, 3, 64, 64, generator=generator).double()
-    expected, used = run_source(source, image, args.num_groups, eps_mode, True)
+    bn_to_gn = (source.layout, kind) == ('bn', 'gn')
+    absorbed = source.layout == 'bn' and kind != 'gn'
+    expected, used = run_source(
+        source,
+        image,
+        args.num_groups,
+        lambda weight: held_filters(weight, filters, absorbed),
+        bn_to_gn,
+    )
     unused = [
         source.names[name]
         for name in source.state
@@ -494,9 +644,9 @@ def main() -> None:
             f'{len(unused)} tensors belong to no block: '
             f'{", ".join(unused[:8])}. Nothing was written.'
         )
-    state = convert(source, kind, eps_mode, args.num_groups)
+    state = convert(source, kind, filters, args.num_groups)
     bn_to_bcn = (source.layout, kind) == ('bn', 'bcn')
-    run = (image, kind, args.num_groups, eps_mode)
+    run = (image, kind, args.num_groups, filters)
     found = difference(run_target(state, *run, bn_to_bcn), expected)
     # Saved in float32; judged above, where nothing else is lost.
     if not found <= TOLERANCE[source.layout, kind]:
@@ -509,27 +659,34 @@ def main() -> None:
         name: values.float() if values.is_floating_point() else values
         for name, values in state.items()
     }
-    whole = run_source(source, image, args.num_groups, eps_mode, False)[0]
+    whole = run_source(
+        source,
+        image,
+        args.num_groups,
+        lambda weight: used_filters(weight, filters),
+    )[0]
     real = difference(run_target(state, *run, False), whole)
+    refuse_other_function(args, source, filters, real)
     print('\n'.join(report(source, state, kind)))
     print(f'recognised: ResNet with {source.layout.upper()}')
     print(f'mapping verified: relative difference {found:.1e} in float64')
     print(f'difference to the source network: {real:.1e}')
-    if source.layout == 'bn':
+    if real > SAME:
         print(
-            'The means of plain filters cannot be kept by standardized ones'
-            + (', and BCN normalizes once more' if bn_to_bcn else '')
-            + ': this is a start for training, not the same network.'
+            f'Not kept: {"; ".join(losses(source, kind, filters))}. This is '
+            'a start for training, not the same network.'
         )
     folder, name = os.path.split(os.path.abspath(args.out))
     checks.check_writable(folder, 'OUT')
     models.write_together(folder, {name: lambda path: save(state, path)})
     affine = ", outer_affine='channel'" if source.layout == 'gn' else ''
+    eps = '' if filters.eps == WS_EPS else f', eps={filters.eps}'
     count = f', num_groups={args.num_groups}'
     norms = dict(
         gn=f"'GN'{count}", bcn=f"'ws_mm.BCN'{count}{affine}", bn="'BN'"
     )
-    print(f"conv_cfg=dict(type='ws_mm.WSConv2d', eps_mode={eps_mode!r})")
+    mode = f'eps_mode={filters.eps_mode!r}'
+    print(f"conv_cfg=dict(type='ws_mm.WSConv2d', {mode}{eps})")
     print(f'norm_cfg=dict(type={norms[kind]})')
     print(args.out)
 

@@ -154,7 +154,7 @@ def to_native_layout(
             'and BCN normalizes differently: loaded, its affine would mean '
             'something else. Use a BCN or a GN checkpoint, train from '
             'scratch (backbone.init_cfg=None, load_from=None), or make a '
-            f'start for training of a ResNet with: {CONVERTER}'
+            f'start for training of a ResNet with: {CONVERTER} --approximate'
         )
     if outer_affine != 'channel':
         raise ValueError(

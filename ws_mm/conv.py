@@ -224,8 +224,9 @@ def _report_unknown_filters(name: str, errors: list[str]) -> None:
         'filters were trained standardized, as those of ws_mm do. A plain BN '
         'or GN network computes something else under WS, and its names and '
         'shapes cannot show it. Right are BN+WS, GN+WS and BCN+WS networks, '
-        'such as open-mmlab://jhu/resnet50_gn_ws; a plain ResNet is converted '
-        'by: python tools/convert_checkpoint.py OLD NEW',
+        'such as open-mmlab://jhu/resnet50_gn_ws; of a plain ResNet, a start '
+        'for training is made by: python tools/convert_checkpoint.py OLD NEW '
+        '--approximate',
         logger='current',
         level=logging.WARNING,
     )
