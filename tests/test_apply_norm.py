@@ -12,7 +12,11 @@ from tiny_runs import DET, ROOT, SEG, call, write_config, write_data
 from torch import nn
 
 import ws_mm
-from ws_mm.configs import ConfigError, build_without_memory
+from ws_mm.configs import (
+    ConfigError,
+    build_without_memory,
+    convert_config,
+)
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
@@ -69,6 +73,8 @@ SHIPPED = {
         57,
     ),
     'mmdet::htc/htc-without-semantic_r50_fpn_1x_coco.py': (75, 0, 9),
+    # Levels share convolutions, and each has norms of its own.
+    'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py': (57, 11, 10),
     'mmseg::deeplabv3/deeplabv3_r18b-d8_4xb2-80k_cityscapes-512x1024.py': (
         27,
         0,
@@ -108,6 +114,7 @@ SHIPPED = {
         0,
         5,
     ),
+    'mmseg::ocrnet/ocrnet_hr18s_4xb2-40k_cityscapes-512x1024.py': (153, 0, 2),
     'mmseg::sem_fpn/fpn_r101_4xb4-160k_ade20k-512x512.py': (70, 0, 1),
     'mmseg::segformer/segformer_mit-b0_8xb1-160k_cityscapes-1024x1024.py': (
         0,
@@ -258,6 +265,48 @@ def test_only_the_parts_selected_change(parts, changed):
     # The weights of a backbone that stays still fit.
     kept = cfg.model.backbone.get('init_cfg') is not None
     assert kept == ('backbone' not in changed)
+
+
+def test_other_parts_are_not_judged_as_if_changed():
+    name = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
+    # It has no layer that could change: no hook is needed, either.
+    changes, _ = ws_mm.apply_norm(shipped(name), parts=['roi_head.bbox_head'])
+    assert changes == []
+    cfg = shipped(name)
+    *_, built = convert_config(cfg, parts=['neck'])
+    report = [ws_mm.check(one) for one in (built, build(cfg))]
+    judged, made = ([conv.standardized for conv in one] for one in report)
+    assert judged == made
+
+
+def test_what_a_class_takes_through_others(monkeypatch):
+    """Arguments of a base class count where ``**kwargs`` hands them on."""
+    from mmdet.models import ResNet
+    from mmdet.registry import MODELS
+
+    class Closed(ResNet):
+        def __init__(self, depth, style='caffe'):
+            super().__init__(depth, style=style, frozen_stages=1)
+
+    class Open(ResNet):
+        def __init__(self, depth, frozen_stages=0, **kwargs):
+            super().__init__(depth, frozen_stages=frozen_stages, **kwargs)
+
+    said = {}
+    for cls in (Closed, Open):
+        monkeypatch.setitem(MODELS._module_dict, cls.__name__, cls)
+        cfg = shipped('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py')
+        cfg.model.backbone = dict(type=cls.__name__, depth=18, frozen_stages=1)
+        if cls is Closed:
+            cfg.model.backbone.pop('frozen_stages')
+        changes, left = ws_mm.apply_norm(cfg, parts=['backbone'])
+        said[cls] = by_key(changes), [str(one) for one in left]
+    assert said[Closed] == ({}, ['model.backbone: Closed takes no norm_cfg'])
+    changes, left = said[Open]
+    # What freezes nothing is the default of the class itself.
+    assert changes['model.backbone.frozen_stages'] == 0
+    assert changes['model.backbone.norm_cfg'] == BCN
+    assert left == []
 
 
 def test_the_batch_of_a_process_divides_the_batch_asked():
@@ -579,7 +628,23 @@ def test_the_sweep_counts_and_continues(package, tmp_path, script, capsys):
     }
     page = (tmp_path / 'docs' / 'sweep.md').read_text()
     assert '66.7 %' in page
+    # The broken line did not spoil what was written after it.
+    assert script('sweep_configs', *arguments) == 0
+    assert '1 distinct models, 0 to convert' in capsys.readouterr().out
     assert 'needs no_such_package, which is not installed | 1 |' in page
+
+
+def test_mistakes_from_before_are_not_the_converters(
+    package, tmp_path, script, capsys
+):
+    folder = tmp_path / package / '.mim' / 'configs' / 'tiny'
+    for path in folder.iterdir():
+        path.unlink()
+    bare = "model['decode_head'] |= dict(norm_cfg=None, conv_cfg=dict("
+    (folder / 'a.py').write_text(without_ws(SEG) + bare + "type='ConvWS'))\n")
+    arguments = ['--packages', package, '--processes', 1, '--norm', 'keep']
+    assert script('sweep_configs', tmp_path / 'records', *arguments) == 0
+    assert '| models: converted | 1 |' in capsys.readouterr().out
 
 
 def test_another_sweep_is_not_mixed_in(package, tmp_path, script, refuses):

@@ -167,6 +167,28 @@ def test_missing_base(refuses: Script, tmp_path: Path) -> None:
     refuses(r'leaf\.py: .*gone\.py', 'train', path)
 
 
+@pytest.mark.parametrize('script', ['train', 'test', 'bake', 'export'])
+@pytest.mark.parametrize(
+    ('text', 'match'),
+    [
+        (
+            "custom_imports = dict(imports=['no_such_module'], "
+            'allow_failed_imports=False)',
+            r'leaf\.py: its custom_imports do not import \(.*no_such_module',
+        ),
+        ('model = 1 / 0', r'leaf\.py cannot be loaded .*: ZeroDivisionError'),
+    ],
+)
+def test_a_config_whose_code_fails(
+    text: str, match: str, script: str, refuses: Script, tmp_path: Path
+) -> None:
+    path = tmp_path / 'leaf.py'
+    path.write_text(text)
+    files = dict(test=1, bake=2, export=2).get(script, 0)
+    refuses(match, script, path, *['w.pth', tmp_path / 'o.onnx'][:files])
+    assert [one.name for one in tmp_path.iterdir()] == ['leaf.py']
+
+
 def test_host_package_that_is_not_installed(
     refuses: Script, config: Path
 ) -> None:

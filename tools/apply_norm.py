@@ -142,20 +142,7 @@ def read_config(name: str) -> Config:
             'config can inherit. Give the one with _base_ of the same model, '
             'or use ws_mm.apply_norm on the loaded config.'
         )
-    try:
-        return Config.fromfile(path)
-    except ImportError as error:
-        cause = error.__cause__ or error
-        raise SetupError(
-            f'{name}: its custom_imports do not import ({cause}). Install '
-            'that package, or put the folder of the module on PYTHONPATH.'
-        ) from error
-    # Whatever the code in a config may raise.
-    except Exception as error:
-        raise SetupError(
-            f'{name} cannot be loaded as a config: '
-            f'{type(error).__name__}: {error}'
-        ) from error
+    return launch.read_config(path, name)
 
 
 def base_name(name: str, out: Path) -> str:

@@ -147,6 +147,35 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def read_config(path: str | Path, name: str = '') -> Config:
+    """Read a config file.
+
+    Args:
+        path: of the file.
+        name: what errors call it; default: the path.
+
+    Raises:
+        SetupError: it cannot be loaded.
+    """
+    name = name or str(path)
+    try:
+        return Config.fromfile(path)
+    except FileNotFoundError as error:
+        raise SetupError(f'{name}: {error}') from error
+    except ImportError as error:
+        cause = error.__cause__ or error
+        raise SetupError(
+            f'{name}: its custom_imports do not import ({cause}). Install '
+            'that package, or put the folder of the module on PYTHONPATH.'
+        ) from error
+    # Whatever the code in a config may raise.
+    except Exception as error:
+        raise SetupError(
+            f'{name} cannot be loaded as a config: '
+            f'{type(error).__name__}: {error}'
+        ) from error
+
+
 def load_config(args: argparse.Namespace, needed: Sequence[str]) -> Config:
     """Read the config file and apply the common options.
 
@@ -161,10 +190,7 @@ def load_config(args: argparse.Namespace, needed: Sequence[str]) -> Config:
         raise SetupError(
             f'No config file {args.config}.{did_you_mean(args.config, "*.py")}'
         )
-    try:
-        cfg = Config.fromfile(args.config)
-    except FileNotFoundError as error:
-        raise SetupError(f'{args.config}: {error}') from error
+    cfg = read_config(args.config)
     options = args.cfg_options or {}
     for key in options:
         _check_key(cfg, key)
