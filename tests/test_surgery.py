@@ -194,6 +194,22 @@ def test_baked_model_computes_the_same(fold, outer_affine, dtype, tolerance):
         assert relative_error(host(x), expected) <= tolerance
 
 
+@pytest.mark.parametrize('fold', [False, True])
+def test_filters_that_layers_share_are_baked_for_each(fold):
+    def run(m, x):
+        ws = m.bn(m.conv(x)) + m.other(m.twin(x))
+        return ws + m.third(m.raw(x)) + m.plain(x)
+
+    more = dict(twin=WSConv2d(3, 8, 1), other=BCN(8, 4))
+    more |= dict(raw=nn.Conv2d(3, 8, 1), third=BCN(8, 4))
+    model = randomize(Run(run, **layers(plain=nn.Conv2d(3, 8, 1), **more)))
+    for twin in (model.twin, model.raw, model.plain):
+        twin.weight = model.conv.weight
+    x = image()
+    baked = bake(model.eval(), x, fold_estimates=fold)
+    assert relative_error(baked(x), model(x)) <= 2e-6
+
+
 def test_fold_without_affines():
     net = Net(norm=lambda c: BCN(c, 4, affine=False)).double()
     randomize(net).eval()
@@ -302,6 +318,100 @@ def test_convert_gn_to_bcn_is_exact():
         convert(source, norm={}, inputs=x)
     with pytest.raises(ValueError, match='bn2: .*4 groups, BCN 2'):
         convert(source, norm=dict(num_groups=2), inputs=x)
+
+
+class NormAct(nn.BatchNorm2d):
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+class Renamed(nn.GroupNorm):
+    def forward(self, x):
+        return F.group_norm(
+            x, self.num_groups, self.weight, self.bias, self.eps
+        )
+
+
+class Signed(Renamed):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+class Line(nn.BatchNorm1d):
+    pass
+
+
+class Map(nn.BatchNorm2d):
+    pass
+
+
+class Volume(nn.BatchNorm3d):
+    pass
+
+
+@pytest.mark.parametrize(
+    ('norm', 'why'),
+    [
+        (NormAct(8), 'NormAct, which computes something else'),
+        (Signed(2, 8), 'Signed, which computes something else'),
+        (nn.BatchNorm2d(8, track_running_stats=False), 'no statistics'),
+        (nn.InstanceNorm2d(8), 'is no BatchNorm or GroupNorm'),
+    ],
+)
+def test_norms_that_are_more_than_norms_are_refused(norm, why):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), norm)
+    with pytest.raises(ValueError, match=f'norm after 0 is a .*{why}'):
+        convert(model, norm=dict(outer_affine='channel'), inputs=image())
+
+
+@pytest.mark.parametrize(
+    ('conv', 'norm', 'base'),
+    [
+        (nn.Conv1d, Line, nn.BatchNorm1d),
+        (nn.Conv2d, Map, nn.BatchNorm2d),
+        (nn.Conv3d, Volume, nn.BatchNorm3d),
+    ],
+)
+def test_norms_of_another_name_are_known(conv, norm, base):
+    x = torch.randn(2, 3, *[5] * (1 + '123'.index(conv.__name__[4])))
+    model = randomize(nn.Sequential(conv(3, 8, 1), norm(8)))
+    assert isinstance(norm(8), base)
+    new = convert(model, norm={}, inputs=x)
+    assert torch.equal(new[1].running_var, model[1].running_var)
+
+
+def test_norms_of_timm():
+    layers = pytest.importorskip('timm.layers')
+    options = dict(norm=dict(outer_affine='channel'), inputs=image())
+    gn = nn.Sequential(nn.Conv2d(3, 8, 1), layers.GroupNorm(8, 4)).eval()
+    randomize(gn)
+    x = image()
+    new = convert(gn, **options)
+    assert type(new[1]) is BCN
+    assert relative_error(new(x), gn(x)) <= 1e-4
+    bare = layers.BatchNormAct2d(8, apply_act=False)
+    new = convert(nn.Sequential(nn.Conv2d(3, 8, 1), bare), **options)
+    assert type(new[1]) is BCN
+    more = nn.Sequential(nn.Conv2d(3, 8, 1), layers.BatchNormAct2d(8))
+    with pytest.raises(ValueError, match='is a BatchNormAct2d, which comp'):
+        convert(more, **options)
+
+
+def test_batch_norm_without_affine_becomes_bcn_with_one():
+    norm = randomize(nn.BatchNorm2d(8, affine=False))
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), norm)
+    new = convert(model, norm=dict(affine=True), inputs=image())[1]
+    assert torch.equal(new.bn_weight, torch.ones(8))
+    assert not new.bn_bias.any()
+    assert torch.equal(new.running_var, norm.running_var)
+
+
+def test_nothing_to_convert_is_said():
+    bare = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.BatchNorm2d(8))
+    with pytest.raises(ValueError, match='nothing to convert: no convolution'):
+        convert(bare, {}, inputs=image())
+    with pytest.raises(ValueError, match=r"in parts=\['0'\]"):
+        convert(bare, {}, inputs=image(), parts=['0'])
 
 
 def test_convert_refuses_what_it_cannot_prove():

@@ -272,6 +272,10 @@ def from_batch_norm(
         if prefix + name in state_dict:
             state_dict[f'{prefix}bn_{name}'] = state_dict.pop(prefix + name)
     if outer is not None:
+        mean = state_dict[f'{prefix}running_mean']
+        # A BatchNorm without an affine becomes a BCN with one.
+        state_dict.setdefault(f'{prefix}bn_weight', torch.ones_like(mean))
+        state_dict.setdefault(f'{prefix}bn_bias', torch.zeros_like(mean))
         state_dict[f'{prefix}weight'] = torch.ones_like(outer)
         state_dict[f'{prefix}bias'] = torch.zeros_like(outer)
     state_dict.pop(f'{prefix}num_batches_tracked', None)

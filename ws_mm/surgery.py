@@ -306,9 +306,10 @@ def convert(
             *WS_TO_PLAIN,
         ):
             problems.append(f'{name} is a {type(module).__name__}')
-        elif norm is not None and not _to_bcn_is_known(direct[0]):
+        elif norm is not None and (unlike := _unlike_torch(direct[0])):
             problems.append(
-                f'the norm after {name} is a {type(direct[0]).__name__}'
+                f'the norm after {name} is a {type(direct[0]).__name__}, '
+                f'which {unlike}'
             )
         else:
             pairs.append((name, direct[0]))
@@ -316,6 +317,12 @@ def convert(
         raise ValueError(
             f'cannot convert: {"; ".join(problems)}. Give inputs that reach '
             'every convolution, or parts=[...] without these'
+        )
+    if not pairs:
+        raise ValueError(
+            'nothing to convert: no convolution is read directly by a '
+            'normalization, and by nothing else'
+            + (f', in parts={list(parts)}' if parts else '')
         )
     names = {module: name for name, module in modules.items()}
     bcn = {names[one]: _to_bcn(one, norm, names[one]) for _, one in pairs}
@@ -639,11 +646,13 @@ def _pairs_to_fold(model: nn.Module, inputs: Inputs) -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def _bake_conv(conv: Any) -> None:
-    conv.weight.copy_(standardize_weight(conv.weight, conv.eps, conv.eps_mode))
+    weight = standardize_weight(conv.weight, conv.eps, conv.eps_mode)
     # In place, so that whatever holds the layer, under however many names,
     # holds the plain one.
     conv.__class__ = WS_TO_PLAIN[type(conv)]
     del conv.eps, conv.eps_mode
+    # Its own, where another layer has the same raw filters.
+    conv.weight = nn.Parameter(weight, conv.weight.requires_grad)
 
 
 @torch.no_grad()
@@ -658,7 +667,7 @@ def _fold(conv: Any, norm: Any) -> None:
         shift = shift + scale * conv.bias
     per_filter = scale.view(-1, *[1] * (weight.dim() - 1))
     folded = weight.double() * per_filter
-    weight.copy_(folded)
+    conv.weight = nn.Parameter(folded.to(weight), weight.requires_grad)
     conv.bias = nn.Parameter(shift.to(weight), weight.requires_grad)
     if norm.affine:
         for name in ('weight', 'bias'):
@@ -683,10 +692,42 @@ def _standardize(
     conv.eps, conv.eps_mode = eps, eps_mode
 
 
-def _to_bcn_is_known(norm: nn.Module) -> bool:
-    if isinstance(norm, BATCH_NORMS):
-        return norm.running_mean is not None
-    return type(norm) in (nn.GroupNorm, BCN)
+@torch.no_grad()
+def _unlike_torch(norm: Any) -> str:
+    """Why a norm is no BatchNorm, GroupNorm or BCN; '' where it is one.
+
+    Subclasses, such as timm's, may hold an activation, too: they are run.
+    """
+    is_batch = isinstance(norm, BATCH_NORMS)
+    if not (is_batch or isinstance(norm, nn.GroupNorm)):
+        return 'is no BatchNorm or GroupNorm'
+    if is_batch and norm.running_mean is None:
+        return 'keeps no statistics'
+    if type(norm).__module__.startswith(('torch.nn.', 'ws_mm.')):
+        return ''
+    channels = norm.num_features if is_batch else norm.num_channels
+    state = next(iter(norm.state_dict().values()), torch.empty(0))
+    # Values of both signs in every channel, which no activation leaves.
+    x = torch.linspace(-3, 3, 2 * 9 * channels).to(state)
+    x = x.view(2, 9, channels).transpose(1, 2)
+    if not isinstance(norm, nn.BatchNorm1d):
+        size = (3, 3, 1) if isinstance(norm, nn.BatchNorm3d) else (3, 3)
+        x = x.reshape(2, channels, *size)
+    if is_batch:
+        statistics = norm.running_mean, norm.running_var
+        expected = nn.functional.batch_norm(
+            x, *statistics, norm.weight, norm.bias, eps=norm.eps
+        )
+    else:
+        expected = nn.functional.group_norm(
+            x, norm.num_groups, norm.weight, norm.bias, norm.eps
+        )
+    with _eval_mode(norm):
+        try:
+            same = torch.allclose(norm(x), expected, rtol=1e-2, atol=1e-2)
+        except (RuntimeError, TypeError, ValueError):
+            same = False
+    return '' if same else 'computes something else than its base class'
 
 
 def _to_bcn(
