@@ -437,3 +437,16 @@ def test_what_is_not_understood_is_refused(
     old = tmp_path / 'old.pth'
     refuses(match, 'convert_checkpoint', old, out, *options)
     assert not out.exists()
+
+
+def test_the_source_is_not_replaced(refuses, tmp_path):  # noqa: F811
+    path = tmp_path / 'old.pth'
+    torch.save(source_of('gn').state_dict(), path)
+    before = path.read_bytes()
+    (tmp_path / 'link.pth').symlink_to(path)
+    for out in (path, tmp_path / 'link.pth'):
+        refuses('would replace', 'convert_checkpoint', path, out, *WS)
+    for out in (tmp_path, tmp_path / 'new'):
+        refuses('is called NAME.pth', 'convert_checkpoint', path, out, *WS)
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2

@@ -170,6 +170,22 @@ def test_half_matching_checkpoint_is_refused(refuses, tmp_path):  # noqa: F811
     assert not out.exists()
 
 
+@pytest.mark.parametrize('moved', ['tiny.py', 'tiny.pth'])
+def test_inputs_are_not_replaced(moved, refuses, tmp_path):  # noqa: F811
+    config, weights = write(tmp_path, SEG.replace(BCN, GN))
+    # In another folder is the one that would not be replaced.
+    other = tmp_path / 'other'
+    other.mkdir()
+    (tmp_path / moved).rename(other / moved)
+    config, weights = (
+        other / path.name if path.name == moved else path
+        for path in (config, weights)
+    )
+    content = {p: p.read_bytes() for p in (config, weights)}
+    refuses('would replace', 'bake', config, weights, tmp_path)
+    assert content == {p: p.read_bytes() for p in tmp_path.rglob('tiny.*')}
+
+
 def test_a_difference_is_refused(refuses, tmp_path, monkeypatch):  # noqa: F811
     import ws_mm
 

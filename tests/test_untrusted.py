@@ -52,10 +52,12 @@ def test_bake_and_convert_do_not_run_it(
     out = tmp_path / 'out'
     config = write_config(tmp_path, SEG.replace('ws_mm.BCN', 'GN'))
     # First what reads no config, which shuts the door for all.
-    refuses(match, 'convert_checkpoint', payload, out)
+    new = tmp_path / 'new.pth'
+    refuses(match, 'convert_checkpoint', payload, new)
     refuses(match, 'bake', config, payload, out)
     assert not payload.with_name('ran').exists()
     assert not out.exists()
+    assert not new.exists()
 
 
 def test_pretrained_gn_does_not_run_it(payload: Path) -> None:

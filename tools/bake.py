@@ -181,6 +181,9 @@ def main() -> None:
             f'difference {difference:.1e}, accepted {TOLERANCE:.0e}); nothing '
             'was written.'
         )
+    stem = Path(args.config).stem
+    outputs = [Path(args.out_dir, f'{stem}{end}') for end in ('.py', '.pth')]
+    checks.check_apart(outputs, (args.config, args.checkpoint))
     checks.check_writable(args.out_dir, 'OUT_DIR')
     for key in ('launcher', 'work_dir'):
         stock._cfg_dict.pop(key, None)
@@ -189,7 +192,6 @@ def main() -> None:
     new = dict(
         meta=dict(kept, cfg=stock.pretty_text), state_dict=host.state_dict()
     )
-    stem = Path(args.config).stem
     written = models.write_together(
         args.out_dir,
         {

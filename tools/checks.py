@@ -97,6 +97,21 @@ def check_writable(folder: str, option: str) -> None:
         ) from error
 
 
+def check_apart(outputs: list[Path], inputs: tuple[str, ...]) -> None:
+    """See that no output would replace an input.
+
+    Raises:
+        SetupError: one would.
+    """
+    for out in outputs:
+        for path in inputs:
+            if out.exists() and os.path.samefile(out, path):
+                raise SetupError(
+                    f'{out} would replace {path}, which it is made of. Give '
+                    'another place.'
+                )
+
+
 def iter_datasets(dataset: Any, key: str) -> Iterator[tuple[str, dict]]:
     """Innermost data sets of a config, each with its key path."""
     if isinstance(dataset, (list, tuple)):

@@ -22,6 +22,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import checks
@@ -613,6 +614,11 @@ def losses(source: Source, kind: str, filters: Filters) -> list[str]:
 def main() -> None:
     """Recognise, convert, verify, write."""
     args = parse_args()
+    if not args.out.endswith(('.pth', '.safetensors')):
+        raise SetupError(
+            f'OUT {args.out}: a checkpoint is called NAME.pth or '
+            'NAME.safetensors.'
+        )
     source = recognise(checks.read_checkpoint(args.source))
     kind = args.norm or source.layout
     if (source.layout, kind) not in TOLERANCE:
@@ -676,6 +682,7 @@ def main() -> None:
             f'Not kept: {"; ".join(losses(source, kind, filters))}. This is '
             'a start for training, not the same network.'
         )
+    checks.check_apart([Path(args.out)], (args.source,))
     folder, name = os.path.split(os.path.abspath(args.out))
     checks.check_writable(folder, 'OUT')
     models.write_together(folder, {name: lambda path: save(state, path)})
