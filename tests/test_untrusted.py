@@ -60,6 +60,25 @@ def test_bake_and_convert_do_not_run_it(
     assert not new.exists()
 
 
+@pytest.mark.parametrize(
+    'kind', ['empty', 'truncated', 'old truncated', 'no state_dict', 'list']
+)
+def test_broken_files_write_nothing(
+    kind: str,
+    refuses: Script,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    path, out = tmp_path / 'w.pth', tmp_path / 'out'
+    write_bad_checkpoint(kind, path)
+    config = write_config(tmp_path, SEG.replace('ws_mm.BCN', 'GN'))
+    match = 'w.pth is (truncated|not a checkpoint)'
+    refuses(match, 'convert_checkpoint', path, tmp_path / 'new.pth')
+    refuses(match, 'bake', config, path, out)
+    refuses(match, 'export', config, path, tmp_path / 'new.onnx')
+    refuses(match, 'publish', path, out, '--name', 'new')
+    assert sorted(tmp_path.iterdir()) == sorted((path, config))
+
+
 def test_pretrained_gn_does_not_run_it(payload: Path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 1), BCN(8, outer_affine='channel'))
     before = os.environ.get(FORCE)
