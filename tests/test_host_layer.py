@@ -29,7 +29,7 @@ MODES = ('estimate', 'batch', 'sync_batch')
 EPS_MODES = ('outside', 'inside')
 
 
-@pytest.fixture(params=['auto', 'plain'])
+@pytest.fixture(params=['fused', 'plain'])
 def kernels(request, monkeypatch) -> str:
     monkeypatch.setenv('WS_MM_KERNELS', request.param)
     return request.param
@@ -147,7 +147,7 @@ def test_kernels_agree_on_what_is_not_finite(monkeypatch, bad, mode):
     dirty = make_input()
     dirty[1, 3, 2, 2] = bad
     outputs = []
-    for choice in ('auto', 'plain'):
+    for choice in ('fused', 'plain'):
         monkeypatch.setenv('WS_MM_KERNELS', choice)
         layer = make_layer(mode=mode)
         outputs.append({'output': layer(dirty), **buffers(layer)})

@@ -36,7 +36,7 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=['auto', 'plain'])
+@pytest.fixture(params=['fused', 'plain'])
 def kernels(request, monkeypatch) -> str:
     monkeypatch.setenv('WS_MM_KERNELS', request.param)
     return request.param
@@ -313,6 +313,49 @@ def test_fused_runs_where_it_should(monkeypatch):
     bcn(conv(x))
     assert (len(weight), len(norm)) == (4, 4)
     assert fused(x) is None
+
+
+def test_small_activations_run_composed_where_nothing_is_forced(monkeypatch):
+    norm = calls(monkeypatch, cpu.BatchChannelNorm)
+    weight = calls(monkeypatch, cpu.StandardizeWeight)
+    monkeypatch.setattr(cpu, 'FEWEST', 288)
+    monkeypatch.delenv('WS_MM_KERNELS')
+    conv, bcn = WSConv2d(8, 8, 3), BCN(8, 4)
+    for size, times in ((5, 0), (6, 1)):
+        bcn(torch.randn(1, 8, size, size))
+        conv(torch.randn(1, 8, size, size))
+        assert len(norm) == times
+    assert len(weight) == 2  # filters are standardized fused at any size
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+def test_a_size_of_either_form_changes_nothing(
+    monkeypatch, dtype, mode, layout
+):
+    x = in_layout(input_of((1, 32, 19, 23), dtype), layout)
+    cotangent = torch.randn(x.shape).to(dtype)
+    results = []
+    for choice in ('fused', 'plain'):
+        monkeypatch.setenv('WS_MM_KERNELS', choice)
+        torch.manual_seed(1)
+        double = dtype == torch.float64
+        layer = BCN(32, 8, mode=mode, dtype=dtype if double else None)
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, mean=0.5)
+        leaf = x.clone().requires_grad_()
+        output = layer(leaf)
+        output.backward(cotangent)
+        results.append(
+            {
+                'output': output,
+                'dx': leaf.grad,
+                **{k: p.grad for k, p in layer.named_parameters()},
+                **dict(layer.named_buffers()),
+            }
+        )
+    assert not disagreements(*results, TOLERANCE[dtype])
 
 
 def test_refuses_an_unknown_choice(monkeypatch):

@@ -176,6 +176,7 @@ def test_filters_in_the_dtype_of_autocast(dtype):
     with torch.autocast(DEVICE, dtype):
         assert conv(torch.randn(1, 5, 4, 4, device=DEVICE)).dtype == dtype
     low = standardize_weight(conv.weight, dtype=dtype)
+    assert cuda.standardize_weight(conv.weight, 1, False, dtype).dtype == dtype
     high = standardize_weight(conv.weight)
     assert low.dtype == dtype
     if INTERPRETED and dtype == torch.bfloat16:
@@ -582,11 +583,13 @@ def test_the_kernels_run(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'change', ['float64', 'buffers', 'outer sizes', 'sync_batch']
+    'change', ['float64', 'buffers', 'strided', 'outer sizes', 'sync_batch']
 )
 def test_the_rest_runs_composed(monkeypatch, change):
     dtype = torch.float64 if change == 'float64' else torch.float32
     layer = BCN(6, 3, outer_affine='channel').to(DEVICE)
+    if change == 'strided':
+        layer.running_var = torch.ones(12, device=DEVICE)[::2]
     if change == 'buffers':
         layer.running_mean = layer.running_mean.double()
     if change == 'outer sizes':
@@ -598,6 +601,44 @@ def test_the_rest_runs_composed(monkeypatch, change):
     assert layer(x).isfinite().all()
     if change == 'float64':
         standardize_weight(x)
+    assert not seen
+    if change == 'sync_batch':  # which is a matter of training
+        layer.eval()(x)
+        assert 'affine' in seen
+
+
+@pytest.mark.parametrize('shape', [(2, 6, 1, 1), (1, 6, 3, 4), (1, 6, 3, 3)])
+def test_what_32_bits_cannot_count_runs_composed(monkeypatch, shape):
+    monkeypatch.setattr(cuda, 'LONGEST', 12)
+    seen = launches(monkeypatch)
+    layer = BCN(6, 3).to(DEVICE)
+    layer(torch.randn(shape, device=DEVICE))
+    assert bool(seen) == (shape == (1, 6, 3, 3))
+    seen.clear()
+    standardize_weight(torch.randn(2, 6, device=DEVICE))
+    assert not seen
+    standardize_weight(torch.randn(2, 5, device=DEVICE))
+    assert seen
+
+
+def test_groups_that_do_not_divide_are_an_error(monkeypatch):
+    seen = launches(monkeypatch)
+    state = [x.to(DEVICE) for x in (torch.zeros(7), torch.ones(7))]
+    with pytest.raises(RuntimeError):
+        batch_channel_norm(torch.randn(1, 7, 5, device=DEVICE), 3, *state)
+    assert not seen
+
+
+@pytest.mark.parametrize('name', ['bn_weight', 'bias', 'running_mean'])
+def test_what_is_on_another_device_is_an_error(monkeypatch, name):
+    layer = BCN(6, 3).to(DEVICE)
+    elsewhere = torch.zeros(6 if name != 'bias' else 3, device='meta')
+    if name != 'running_mean':
+        elsewhere = torch.nn.Parameter(elsewhere)
+    setattr(layer, name, elsewhere)
+    seen = launches(monkeypatch)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        layer(torch.randn(2, 6, 2, 2, device=DEVICE)).cpu()
     assert not seen
 
 
@@ -624,7 +665,7 @@ class Broken:
 def log(monkeypatch) -> list[str]:
     """Let the choice fall on the kernels as on a GPU; what is then said."""
     monkeypatch.setenv('WS_MM_KERNELS', 'auto')
-    monkeypatch.setattr('ws_mm.functional.fused', lambda x: cuda)
+    monkeypatch.setattr('ws_mm.functional.fused', lambda *_: cuda)
     monkeypatch.setattr(ws_mm.kernels, '_failed', [])
     said: list[str] = []
 
@@ -661,7 +702,7 @@ def test_a_kernel_that_fails_is_said_once_and_the_plain_one_runs(
         ]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('ws_mm.functional.fused', lambda x: None)
+        patch.setattr('ws_mm.functional.fused', lambda *_: None)
         expected = step()
     monkeypatch.setattr(triton_kernels, broken, Broken())
     for _ in range(2):
@@ -682,6 +723,8 @@ def test_without_triton_it_is_said_once(monkeypatch, log):
 
 
 def test_forced_kernels_show_their_error(monkeypatch):
+    earlier = [RuntimeError('one that was not forced')]
+    monkeypatch.setattr(ws_mm.kernels, '_failed', earlier)
     monkeypatch.setattr(triton_kernels, 'affine', Broken())
     with pytest.raises(RuntimeError, match='C compiler'):
         BCN(6, 3).to(DEVICE)(torch.randn(1, 6, 2, 2, device=DEVICE))
@@ -709,6 +752,7 @@ def test_choice_by_device(monkeypatch):
     assert fused(x) is None
     monkeypatch.setenv('WS_MM_KERNELS', 'auto')
     assert fused(x.cpu()) is ws_mm.kernels.cpu
+    assert fused(x.cpu(), fewest=3) is None
     assert fused(x.to('meta')) is None
 
 

@@ -98,8 +98,8 @@ def updated_estimates(
     Source: ``EstBN``, README of the authors' BCN repository.
     """
     with torch.no_grad():
-        input = _at_least_float32(input)
         if moments is None:
+            input = _at_least_float32(input)
             dims = (0, *range(2, input.dim()))
             batch_mean = input.mean(dims)
             deviation = input - _per_channel(running_mean, input)
@@ -187,7 +187,7 @@ def batch_channel_norm(
     of_batch = training and mode == 'batch' and input.numel() > 0
     if of_batch and input.numel() == input.shape[1]:
         raise ValueError(_one_value_message(input, mode))
-    kernels = fused(input)
+    kernels = fused(input, cpu.FEWEST)
     if kernels not in (None, cpu) and not (training and mode == 'sync_batch'):
         result: Tensor | None = kernels.batch_channel_norm(
             input,
@@ -202,19 +202,27 @@ def batch_channel_norm(
         if result is not None:
             return result
 
-    x = _at_least_float32(input)
-    scale, shift = _like(bn_weight, x), _like(bn_bias, x)
-    outer_scale, outer_shift = _like(weight, x), _like(bias, x)
+    rows = kernels is cpu and cpu.takes_rows(input)
+    dtype = plain.accumulation_dtype(input)
+    bn_weight, bn_bias, weight, bias = (
+        None if affine is None else affine.to(dtype)
+        for affine in (bn_weight, bn_bias, weight, bias)
+    )
     if training and mode == 'sync_batch':
         y = _synchronized_batch_norm(
-            x, running_mean, running_var, scale, shift, momentum, eps, update
+            _at_least_float32(input),
+            running_mean,
+            running_var,
+            bn_weight,
+            bn_bias,
+            momentum,
+            eps,
+            update,
         )
-        output = plain.channel_norm(
-            y, num_groups, outer_scale, outer_shift, eps
-        )
+        output = plain.channel_norm(y, num_groups, weight, bias, eps)
         return output.to(input.dtype)
 
-    rows = kernels is cpu and cpu.takes_rows(x)
+    x = input if rows else _at_least_float32(input)
     moments = cpu.instance_moments(x.detach()) if rows else None
     mean, var = running_mean, running_var
     if of_batch:
@@ -234,35 +242,16 @@ def batch_channel_norm(
     else:
         # The buffers change in later calls; what backward keeps must not.
         mean, var = mean.clone(), var.clone()
-    mean, var = mean.to(x.dtype), var.to(x.dtype)
+    mean, var = mean.to(dtype), var.to(dtype)
+    settings = num_groups, eps, of_batch
     if moments is not None:
-        output = cpu.BatchChannelNorm.apply(
-            input,
-            scale,
-            shift,
-            outer_scale,
-            outer_shift,
-            x.detach(),
-            moments,
-            mean,
-            var,
-            num_groups,
-            eps,
-            of_batch,
+        closed: Tensor = cpu.BatchChannelNorm.apply(
+            x, bn_weight, bn_bias, weight, bias, moments, mean, var, *settings
         )
-    else:
-        output = plain.batch_channel_norm(
-            x,
-            scale,
-            shift,
-            outer_scale,
-            outer_shift,
-            mean,
-            var,
-            num_groups,
-            eps,
-            of_batch,
-        )
+        return closed
+    output = plain.batch_channel_norm(
+        x, bn_weight, bn_bias, weight, bias, mean, var, *settings
+    )
     return output.to(input.dtype)
 
 
@@ -383,10 +372,6 @@ def _one_value_message(x: Tensor, mode: str) -> str:
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.half, torch.bfloat16) else x
-
-
-def _like(parameter: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if parameter is None else parameter.to(x.dtype)
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:

@@ -4,32 +4,46 @@
 
 Writes OUT_DIR/layers--<device>.json, which describes itself, and a plot of it
 beside it. Forward and backward in training mode, or one forward in eval mode;
-"copy" is a bare copy of the same tensors, the bandwidth of the machine.
+"copy" is a bare copy of the same tensors, the bandwidth of the machine. Rows
+of ours say how far the fused implementation is from the plain one there, in
+outputs, gradients and statistics. A first look: --rounds 3 --only layer2.
 """
 
 from collections.abc import Callable
 
 import torch
+from agreement import agreement
 from race import Row, race, saved_bytes
 from result import Suite, arguments, run
 from torch import Tensor, nn
 
 from peers import norms, standardizers  # isort: skip
 
-# Activations of a ResNet-50 FPN at 800 x 1333, of DeepLab at 513, and RoIs.
+# Activations of a ResNet-50 FPN at 800 x 1333, of DeepLab at 513 and 512 with
+# output stride 16 and 8, RoIs, and what global pooling leaves.
 ACTIVATIONS = {
     'stem 1x64x400x672': (1, 64, 400, 672),
     'layer1 1x256x200x336': (1, 256, 200, 336),
     'layer2 1x512x100x168': (1, 512, 100, 168),
     'layer3 1x1024x50x84': (1, 1024, 50, 84),
+    'layer4 1x2048x25x42': (1, 2048, 25, 42),
+    'layer2 2x512x100x168': (2, 512, 100, 168),
     'deeplab 1x2048x33x33': (1, 2048, 33, 33),
+    'deeplab 1x2048x65x65': (1, 2048, 65, 65),
     'deeplab 2x256x129x129': (2, 256, 129, 129),
+    'deeplab 2x2048x32x32': (2, 2048, 32, 32),
+    'deeplab 1x2048x64x64': (1, 2048, 64, 64),
     'box RoIs 512x256x7x7': (512, 256, 7, 7),
     'mask RoIs 100x256x14x14': (100, 256, 14, 14),
     'pooled 1x256x1x1': (1, 256, 1, 1),
+    'pooled 2x256x1x1': (2, 256, 1, 1),
 }
 # What else a layer meets, each on these activations.
-VARIED = ('layer2 1x512x100x168', 'box RoIs 512x256x7x7')
+VARIED = (
+    'layer2 1x512x100x168',
+    'deeplab 2x2048x32x32',
+    'box RoIs 512x256x7x7',
+)
 VARIANTS = {
     'bf16': {'dtype': torch.bfloat16},
     'fp16': {'dtype': torch.half},
@@ -38,7 +52,12 @@ VARIANTS = {
         'dtype': torch.bfloat16,
         'layout': torch.channels_last,
     },
+    'fp16 channels_last': {
+        'dtype': torch.half,
+        'layout': torch.channels_last,
+    },
     'eval': {'training': False},
+    'bf16 eval': {'dtype': torch.bfloat16, 'training': False},
 }
 BACKBONES = ('resnet50', 'resnext101_32x8d')
 
@@ -85,10 +104,42 @@ def time_norms(
         name = row['contender']
         if training and name in layers and 'error' not in row:
             row['saved_bytes'] = saved_bytes(lambda name=name: forward(name))
+        if name in ('BCN estimate', 'BCN batch') and 'ms' in row:
+            if name == 'BCN batch' and x.numel() == 2 * x.shape[1]:
+                continue  # gradients are what cancellation leaves, near zero
+            kind = norms(shape[1], device)[name]
+            results = results_of(kind, x, cotangent, training)
+            row |= agreement(results, dtype)
         if name == 'copy' and 'ms' in row:
             moved = 2 * x.numel() * x.element_size()
             row['gigabytes_per_second'] = moved / row['ms'] / 1e6
     return rows
+
+
+def results_of(
+    kind: Callable[[], nn.Module], x: Tensor, cotangent: Tensor, training: bool
+) -> Callable[[], dict[str, Tensor]]:
+    """Output, gradients and statistics of a layer with random parameters."""
+
+    def results() -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        layer = kind().train(training)
+        with torch.no_grad():
+            for values in (*layer.parameters(), layer.running_var):
+                values.uniform_(0.5, 2, generator=generator)
+            layer.running_mean.normal_(generator=generator)
+        layer.to(x.device)
+        leaf = x.detach().clone(memory_format=torch.preserve_format)
+        output = layer(leaf.requires_grad_())
+        output.backward(cotangent.to(output.dtype))
+        return {
+            'output': output.detach(),
+            'input': leaf.grad,
+            **{name: p.grad for name, p in layer.named_parameters()},
+            **dict(layer.named_buffers()),
+        }
+
+    return results
 
 
 def time_weights(backbone: str, rounds: int, device: str) -> list[Row]:
@@ -113,7 +164,26 @@ def time_weights(backbone: str, rounds: int, device: str) -> list[Row]:
         return run_once
 
     contenders = {n: step(f) for n, f in standardizers().items()}
-    return race(contenders, 'mmcv ConvWS', rounds, device)
+    rows = race(contenders, 'mmcv ConvWS', rounds, device)
+
+    def results() -> dict[str, Tensor]:
+        outputs = [standardizers()['WS'](weight) for weight in weights]
+        gradients = torch.autograd.grad(outputs, weights, cotangents)
+        found = {}
+        for place, pair in enumerate(zip(outputs, gradients, strict=True)):
+            found[f'output {place}'], found[f'weight {place}'] = pair
+        return found
+
+    for row in rows:
+        if row['contender'] == 'WS' and 'ms' in row:
+            row |= agreement(results, torch.float32)
+            # The worst filter stands for all.
+            worst: dict[str, float] = {}
+            for name, value in row['differences'].items():
+                kind = name.split()[0]
+                worst[kind] = max(worst.get(kind, 0.0), value)
+            row['differences'] = worst
+    return rows
 
 
 def main() -> None:

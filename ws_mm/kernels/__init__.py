@@ -2,7 +2,8 @@
 
 The functions decide, callers never do. Everything here computes what the
 plain implementation computes, within rounding. ``WS_MM_KERNELS`` in the
-environment forces one: 'plain' the composed operations; 'triton' the Triton
+environment forces one: 'plain' the composed operations; 'fused' what is fused
+for the device, where 'auto' takes it only if it pays; 'triton' the Triton
 kernels, which then raise where they cannot run.
 """
 
@@ -19,17 +20,21 @@ from torch import Tensor
 from . import cpu
 
 VARIABLE = 'WS_MM_KERNELS'
-CHOICES = ('auto', 'plain', 'triton')
+CHOICES = ('auto', 'plain', 'fused', 'triton')
 
 Result = TypeVar('Result')
 
 
-def fused(input: Tensor) -> ModuleType | None:
+def fused(input: Tensor, fewest: int = 0) -> ModuleType | None:
     """The fused implementation for this tensor: cpu, cuda or none.
 
     Compilers and exporters get the plain operations: they fuse those
     themselves, and cannot look into an autograd function. So do the
     transforms of ``torch.func``, and devices other than a CPU or a GPU.
+
+    Args:
+        input: the weight or the activations.
+        fewest: values for which the CPU's form pays.
 
     Raises:
         ValueError: the environment variable has no legal value, or asks for
@@ -56,7 +61,8 @@ def fused(input: Tensor) -> ModuleType | None:
     if device != 'cpu':
         return None
     if choice != 'triton':
-        return cpu
+        small = choice == 'auto' and input.numel() < fewest
+        return None if small else cpu
     if os.environ.get('TRITON_INTERPRET') != '1':
         raise ValueError(
             f"{VARIABLE}='triton' needs a GPU. Set TRITON_INTERPRET=1 before "

@@ -8,6 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def accumulation_dtype(input: Tensor) -> torch.dtype:
+    """Of sums over a tensor, and of what is computed from them."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
 def standardize_weight(weight: Tensor, eps: float, eps_mode: str) -> Tensor:
     """See :func:`~ws_mm.functional.standardize_weight`."""
     dims = tuple(range(1, weight.dim()))
