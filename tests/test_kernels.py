@@ -42,6 +42,11 @@ def kernels(request, monkeypatch) -> str:
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch) -> None:
+    monkeypatch.setattr(cpu, 'CHUNK', 1 << 12)
+
+
 def calls(monkeypatch, function: type[torch.autograd.Function]) -> list[str]:
     """Record the calls of a fused function."""
     seen: list[str] = []

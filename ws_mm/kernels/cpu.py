@@ -140,8 +140,9 @@ def as_rows(input: Tensor) -> Tensor:
 # makes twice as many, and whose pages cost only once they are large.
 FEWEST = 1 << 19
 
-# Temporaries of this many bytes to a thread stay in its core's cache.
-CHUNK = 1 << 20
+# Temporaries of this many bytes to a thread stay in the cache. Smaller ones
+# would make more parallel regions, each of which waits for the last thread.
+CHUNK = 1 << 21
 
 
 def _chunks(rows: Tensor) -> tuple[int, list[tuple[int, int]]]:
