@@ -713,6 +713,47 @@ def test_a_kernel_that_fails_is_said_once_and_the_plain_one_runs(
     assert 'Failed to find C compiler' in log[0]
 
 
+@HALF
+def test_half_precision_where_a_kernel_fails(monkeypatch, log, dtype):
+    # Means of 30 and 100 standard deviations: in half precision, and in
+    # between the two steps, little would be left of the values.
+    weight = (torch.randn(3, 5, 3, 3) * 0.03 + 1).to(dtype)
+    x = (torch.randn(2, 6, 5, 7) + 100).to(dtype)
+    cotangents = torch.randn_like(weight), torch.randn_like(x)
+
+    def step(low):
+        layer = BCN(6, 3).to(DEVICE)
+        with torch.no_grad():
+            for values in layer.parameters():
+                values.fill_(0.7)
+        leaves = [v.to(DEVICE).requires_grad_() for v in (weight, x)]
+        outputs = [
+            standardize_weight(leaves[0], dtype=low),
+            layer(leaves[1]),
+        ]
+        inputs = *leaves, *layer.parameters()
+        grads = [
+            grad.to(DEVICE, output.dtype)
+            for grad, output in zip(cotangents, outputs, strict=True)
+        ]
+        return [*outputs, *torch.autograd.grad(outputs, inputs, grads)]
+
+    for low in (dtype, torch.float32):
+        expected = step(low)
+        for broken in (
+            ('standardize', 'affine'),
+            ('standardize_backward', 'sums'),
+        ):
+            with pytest.MonkeyPatch.context() as patch:
+                for name in broken:
+                    patch.setattr(triton_kernels, name, Broken())
+                patch.setattr(ws_mm.kernels, '_failed', [])
+                actual = step(low)
+            for one, other in zip(actual, expected, strict=True):
+                assert one.dtype == other.dtype
+                assert relative_error(one, other) < TOLERANCE[dtype]
+
+
 def test_without_triton_it_is_said_once(monkeypatch, log):
     monkeypatch.setitem(sys.modules, 'ws_mm.kernels.cuda', None)
     monkeypatch.delattr(ws_mm.kernels, 'cuda')

@@ -285,8 +285,7 @@ class BatchChannelNorm(torch.autograd.Function):
 
     Saves input and otherwise one number per sample and channel. Those are
     (N, groups, channels of a group) here, and what is one number per group
-    or per channel broadcasts: at small sizes the number of operations is
-    the price.
+    or per channel broadcasts: on small maps such operations are the price.
     """
 
     @staticmethod
@@ -304,25 +303,31 @@ class BatchChannelNorm(torch.autograd.Function):
         eps: float,
         of_batch: bool,
     ) -> Tensor:
+        m, v = moments
+        shape = len(m), num_groups, -1
+        _, a, u = _levels(m, mean, var, bn_weight, bn_bias, num_groups, eps)
+        middle = u.mean(2, keepdim=True)
+        u -= middle
+        spread = torch.addcmul(u.square(), a.square(), v.view(shape))
+        r = spread.mean(2, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(
-            input, bn_weight, bn_bias, weight, bias, *moments, mean, var
+            *(input, bn_weight, bn_bias, weight, bias),
+            *(m, v, mean, var, middle, r),
         )
         ctx.settings = num_groups, eps, of_batch
-        _, a, u, r = _levels(*moments, mean, var, bn_weight, bn_bias, ctx)
         p = r if weight is None else r * weight.view(num_groups, -1)
         if bias is None:
             shift = p * u
         else:
             shift = torch.addcmul(bias.view(num_groups, -1), p, u)
-        output = _affine(as_rows(input), moments[0].flatten(), p * a, shift)
+        output = _affine(as_rows(input), m.flatten(), p * a, shift)
         return _reshape(output, input.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, bn_weight, bn_bias, weight, bias, m, v, mean, var = (
-            ctx.saved_tensors
-        )
-        num_groups, _, of_batch = ctx.settings
+        input, bn_weight, bn_bias, weight, bias, *saved = ctx.saved_tensors
+        m, v, mean, var, middle, r = saved
+        num_groups, eps, of_batch = ctx.settings
         if torch.is_grad_enabled():  # someone differentiates twice
             gradients = plain.gradients(
                 lambda x, a, b, c, d: plain.batch_channel_norm(
@@ -341,7 +346,10 @@ class BatchChannelNorm(torch.autograd.Function):
             grad_rows = as_rows(grad.contiguous())
         else:
             grad_rows = grad.contiguous(memory_format=torch.channels_last)
-        inverse, a, u, r = _levels(m, v, mean, var, bn_weight, bn_bias, ctx)
+        inverse, a, u = _levels(
+            m, mean, var, bn_weight, bn_bias, num_groups, eps
+        )
+        u -= middle
         v, offset = v.view(u.shape), (m - mean).view(u.shape)
         t, s = (x.view(u.shape) for x in _sums(grad_rows, rows, m.flatten()))
         size = input.shape[2:].numel()
@@ -386,27 +394,21 @@ class BatchChannelNorm(torch.autograd.Function):
 
 def _levels(
     m: Tensor,
-    v: Tensor,
     mean: Tensor,
     var: Tensor,
     bn_weight: Tensor | None,
     bn_bias: Tensor | None,
-    ctx: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """1 / sqrt(var + eps), a, u - U and r of the class docstring."""
-    num_groups, eps, _ = ctx.settings
-    shape = len(m), num_groups, -1
+    num_groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """1 / sqrt(var + eps), a and u of the class docstring."""
     inverse = torch.rsqrt(var + eps)
     a = inverse if bn_weight is None else inverse * bn_weight
     u = a * (m - mean)
     if bn_bias is not None:
         u += bn_bias
-    u = u.view(shape)
-    u = u - u.mean(2, keepdim=True)
-    inverse, a = inverse.view(shape[1:]), a.view(shape[1:])
-    spread = torch.addcmul(u.square(), a.square(), v.view(shape))
-    r = spread.mean(2, keepdim=True).add_(eps).rsqrt_()
-    return inverse, a, u, r
+    shape = num_groups, -1
+    return inverse.view(shape), a.view(shape), u.view(len(m), *shape)
 
 
 def _fold(gradient: Tensor, affine: Tensor | None) -> Tensor | None:
