@@ -141,18 +141,21 @@ def as_rows(input: Tensor) -> Tensor:
 FEWEST = 1 << 19
 
 # Temporaries of this many bytes to a thread stay in the cache. Smaller ones
-# would make more parallel regions, each of which waits for the last thread.
-CHUNK = 1 << 21
+# would make more parallel regions, each of which waits for the last thread:
+# where other processes take a core's time, that is what BCN waits for.
+CHUNK = 1 << 22
 
 
-def _chunks(rows: Tensor) -> tuple[int, list[tuple[int, int]]]:
+def _chunks(
+    rows: Tensor, temporaries: int = 1
+) -> tuple[int, list[tuple[int, int]]]:
     """A dimension, and starts and lengths along it of parts in cache.
 
     Whole rows, or lines of pixels where channels come last.
     """
     dim = 1 if rows.is_contiguous() else 2
     length = rows.shape[dim]
-    values = CHUNK // 4 * torch.get_num_threads()
+    values = CHUNK // (4 * temporaries) * torch.get_num_threads()
     step = max(1, values * length // rows.numel())
     return dim, [
         (start, min(step, length - start)) for start in range(0, length, step)
@@ -252,7 +255,7 @@ def _affine_of_both(
         output = _affine(rows, mean, along_rows, shift)
         return output.addcmul_(grad, factor)
     output = torch.empty_like(rows)
-    dim, chunks = _chunks(rows)
+    dim, chunks = _chunks(rows, temporaries=2)
     for chunk in chunks:
         part = rows.narrow(dim, *chunk).to(mean.dtype)
         own = [mean, along_rows.flatten(), shift.flatten(), factor]
