@@ -338,7 +338,7 @@ class BatchChannelNorm(torch.autograd.Function):
                     *(a, b, c, d),
                     *(mean, var),
                     *ctx.settings,
-                ).to(x.dtype),
+                ),
                 [input, bn_weight, bn_bias, weight, bias],
                 ctx.needs_input_grad[:5],
                 grad,

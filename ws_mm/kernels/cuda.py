@@ -89,10 +89,9 @@ class StandardizeWeight(torch.autograd.Function):
             eps, inside = ctx.settings
 
             def again(weight: Tensor) -> Tensor:
-                output = plain.standardize_weight(
+                return plain.standardize_weight(
                     weight.float(), eps, 'inside' if inside else 'outside'
                 )
-                return output.to(grad.dtype)
 
             (gradient,) = plain.gradients(again, [weight], [True], grad)
         return gradient, None, None, None
@@ -281,7 +280,6 @@ def batch_channel_norm(
     return output
 
 
-@torch.no_grad()
 def _statistics(
     input: Tensor,
     affines: Affines,
@@ -391,7 +389,7 @@ class BatchChannelNorm(torch.autograd.Function):
             gradients = plain.gradients(
                 lambda x, a, b, c, d: plain.batch_channel_norm(
                     x.float(), a, b, c, d, *used, *ctx.settings
-                ).to(x.dtype),
+                ),
                 [input, *affines],
                 ctx.needs_input_grad[:5],
                 grad,
