@@ -63,9 +63,8 @@ def standardize(
             rest += tl.sum(values, 1)
             squares += tl.sum(values * values, 1)
         rest /= fan_in
-        # Not below zero, whatever rounding leaves of a constant filter.
-        variance = tl.maximum(squares - fan_in * rest * rest, 0.0)
-        variance /= fan_in - 1
+        # The rest, a rounding error of the mean, has no digit in its square.
+        variance = squares / (fan_in - 1)
     std = tl.sqrt(variance)
     tl.store(means + row, mean, mask=row_mask)
     tl.store(rests + row, rest, mask=row_mask)
