@@ -13,7 +13,11 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.logging import MessageHub
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import Runner
 from tiny_runs import DET, ROOT, SEG, write_config, write_data
+
+import ws_mm
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
@@ -475,6 +479,62 @@ def test_prefixes_of_wrappers_are_no_difference(tmp_path: Path) -> None:
         torch.save(dict(state_dict=saved.state_dict()), path)
         for model in (plain, wrapped, twice):
             checks.check_weights_fit(path, model)
+
+
+def test_half_a_checkpoint_is_not_evaluated(
+    refuses: Script,
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cfg = Config.fromfile(config)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        state = MODELS.build(cfg.model).state_dict()
+    half = {k: v for k, v in state.items() if 'mask_head' not in k}
+    path = tmp_path / 'half.pth'
+    torch.save(dict(state_dict=half), path)
+    refuses(
+        rf'lacks {len(state) - len(half)} of {len(state)} tensors of the '
+        r'model, such as roi_head\.mask_head\..*--allow-missing',
+        *('test', config, path, '--work-dir', tmp_path / 'work'),
+    )
+
+    def evaluate(runner: Runner) -> None:
+        raise load('test').SetupError('evaluated')
+
+    monkeypatch.setattr(Runner, 'test', evaluate)
+    refuses(
+        '^evaluated$',
+        *('test', config, path, '--work-dir', tmp_path / 'work'),
+        '--allow-missing',
+    )
+
+
+def test_what_is_missing_is_said_after_the_layers_have_mapped_it(
+    tmp_path: Path,
+) -> None:
+    checks = load('test').checks
+    norm = torch.nn.Sequential(ws_mm.BCN(64), torch.nn.BatchNorm2d(3))
+    wrapped = torch.nn.ModuleDict({'module': norm})
+    path = str(tmp_path / 'norm.pth')
+    theirs = dict(torch.nn.BatchNorm2d(64).state_dict(prefix='0.pbn.'))
+    theirs['0.weight'] = theirs['0.bias'] = torch.rand(1, 32, 1)
+    theirs.update(norm[1].state_dict(prefix='1.'))
+    del theirs['1.num_batches_tracked']
+    for prefix in ('', 'module.'):
+        state = {prefix + name: values for name, values in theirs.items()}
+        torch.save(dict(state_dict=state), path)
+        for model in (norm, wrapped):
+            checks.check_weights_complete(path, model)
+        del state[f'{prefix}1.running_mean']
+        torch.save(state, path)
+        for model in (norm, wrapped):
+            with pytest.raises(checks.SetupError, match='lacks 1 of 11'):
+                checks.check_weights_complete(path, model)
+    # Wrong shapes are the host's to report, addresses its to read.
+    torch.save({'1.weight': torch.ones(5)}, path)
+    checks.check_weights_complete(path, norm)
+    checks.check_weights_complete('https://host/weights.pth', norm)
 
 
 def test_checkpoint_with_a_typo(

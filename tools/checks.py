@@ -362,6 +362,39 @@ def check_weights_fit(path: str | None, model: torch.nn.Module) -> None:
         )
 
 
+def check_weights_complete(path: str, model: torch.nn.Module) -> None:
+    """Refuse a checkpoint that leaves a part of the model as initialised.
+
+    The model itself says what is missing, after its layers have mapped other
+    layouts to theirs.
+
+    Raises:
+        SetupError: a tensor of the model is in no way in the checkpoint.
+    """
+    if not is_local(path):
+        return
+    content = read_checkpoint(path)
+    state = {
+        name.removeprefix('module.'): values
+        for name, values in content.get('state_dict', content).items()
+    }
+    while isinstance(getattr(model, 'module', None), torch.nn.Module):
+        model = model.module  # of processes, of test-time augmentation
+    try:
+        missing = model.load_state_dict(state, strict=False).missing_keys
+    except RuntimeError:
+        return  # of another shape: the host says which
+    if missing:
+        raise SetupError(
+            f'Checkpoint {path} lacks {len(missing)} of '
+            f'{len(model.state_dict())} tensors of the model, such as '
+            f'{missing[0]}: they would be evaluated as initialised. It '
+            'belongs to another config, or training stopped half-way '
+            'through a change of it; --allow-missing evaluates it all the '
+            'same.'
+        )
+
+
 def newest_checkpoint(
     folder: str, with_optimizer: bool = True
 ) -> tuple[str | None, list[str]]:

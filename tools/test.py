@@ -44,6 +44,11 @@ def parse_args() -> argparse.Namespace:
         'config, or horizontal flips',
     )
     parser.add_argument(
+        '--allow-missing',
+        action='store_true',
+        help='evaluate although the checkpoint lacks weights of the model',
+    )
+    parser.add_argument(
         '--verify',
         action='store_true',
         help='exit with 1 if a metric falls short of what the config expects',
@@ -231,6 +236,8 @@ def main() -> None:
     runner = launch.build_runner(cfg)
     if isinstance(runner, Runner):
         checks.check_weights_fit(args.checkpoint, runner.model)
+        if not args.allow_missing:
+            checks.check_weights_complete(args.checkpoint, runner.model)
         launch.build_loops(runner, ('test',))
     if args.out:
         dump_predictions(runner, args.out)
