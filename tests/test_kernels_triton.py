@@ -422,6 +422,15 @@ def test_constant_inputs_stay_finite(mode):
     assert layer.running_var.isfinite().all()
 
 
+def test_without_eps_what_fills_up_a_tile_stays_out():
+    # A sample beyond the last has no variance: 1 / 0, were it not left out.
+    layer = BCN(6, 3, eps=0, mode='batch').to(DEVICE)
+    x = torch.randn(3, 6, 2, 2, device=DEVICE, requires_grad=True)
+    layer(x).backward(torch.randn_like(x))
+    for values in (x, *layer.parameters()):
+        assert values.grad.isfinite().all()
+
+
 @pytest.mark.parametrize('value', [float('inf'), float('nan')])
 @pytest.mark.parametrize('mode', ['estimate', 'batch'])
 def test_estimates_survive_what_is_not_finite(mode, value):

@@ -333,7 +333,7 @@ def _affines(
 @triton.jit
 def _levels(m, v, mean, a, bn_shift, mask, group_size, eps):
     """Of :class:`.cpu.BatchChannelNorm`: u - U and r of some samples."""
-    u = tl.where(mask, a * (m - mean) + bn_shift, 0.0)
+    u = a * (m - mean) + bn_shift
     u = u - (tl.sum(u, 1) / group_size)[:, None]
     spread = tl.where(mask, a * a * v + u * u, 0.0)
     r = 1.0 / tl.sqrt(tl.sum(spread, 1) / group_size + eps)
