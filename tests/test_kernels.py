@@ -331,6 +331,12 @@ def test_small_activations_run_composed_where_nothing_is_forced(monkeypatch):
         conv(torch.randn(1, 8, size, size))
         assert len(norm) == times
     assert len(weight) == 2  # filters are standardized fused at any size
+    # Without a backward to save work for, only half precision gains.
+    x = torch.randn(1, 8, 6, 6)
+    with torch.no_grad():
+        for dtype, times in ((torch.float32, 1), (torch.bfloat16, 2)):
+            bcn(x.to(dtype))
+            assert len(norm) == times
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)

@@ -187,7 +187,7 @@ def batch_channel_norm(
     of_batch = training and mode == 'batch' and input.numel() > 0
     if of_batch and input.numel() == input.shape[1]:
         raise ValueError(_one_value_message(input, mode))
-    kernels = fused(input, cpu.FEWEST)
+    kernels = fused(input, cpu.pays(input))
     if kernels not in (None, cpu) and not (training and mode == 'sync_batch'):
         result: Tensor | None = kernels.batch_channel_norm(
             input,

@@ -25,7 +25,7 @@ CHOICES = ('auto', 'plain', 'fused', 'triton')
 Result = TypeVar('Result')
 
 
-def fused(input: Tensor, fewest: int = 0) -> ModuleType | None:
+def fused(input: Tensor, pays: bool = True) -> ModuleType | None:
     """The fused implementation for this tensor: cpu, cuda or none.
 
     Compilers and exporters get the plain operations: they fuse those
@@ -34,7 +34,7 @@ def fused(input: Tensor, fewest: int = 0) -> ModuleType | None:
 
     Args:
         input: the weight or the activations.
-        fewest: values for which the CPU's form pays.
+        pays: whether the CPU's form is faster than the plain one.
 
     Raises:
         ValueError: the environment variable has no legal value, or asks for
@@ -61,8 +61,7 @@ def fused(input: Tensor, fewest: int = 0) -> ModuleType | None:
     if device != 'cpu':
         return None
     if choice != 'triton':
-        small = choice == 'auto' and input.numel() < fewest
-        return None if small else cpu
+        return cpu if pays or choice == 'fused' else None
     if os.environ.get('TRITON_INTERPRET') != '1':
         raise ValueError(
             f"{VARIABLE}='triton' needs a GPU. Set TRITON_INTERPRET=1 before "
