@@ -29,6 +29,7 @@ import ws_mm
 MASK_RCNN = 'configs/mask_rcnn/mask-rcnn_r50_fpn_{}_8xb1-2x_coco.py'
 DEEPLAB = 'configs/deeplabv3/deeplabv3_r50-d16_{}_8xb1-50e_voc12aug-513x513.py'
 # Which config a contender is, and the changes that no config of ours makes.
+# SyncBN of one process is BN; scaling.py has it over several.
 MODELS: dict[str, tuple[str, dict[str, str]]] = {
     'GN': ('gn-ws-all', {'ws_mm.WSConv2d': 'Conv2d'}),
     'GN + mmcv ConvWS': ('gn-ws-all', {'ws_mm.WSConv2d': 'ConvWS'}),
