@@ -814,7 +814,7 @@ def test_choice_by_device(monkeypatch):
     assert fused(x) is None
     monkeypatch.setenv('WS_MM_KERNELS', 'auto')
     assert fused(x.cpu()) is ws_mm.kernels.cpu
-    assert fused(x.cpu(), fewest=3) is None
+    assert fused(x.cpu(), pays=False) is None
     assert fused(x.to('meta')) is None
 
 

@@ -2,50 +2,23 @@
 
 Peers are imported where a package has them: torch's norms, mmcv's ConvWS,
 timm's StdConv2d and, on a GPU, Liger's GroupNorm. The authors' estimate-based
-BCN was published as text only and is written here.
+BCN was published as text only: tools/peers/authors.py.
 """
 
 from collections.abc import Callable
 from types import SimpleNamespace
 from unittest import mock
 
-import torch
+from result import ROOT
 from torch import Tensor, nn
 
+import sys  # isort: skip
+
+# Last: that folder has a layers.py, too.
+sys.path.append(str(ROOT / 'tools/peers'))
+from authors import BCNorm
+
 import ws_mm
-
-
-class AuthorsBCN(nn.Module):
-    """Estimate-based BCN in the operations of the authors' README."""
-
-    def __init__(self, channels: int, groups: int = 32, rate: float = 0.1):
-        super().__init__()
-        self.groups, self.rate = groups, rate
-        self.gamma = nn.Parameter(torch.ones(channels))
-        self.beta = nn.Parameter(torch.zeros(channels))
-        self.weight = nn.Parameter(torch.ones(1, groups, 1))
-        self.bias = nn.Parameter(torch.zeros(1, groups, 1))
-        self.register_buffer('mean', torch.zeros(channels))
-        self.register_buffer('var', torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Update the estimates, normalize with them, then by groups."""
-        n, c = x.shape[:2]
-        if self.training:
-            with torch.no_grad():
-                flat = x.transpose(0, 1).reshape(c, -1).float()
-                deviation = (flat - self.mean[:, None]) ** 2
-                self.mean.lerp_(flat.mean(1), self.rate)
-                self.var.lerp_(deviation.mean(1), self.rate)
-        view = 1, c, *[1] * (x.dim() - 2)
-        y = (x - self.mean.clone().view(view)) / (
-            self.var.clone().view(view) + 1e-5
-        ).sqrt()
-        y = y * self.gamma.view(view) + self.beta.view(view)
-        y = y.reshape(1, n * self.groups, -1)
-        var, mean = torch.var_mean(y, 2, correction=0, keepdim=True)
-        y = ((y - mean) / (var + 1e-5).sqrt()).view(n, self.groups, -1)
-        return (y * self.weight + self.bias).view(x.shape).to(x.dtype)
 
 
 def norms(channels: int, device: str) -> dict[str, Callable[[], nn.Module]]:
@@ -53,7 +26,7 @@ def norms(channels: int, device: str) -> dict[str, Callable[[], nn.Module]]:
     contenders: dict[str, Callable[[], nn.Module]] = {
         'GroupNorm': lambda: nn.GroupNorm(32, channels),
         'BatchNorm2d': lambda: nn.BatchNorm2d(channels),
-        'authors BCN': lambda: AuthorsBCN(channels),
+        'authors BCN': lambda: BCNorm(channels),
         'BCN estimate': lambda: ws_mm.BCN(channels),
         'BCN batch': lambda: ws_mm.BCN(channels, mode='batch'),
         'BCN plain': lambda: ws_mm.BCN(channels),
