@@ -124,6 +124,8 @@ def serve() -> None:
             if not line:
                 return
             order = json.loads(line)
+            # Or the fork prints once more what waits to be printed here.
+            sys.stdout.flush()
             process = os.fork()
             if not process:
                 obey(order, mains[order['script']])
