@@ -92,39 +92,25 @@ class Block(nn.Module):
         return F.relu(self.conv2(self.conv1(x)) + self.downsample(x))
 
 
-@MODELS.register_module()
-class CifarResNet(BaseModel):
-    """The ResNet of 6 n + 2 layers for images of 32 pixels.
+class Classifier(BaseModel):
+    """Features, their mean over the image, and a linear layer.
 
     Args:
-        blocks: n, blocks in each of the three stages.
-        width: channels of the first stage, doubled in each of the others.
+        layers: of the features, in their order.
+        channels: of the last layer.
         num_classes: of the classifier.
-        conv_cfg: of every convolution.
-        norm_cfg: of every norm.
         standardize: give every image zero mean and unit variance first.
     """
 
     def __init__(
         self,
-        blocks: int = 1,
-        width: int = 32,
-        num_classes: int = 10,
-        conv_cfg: Config = None,
-        norm_cfg: Config = None,
-        standardize: bool = False,
+        layers: Sequence[nn.Module],
+        channels: int,
+        num_classes: int,
+        standardize: bool,
     ) -> None:
         super().__init__()
         self.standardize = standardize
-        cfgs = conv_cfg, norm_cfg
-        layers: list[nn.Module] = [conv(3, width, *cfgs)]
-        channels = width
-        for stage in range(3):
-            for block in range(blocks):
-                outputs = width * 2**stage
-                stride = 2 if stage > 0 and block == 0 else 1
-                layers.append(Block(channels, outputs, stride, *cfgs))
-                channels = outputs
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(channels, num_classes)
 
@@ -148,7 +134,41 @@ class CifarResNet(BaseModel):
 
 
 @MODELS.register_module()
-class CifarVGG(CifarResNet):
+class CifarResNet(Classifier):
+    """The ResNet of 6 n + 2 layers for images of 32 pixels.
+
+    Args:
+        blocks: n, blocks in each of the three stages.
+        width: channels of the first stage, doubled in each of the others.
+        num_classes: of the classifier.
+        conv_cfg: of every convolution.
+        norm_cfg: of every norm.
+        standardize: give every image zero mean and unit variance first.
+    """
+
+    def __init__(
+        self,
+        blocks: int = 1,
+        width: int = 32,
+        num_classes: int = 10,
+        conv_cfg: Config = None,
+        norm_cfg: Config = None,
+        standardize: bool = False,
+    ) -> None:
+        cfgs = conv_cfg, norm_cfg
+        layers: list[nn.Module] = [conv(3, width, *cfgs)]
+        channels = width
+        for stage in range(3):
+            for block in range(blocks):
+                outputs = width * 2**stage
+                stride = 2 if stage > 0 and block == 0 else 1
+                layers.append(Block(channels, outputs, stride, *cfgs))
+                channels = outputs
+        super().__init__(layers, channels, num_classes, standardize)
+
+
+@MODELS.register_module()
+class CifarVGG(Classifier):
     """VGG for images of 32 pixels: stages of convolutions, no way around.
 
     Args:
@@ -169,8 +189,6 @@ class CifarVGG(CifarResNet):
         norm_cfg: Config = None,
         standardize: bool = False,
     ) -> None:
-        BaseModel.__init__(self)
-        self.standardize = standardize
         layers: list[nn.Module] = []
         channels = 3
         for stage, convs in enumerate(stages):
@@ -179,8 +197,7 @@ class CifarVGG(CifarResNet):
                 layers.append(conv(channels, outputs, conv_cfg, norm_cfg))
                 channels = outputs
             layers.append(nn.MaxPool2d(2))
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(channels, num_classes)
+        super().__init__(layers, channels, num_classes, standardize)
 
 
 @METRICS.register_module()

@@ -2,21 +2,9 @@
 
 _base_ = './nuclei_masks.py'
 
-train_dataloader = dict(
-    dataset=dict(
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='LoadAnnotations'),
-            dict(
-                type='RandomResize',
-                scale=(256, 256),
-                ratio_range=(0.75, 2.0),
-                keep_ratio=True,
-            ),
-            dict(type='RandomCrop', crop_size=(256, 256)),
-            dict(type='RandomFlip', prob=0.5, direction='horizontal'),
-            dict(type='RandomFlip', prob=0.5, direction='vertical'),
-            dict(type='PackSegInputs'),
-        ]
-    )
-)
+train_pipeline = [
+    step
+    for step in _base_.train_pipeline
+    if step['type'] != 'PhotoMetricDistortion'
+]
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))

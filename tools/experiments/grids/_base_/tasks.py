@@ -1,5 +1,9 @@
 """What the experiments train: small models, from scratch, on real images."""
 
+masks = dict(images=1000, lr=0.02, at=1, metric='mIoU', validations=1)
+classes = dict(images=20000, at=128, metric='accuracy')
+folder = 'tools/experiments/tasks/'
+
 tasks = dict(
     nuclei_instances=dict(
         config='configs/demo/mask-rcnn_r18_fpn64_gn-ws-all_2xb1-4e_nuclei.py',
@@ -9,42 +13,11 @@ tasks = dict(
         metric='coco/segm_mAP',
         validations=1,
     ),
-    nuclei_masks=dict(
-        config='tools/experiments/tasks/nuclei_masks.py',
-        images=1000,
-        lr=0.02,
-        at=1,
-        metric='mIoU',
-        validations=1,
-    ),
-    nuclei_masks_raw=dict(
-        config='tools/experiments/tasks/nuclei_masks_raw.py',
-        images=1000,
-        lr=0.02,
-        at=1,
-        metric='mIoU',
-        validations=1,
-    ),
+    nuclei_masks=dict(masks, config=folder + 'nuclei_masks.py'),
+    nuclei_masks_raw=dict(masks, config=folder + 'nuclei_masks_raw.py'),
     nuclei_masks_standardized=dict(
-        config='tools/experiments/tasks/nuclei_masks_standardized.py',
-        images=1000,
-        lr=0.02,
-        at=1,
-        metric='mIoU',
-        validations=1,
+        masks, config=folder + 'nuclei_masks_standardized.py'
     ),
-    cifar_resnet8=dict(
-        config='tools/experiments/tasks/cifar_resnet8.py',
-        images=20000,
-        lr=0.1,
-        at=128,
-        metric='accuracy',
-    ),
-    cifar_vgg6=dict(
-        config='tools/experiments/tasks/cifar_vgg6.py',
-        images=20000,
-        lr=0.05,
-        at=128,
-        metric='accuracy',
-    ),
+    cifar_resnet8=dict(classes, config=folder + 'cifar_resnet8.py', lr=0.1),
+    cifar_vgg6=dict(classes, config=folder + 'cifar_vgg6.py', lr=0.05),
 )
