@@ -1,12 +1,14 @@
 """Tables and figures of the records of an experiment.
 
-    python tools/experiments/report.py OUT_DIR
+    python tools/experiments/report.py OUT_DIR [--grid GRID.py]
     python tools/experiments/report.py docs/results/batch.json --task NAME
 
 Prints one Markdown table for each task: a row for each norm, a column for
-each number of images per step (and learning-rate factor, where several were
-tried), cells with mean, standard deviation and number of seeds. Runs that
-diverged or could not be are cells too. With --metrics the columns are those
+each number of images per step (and learning-rate factor, where a norm has
+several), cells with mean, standard deviation and number of seeds. Runs that
+diverged or could not be are cells too. With --grid only the runs of that
+file are shown, in its order, and those that were not run are named; grids
+may share a folder. With --metrics the columns are those
 metrics at the end of the runs. --figure draws the loss, or with --curve a
 metric, over the images seen. --publish collects the records in one file,
 which this command reads as well.
@@ -22,6 +24,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import records
+from experiments.grid import Cell, GridError
+from experiments.grid import load as load_grid
 
 Records = list[dict[str, Any]]
 
@@ -35,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         'source', type=Path, help='folder of run.py, or published records'
     )
+    parser.add_argument('--grid', help='only the runs of this file')
     parser.add_argument('--task', default='', help='only this task')
     parser.add_argument('--metrics', nargs='+', help='columns, see above')
     parser.add_argument('--figure', type=Path, help='PNG to draw')
@@ -52,6 +57,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f'{source} is no collection of records: {error}')
     for line in bad:
         print(f'left out: {line}', file=sys.stderr)
+    if options.grid:
+        try:
+            found, missing = of_grid(found, options.grid)
+        except GridError as error:
+            parser.error(str(error))
+        for key in missing:
+            print(f'not run: {key}', file=sys.stderr)
     tasks = list(dict.fromkeys(r['cell']['task'] for r in found))
     if options.task:
         if options.task not in tasks:
@@ -82,34 +94,57 @@ def main(argv: Sequence[str] | None = None) -> None:
         records.collect(found, options.publish)
 
 
+def of_grid(found: Records, path: str) -> tuple[Records, list[str]]:
+    """The records of a grid's runs, in its order, and what has none."""
+    by_key = {}
+    for record in found:
+        cell = {k: v for k, v in record['cell'].items() if k != 'label'}
+        by_key[Cell(**cell).key] = record
+    keys = [cell.key for cell in load_grid(path).cells]
+    return (
+        [by_key[key] for key in keys if key in by_key],
+        [key for key in keys if key not in by_key],
+    )
+
+
 def column_of(record: dict[str, Any]) -> tuple[int, float]:
     """Images per step and learning-rate factor."""
     return record['cell']['images'], record['cell']['lr_factor']
 
 
-def named(column: tuple[int, float], factors: set[float]) -> str:
-    """Head of a column of :func:`table`."""
-    images, factor = column
-    return f'{images} per step' + (
-        f', lr x{factor:g}' if factors != {1} else ''
-    )
+def rate(factor: float) -> str:
+    """A learning-rate factor, in words."""
+    return f'lr x{factor:g}'
 
 
 def table(task: str, found: Records) -> str:
     """The Markdown table of one task."""
-    columns = sorted({column_of(record) for record in found})
-    factors = {factor for _, factor in columns}
-    heads = [named(column, factors) for column in columns]
+    rows: dict[str, dict[tuple[int, float], Records]] = {}
+    for record in found:
+        row = rows.setdefault(record['cell']['label'], {})
+        row.setdefault(column_of(record), []).append(record)
+    columns = sorted({column for row in rows.values() for column in row})
+    sweep = any(
+        len({images for images, _ in row}) < len(row) for row in rows.values()
+    )
+    if sweep:
+        heads = [f'{images} per step, {rate(f)}' for images, f in columns]
+    else:
+        columns = sorted({(images, 0.0) for images, _ in columns})
+        heads = [f'{images} per step' for images, _ in columns]
     lines = [
         f'| {task} | ' + ' | '.join(heads) + ' |',
         '|---' * (len(columns) + 1) + '|',
     ]
-    for label in dict.fromkeys(r['cell']['label'] for r in found):
-        own = [r for r in found if r['cell']['label'] == label]
-        cells = (
-            cell([r for r in own if column_of(r) == column])
-            for column in columns
-        )
+    for label, row in rows.items():
+        cells = []
+        for images, factor in columns:
+            if not sweep:
+                factor = next((f for i, f in row if i == images), 1.0)
+            words = cell(row.get((images, factor), []))
+            if not sweep and factor != 1:
+                words += f', {rate(factor)}'
+            cells.append(words)
         lines.append(f'| {label} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
@@ -118,7 +153,6 @@ def metrics_table(task: str, found: Records, keys: Sequence[str]) -> str:
     """The Markdown table of some metrics at the end of a task's runs."""
     lines = [f'| {task} | ' + ' | '.join(keys) + ' |']
     lines.append('|---' * (len(keys) + 1) + '|')
-    factors = {record['cell']['lr_factor'] for record in found}
     groups: dict[tuple[str, tuple[int, float]], Records] = {}
     for record in found:
         key = record['cell']['label'], column_of(record)
@@ -128,7 +162,10 @@ def metrics_table(task: str, found: Records, keys: Sequence[str]) -> str:
             cell(own, lambda record, key=key: last(record, key))
             for key in keys
         ]
-        head = f'{label}, {named(column, factors)}'
+        images, factor = column
+        head = f'{label}, {images} per step'
+        if factor != 1:
+            head += f', {rate(factor)}'
         lines.append(f'| {head} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
@@ -180,7 +217,7 @@ def draw(found: Records, tasks: list[str], curve: str, path: Path) -> None:
             images, factor = column_of(record)
             name = f'{record["cell"]["label"]}, {images}'
             if factor != 1:
-                name += f', lr x{factor:g}'
+                name += f', {rate(factor)}'
             color = colors.setdefault(name, f'C{len(colors) % 10}')
             positive = positive and min(y for _, y in points) > 0
             axis.plot(

@@ -3,32 +3,23 @@
 _base_ = './_base_/tasks.py'
 
 seeds = [0, 1, 2]
-gap = dict(
-    custom_hooks=[
-        dict(type='StopWhenDiverged'),
-        dict(type='TrainModeGapHook'),
-    ]
-)
 cells = [
     dict(
         task='cifar_resnet8',
         norm=['BN', 'GN', 'GN+WS', 'BCN+WS'],
         images=1,
         seeds=seeds,
-        options=gap,
     ),
     dict(
         task='cifar_resnet8',
         norm=['BN', 'GN+WS', 'BCN+WS', 'BCN+WS batch'],
         images=16,
         seeds=seeds,
-        options=gap,
     ),
     dict(
         task='nuclei_masks',
         norm=['BN', 'GN', 'GN+WS', 'BCN+WS'],
         seeds=seeds,
-        options=gap,
     ),
     # The head pools one image to one value per channel: no BN can do that.
     *[
@@ -39,13 +30,12 @@ cells = [
             images=images,
             seeds=seeds,
             options={
-                **gap,
-                'model.decode_head.norm_cfg': dict(type='GN', num_groups=16),
+                'model.decode_head.norm_cfg': dict(type='GN', num_groups=16)
             },
         )
         for images in (1, 16)
     ],
-    dict(task='nuclei_masks', norm='BN', images=16, seeds=seeds, options=gap),
+    dict(task='nuclei_masks', norm='BN', images=16, seeds=seeds),
     dict(
         task='nuclei_instances',
         norm=['BN', 'GN', 'GN+WS', 'BCN+WS'],
@@ -57,13 +47,11 @@ cells = [
         norm=['frozen BN', 'BN+WS', 'BCN'],
         images=1,
         seeds=seeds,
-        options=gap,
     ),
     dict(
         task='cifar_resnet8',
         norm=['BN', 'GN+WS', 'BCN+WS'],
         images=[2, 4],
         seeds=seeds,
-        options=gap,
     ),
 ]

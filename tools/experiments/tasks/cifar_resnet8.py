@@ -1,8 +1,10 @@
 """ResNet-8 of 16 channels on CIFAR images in folders, one for each class."""
 
 custom_imports = dict(
-    imports=['experiments.classification'], allow_failed_imports=False
+    imports=['experiments.classification', 'experiments.hooks'],
+    allow_failed_imports=False,
 )
+custom_hooks = [dict(type='TrainModeGapHook')]
 data_root = 'data/cifar10_subset/'
 
 model = dict(

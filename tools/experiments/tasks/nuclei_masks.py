@@ -5,7 +5,9 @@ _base_ = (
 )
 
 custom_imports = dict(
-    imports=['experiments.contrast'], allow_failed_imports=False
+    imports=['experiments.contrast', 'experiments.hooks'],
+    allow_failed_imports=False,
 )
+custom_hooks = [dict(type='TrainModeGapHook')]
 val_evaluator = dict(type='ContrastIoUMetric')
 test_evaluator = val_evaluator
