@@ -153,8 +153,8 @@ def test_report_shows_every_end(finished, capsys, tmp_path):
     report.main([str(collection), '--task', 'tiny', '--metrics', *keys])
     rows = capsys.readouterr().out.splitlines()
     assert rows[0] == f'| tiny | {" | ".join(keys)} |'
-    assert rows[2].startswith('| BCN+WS, 2 per step, lr x1 | ')
-    assert 'diverged' in rows[3]
+    assert rows[2].startswith('| BCN+WS, 2 per step | ')
+    assert rows[3].startswith('| GN, 1 per step, lr x1e+38 | diverged')
     with pytest.raises(SystemExit):
         report.main([str(collection), '--metrics', 'acuracy'])
     assert 'there are accuracy' in capsys.readouterr().err
@@ -165,6 +165,47 @@ def test_report_shows_every_end(finished, capsys, tmp_path):
     with pytest.raises(SystemExit):
         report.main([str(folder / 'out'), '--task', 'other'])
     assert "'tiny'" in capsys.readouterr().err
+
+
+def made(label, images=1, factor=1.0, metric=0.5):
+    cell = dict(task='t', label=label, images=images, lr_factor=factor)
+    return dict(cell=cell, status='done', metric=metric)
+
+
+def test_rates_are_columns_only_where_a_norm_has_several():
+    found = [made('A', 1, 10.0), made('B'), made('B', 16, 3.0)]
+    assert report.table('t', found).splitlines() == [
+        '| t | 1 per step | 16 per step |',
+        '|---|---|---|',
+        '| A | 0.5 (n=1), lr x10 | not run |',
+        '| B | 0.5 (n=1) | 0.5 (n=1), lr x3 |',
+    ]
+    found.append(made('A', 1, 1.0, 0.25))
+    assert report.table('t', found).splitlines() == [
+        '| t | 1 per step, lr x1 | 1 per step, lr x10 | 16 per step, lr x3 |',
+        '|---|---|---|---|',
+        '| A | 0.25 (n=1) | 0.5 (n=1) | not run |',
+        '| B | 0.5 (n=1) | not run | 0.5 (n=1) |',
+    ]
+
+
+def test_a_grid_picks_its_runs_from_a_shared_folder(finished, capsys):
+    folder, _ = finished
+    other = folder / 'other.py'
+    text = (folder / 'grid.py').read_text()
+    tasks, cells = text.splitlines()
+    kept = eval(cells.split('=', 1)[1])[1::-1]  # two of them, turned round
+    kept[0]['seeds'] = [0, 7]
+    other.write_text(f'{tasks}\ncells = {kept!r}\n')
+    report.main([str(folder / 'out'), '--grid', str(other)])
+    shown = capsys.readouterr()
+    rows = shown.out.splitlines()
+    assert [row.split(' | ')[0] for row in rows[2:4]] == ['| GN', '| BCN+WS']
+    assert 'vgg' not in shown.out
+    assert shown.err.startswith('not run: tiny-gn-b1-s7_')
+    with pytest.raises(SystemExit):
+        report.main([str(folder / 'out'), '--grid', 'missing.py'])
+    assert 'missing.py cannot be read' in capsys.readouterr().err
 
 
 def test_killed_and_half_written_runs_are_resumed(images, tmp_path):
