@@ -111,6 +111,10 @@ def test_every_end_has_its_record(finished):
     # What the hooks measured at the same step is in the same entry.
     assert 0 <= good['metrics'][-1]['train_mode/accuracy'] <= 100
     assert good['metrics'][-1]['singularities/kl'] > 0
+    layers = good['layers']
+    assert len(layers) == 4
+    total = sum(layer['kl'] for layer in layers.values())
+    assert total / 4 == pytest.approx(good['metrics'][-1]['singularities/kl'])
     turns = report.curve_of(good, 'smoothness/change')
     assert [step for step, _ in turns] == [1, 6, 11]
     assert good['curve'][-1][0] == 12
@@ -140,6 +144,14 @@ def test_report_shows_every_end(finished, capsys, tmp_path):
     figure = tmp_path / 'figure.png'
     report.main([str(folder / 'out'), '--figure', str(figure)])
     shown = capsys.readouterr().out
+    layers = tmp_path / 'layers.png'
+    draw = ['--layers', 'kl', '--figure', str(layers)]
+    report.main([str(folder / 'out'), *draw])
+    assert capsys.readouterr().out == shown
+    assert layers.read_bytes() != figure.read_bytes()
+    with pytest.raises(SystemExit):
+        report.main([str(folder / 'out'), '--layers', 'kll'])
+    assert 'there are empirical_below' in capsys.readouterr().err
     assert 'diverged: at iteration' in shown
     assert 'impossible:' in shown
     assert '(n=1)' in shown

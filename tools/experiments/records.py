@@ -16,6 +16,7 @@ KEYS = {
     'versions',
     'curve',
     'metrics',
+    'layers',
     'metric',
     'seconds',
     'peak_bytes',

@@ -8,10 +8,11 @@ each number of images per step (and learning-rate factor, where a norm has
 several), cells with mean, standard deviation and number of seeds. Runs that
 diverged or could not be are cells too. With --grid only the runs of that
 file are shown, in its order, and those that were not run are named; grids
-may share a folder. With --metrics the columns are those
-metrics at the end of the runs. --figure draws the loss, or with --curve a
-metric, over the images seen. --publish collects the records in one file,
-which this command reads as well.
+may share a folder. With --metrics the columns are those metrics at the end of
+the runs, with --average their means over the runs. --figure draws the loss,
+or with --curve a metric, over the images seen, or with --layers what
+SingularitiesHook measured in each layer at the end. --publish collects the
+records in one file, which this command reads as well.
 """
 
 import argparse
@@ -42,8 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--grid', help='only the runs of this file')
     parser.add_argument('--task', default='', help='only this task')
     parser.add_argument('--metrics', nargs='+', help='columns, see above')
+    parser.add_argument(
+        '--average', action='store_true', help='not at the end, see above'
+    )
     parser.add_argument('--figure', type=Path, help='PNG to draw')
     parser.add_argument('--curve', default='loss', help='what it shows')
+    parser.add_argument('--layers', help='what it shows of the layers')
     parser.add_argument('--publish', type=Path, help='JSON to collect in')
     options = parser.parse_args(argv)
     source = options.source
@@ -82,14 +87,27 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f'{key!r} is in no record; there are '
                 + ', '.join(sorted(known))
             )
+    if options.layers:
+        known = {
+            key
+            for r in found
+            for layer in r['layers'].values()
+            for key in layer
+        }
+        if options.layers not in known:
+            parser.error(
+                f'--layers={options.layers!r} is in no record; there are '
+                + (', '.join(sorted(known)) or 'none at all')
+            )
     for task in tasks:
         own = [r for r in found if r['cell']['task'] == task]
         if options.metrics:
-            print(f'{metrics_table(task, own, options.metrics)}\n')
+            value = average if options.average else last
+            print(f'{metrics_table(task, own, options.metrics, value)}\n')
         else:
             print(f'{table(task, own)}\n')
     if options.figure:
-        draw(found, tasks, options.curve, options.figure)
+        draw(found, tasks, options.curve, options.layers, options.figure)
     if options.publish:
         records.collect(found, options.publish)
 
@@ -149,8 +167,10 @@ def table(task: str, found: Records) -> str:
     return '\n'.join(lines)
 
 
-def metrics_table(task: str, found: Records, keys: Sequence[str]) -> str:
-    """The Markdown table of some metrics at the end of a task's runs."""
+def metrics_table(
+    task: str, found: Records, keys: Sequence[str], value: Any
+) -> str:
+    """The Markdown table of some metrics of a task's runs."""
     lines = [f'| {task} | ' + ' | '.join(keys) + ' |']
     lines.append('|---' * (len(keys) + 1) + '|')
     groups: dict[tuple[str, tuple[int, float]], Records] = {}
@@ -159,7 +179,7 @@ def metrics_table(task: str, found: Records, keys: Sequence[str]) -> str:
         groups.setdefault(key, []).append(record)
     for (label, column), own in groups.items():
         cells = [
-            cell(own, lambda record, key=key: last(record, key))
+            cell(own, lambda record, key=key: value(record, key))
             for key in keys
         ]
         images, factor = column
@@ -174,6 +194,12 @@ def last(record: dict[str, Any], key: str) -> float | None:
     """A metric where the run measured it last."""
     values = [m[key] for m in record['metrics'] if key in m]
     return values[-1] if values else None
+
+
+def average(record: dict[str, Any], key: str) -> float | None:
+    """The mean of a metric over the run."""
+    values = [m[key] for m in record['metrics'] if key in m]
+    return mean(values) if values else None
 
 
 def cell(found: Records, value: Any = lambda record: record['metric']) -> str:
@@ -193,8 +219,14 @@ def cell(found: Records, value: Any = lambda record: record['metric']) -> str:
     return '; '.join(words).replace('|', '/') or 'not measured'
 
 
-def draw(found: Records, tasks: list[str], curve: str, path: Path) -> None:
-    """A curve over the images seen, one panel for each task."""
+def draw(
+    found: Records,
+    tasks: list[str],
+    curve: str,
+    layers: str | None,
+    path: Path,
+) -> None:
+    """A curve over the images seen or the layers, one panel for each task."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -211,7 +243,11 @@ def draw(found: Records, tasks: list[str], curve: str, path: Path) -> None:
         colors: dict[str, str] = {}
         positive = True
         for record in found:
-            points = curve_of(record, curve)
+            if layers:
+                values = [v[layers] for v in record['layers'].values()]
+                points = [[x, y] for x, y in enumerate(values, 1)]
+            else:
+                points = curve_of(record, curve)
             if record['cell']['task'] != task or not points:
                 continue
             images, factor = column_of(record)
@@ -221,7 +257,7 @@ def draw(found: Records, tasks: list[str], curve: str, path: Path) -> None:
             color = colors.setdefault(name, f'C{len(colors) % 10}')
             positive = positive and min(y for _, y in points) > 0
             axis.plot(
-                [step * images for step, _ in points],
+                [x if layers else x * images for x, _ in points],
                 [y for _, y in points],
                 color=color,
                 linewidth=0.8,
@@ -229,8 +265,9 @@ def draw(found: Records, tasks: list[str], curve: str, path: Path) -> None:
         for name, color in colors.items():
             axis.plot([], [], color=color, label=name)
         axis.set_title(task, size=9)
-        axis.set_xlabel('images seen')
-        axis.set_ylabel('training loss' if curve == 'loss' else curve)
+        axis.set_xlabel('layer' if layers else 'images seen')
+        shown = 'training loss' if curve == 'loss' else curve
+        axis.set_ylabel(layers or shown)
         if positive:
             axis.set_yscale('log')
         if colors:

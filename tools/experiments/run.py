@@ -35,6 +35,8 @@ from experiments.grid import Cell, Grid, GridError, config_of  # noqa: E402
 from experiments.grid import load as load_grid  # noqa: E402
 from experiments.hooks import DIVERGED  # noqa: E402
 
+from ws_mm.singularities import FILE as SINGULARITIES  # noqa: E402
+
 # What says that a norm cannot do its work on these activations.
 IMPOSSIBLE = re.compile(
     r'ValueError: (.*more than (?:1|one) value per channel.*'
@@ -262,6 +264,7 @@ def outcome(
         'versions': versions(),
         'curve': curve,
         'metrics': metrics,
+        'layers': last_layers(work_dir),
         'metric': metric,
         'seconds': sum(a['seconds'] for a in attempts),
         'peak_bytes': max(a['peak_bytes'] for a in attempts),
@@ -291,6 +294,14 @@ def read_curves(
     return [[i, losses[i]] for i in sorted(losses)], [
         metrics[i] for i in sorted(metrics)
     ]
+
+
+def last_layers(work_dir: Path) -> dict[str, dict[str, float]]:
+    """What SingularitiesHook measured last, layer by layer."""
+    path = work_dir / SINGULARITIES
+    if not path.exists():
+        return {}
+    return json.loads(path.read_text().splitlines()[-1])['layers']
 
 
 def versions() -> dict[str, str]:

@@ -1,57 +1,40 @@
-"""Which norm at which batch: every run of a task sees the same images."""
+"""Which norm at which batch: every run of a task sees the same images.
+
+The learning rates are the best of learning_rate.py, times the linear rule's.
+"""
 
 _base_ = './_base_/tasks.py'
 
-seeds = [0, 1, 2]
+three, two = [0, 1, 2], [0, 1]
+cifar = dict(task='cifar_resnet8', seeds=three)
+masks = dict(task='nuclei_masks', seeds=three)
+instances = dict(task='nuclei_instances', seeds=three)
 cells = [
-    dict(
-        task='cifar_resnet8',
-        norm=['BN', 'GN', 'GN+WS', 'BCN+WS'],
-        images=1,
-        seeds=seeds,
-    ),
-    dict(
-        task='cifar_resnet8',
-        norm=['BN', 'GN+WS', 'BCN+WS', 'BCN+WS batch'],
-        images=16,
-        seeds=seeds,
-    ),
-    dict(
-        task='nuclei_masks',
-        norm=['BN', 'GN', 'GN+WS', 'BCN+WS'],
-        seeds=seeds,
-    ),
+    dict(cifar, norm='BN', images=[1, 16], lr_factor=3.0),
+    dict(cifar, norm='GN'),
+    dict(cifar, norm=['GN+WS', 'BCN+WS'], lr_factor=10.0),
+    dict(cifar, norm='GN+WS', images=16, lr_factor=10.0),
+    dict(cifar, norm=['BCN+WS', 'BCN+WS batch'], images=16, lr_factor=10.0),
+    dict(masks, norm=['BN', 'GN', 'GN+WS', 'BCN+WS']),
     # The head pools one image to one value per channel: no BN can do that.
-    *[
-        dict(
-            task='nuclei_masks',
-            norm='BN',
-            name='BN in the backbone, GN in the head',
-            images=images,
-            seeds=seeds,
-            options={
-                'model.decode_head.norm_cfg': dict(type='GN', num_groups=16)
-            },
-        )
-        for images in (1, 16)
-    ],
-    dict(task='nuclei_masks', norm='BN', images=16, seeds=seeds),
     dict(
-        task='nuclei_instances',
-        norm=['BN', 'GN', 'GN+WS', 'BCN+WS'],
-        seeds=seeds,
+        masks,
+        norm='BN',
+        name='BN in the backbone, GN in the head',
+        images=[1, 16],
+        options={'model.decode_head.norm_cfg': dict(type='GN', num_groups=16)},
     ),
-    dict(task='nuclei_instances', norm='BN', images=16, seeds=seeds),
+    dict(masks, norm='BN', images=16),
+    dict(instances, norm=['GN', 'GN+WS', 'BCN+WS']),
+    dict(instances, norm='BN', images=[1, 16]),
+    dict(cifar, norm=['frozen BN', 'BCN'], seeds=two),
+    dict(cifar, norm='BN+WS', lr_factor=10.0, seeds=two),
+    dict(cifar, norm='BN', images=[2, 4], lr_factor=3.0, seeds=two),
     dict(
-        task='cifar_resnet8',
-        norm=['frozen BN', 'BN+WS', 'BCN'],
-        images=1,
-        seeds=seeds,
-    ),
-    dict(
-        task='cifar_resnet8',
-        norm=['BN', 'GN+WS', 'BCN+WS'],
+        cifar,
+        norm=['GN+WS', 'BCN+WS'],
         images=[2, 4],
-        seeds=seeds,
+        lr_factor=10.0,
+        seeds=two,
     ),
 ]

@@ -2,30 +2,26 @@
 
 On nuclei, from dim fluorescence to bright stains: without distortion of the
 brightness in training, with each image standardized, and with what could
-mend the published form.
+mend the published form. On photographs with and without standardization.
 """
 
 _base_ = './_base_/tasks.py'
 
-watch = dict(type='StopWhenDiverged')
+raw = dict(task='nuclei_masks_raw', seeds=[0, 1, 2])
+cifar = dict(task='cifar_resnet8', lr_factor=10.0, seeds=[0, 1, 2])
 cells = [
-    dict(task='nuclei_masks_raw', norm=['GN+WS', 'BCN+WS'], seeds=[0, 1, 2]),
+    dict(raw, norm=['GN+WS', 'BCN+WS']),
+    dict(raw, task='nuclei_masks_standardized', norm=['GN+WS', 'BCN+WS']),
+    dict(raw, norm='BCN+WS channel'),
     dict(
-        task='nuclei_masks_standardized',
-        norm=['GN+WS', 'BCN+WS'],
-        seeds=[0, 1, 2],
-    ),
-    dict(task='nuclei_masks_raw', norm='BCN+WS channel', seeds=[0, 1, 2]),
-    dict(
-        task='nuclei_masks_raw',
+        raw,
         norm='BCN+WS variant',
         norm_cfg=dict(blend=0.5),
         name='BCN+WS, half of its own statistics',
-        seeds=[0, 1, 2],
     ),
     *[
         dict(
-            task='nuclei_masks_raw',
+            raw,
             norm='BCN+WS',
             norm_cfg=dict(momentum=rate),
             name=f'BCN+WS, rate {rate}',
@@ -34,16 +30,32 @@ cells = [
         for rate in (0.3, 0.01)
     ],
     dict(
-        task='nuclei_masks_raw',
+        raw,
         norm='BCN+WS',
         norm_cfg=dict(momentum=0.01),
         name='BCN+WS, rate 0.01, debiased',
         seeds=[0, 1],
         options=dict(
             custom_hooks=[
-                watch,
+                dict(type='StopWhenDiverged'),
+                dict(type='TrainModeGapHook'),
                 dict(type='UpdateRateHook', schedule='debiased'),
             ]
         ),
     ),
+    *[
+        dict(
+            cifar,
+            norm=norm,
+            **options,
+        )
+        for norm in ('GN+WS', 'BCN+WS')
+        for options in (
+            {},
+            dict(
+                name=f'{norm}, standardized images',
+                options={'model.standardize': True},
+            ),
+        )
+    ],
 ]

@@ -2,29 +2,27 @@
 
 _base_ = './_base_/tasks.py'
 
+cifar = dict(task='cifar_resnet8', lr_factor=10.0, seeds=[0, 1, 2])
+masks = dict(task='nuclei_masks', seeds=[0, 1, 2])
 gn = dict(type='GN', num_groups=16)
 cells = [
+    dict(cifar, norm=['GN+WS', 'BCN+WS']),
     *[
-        dict(
-            task='cifar_resnet8',
-            norm='BCN+WS variant',
-            norm_cfg=settings,
-            name=name,
-            seeds=[0, 1, 2],
-        )
+        dict(cifar, norm='BCN+WS variant', norm_cfg=settings, name=name)
         for name, settings in (
-            ('centering only', dict(scaling=False)),
-            ('scaling only', dict(centering=False)),
-            ('neither', dict(centering=False, scaling=False)),
+            ('BCN+WS, centering only', dict(scaling=False)),
+            ('BCN+WS, scaling only', dict(centering=False)),
+            ('BCN+WS, neither', dict(centering=False, scaling=False)),
         )
     ],
+    dict(masks, norm=['GN+WS', 'BCN+WS']),
     *[
         dict(
-            task='nuclei_masks',
+            masks,
             norm='BCN+WS',
             name=f'BCN+WS in the {where}, GN+WS elsewhere',
             options={f'model.{other}.norm_cfg': gn},
-            seeds=[0, 1, 2],
+            seeds=[0, 1],
         )
         for where, other in (
             ('backbone', 'decode_head'),

@@ -2,18 +2,19 @@
 
 _base_ = './_base_/tasks.py'
 
+factors = [1.0, 3.0, 10.0]
 cells = [
     dict(
         task='cifar_resnet8',
         norm=['BN', 'GN', 'GN+WS', 'BCN+WS'],
-        lr_factor=[1.0, 3.0, 10.0],
+        lr_factor=factors,
         seeds=[0],
     ),
     dict(
         task='cifar_resnet8',
         norm='BN',
         images=16,
-        lr_factor=[1.0, 3.0, 10.0],
+        lr_factor=factors,
         seeds=[0],
     ),
     dict(
@@ -22,6 +23,14 @@ cells = [
         lr_factor=30.0,
         seeds=[0],
     ),
+    dict(
+        task='cifar_resnet8',
+        norm=['GN+WS', 'BCN+WS', 'BCN+WS batch'],
+        images=16,
+        lr_factor=[3.0, 10.0],
+        seeds=[0],
+    ),
+    dict(task='cifar_resnet8', norm='BCN', lr_factor=factors, seeds=[0]),
     dict(
         task='nuclei_masks',
         norm=['GN', 'GN+WS', 'BCN+WS'],

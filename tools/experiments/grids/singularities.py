@@ -9,18 +9,14 @@ measure = dict(
         dict(type='ws_mm.SingularitiesHook', interval=1000, num_batches=2),
     ]
 )
+vgg = dict(task='cifar_vgg6', seeds=[0, 1, 2])
 cells = [
+    dict(vgg, norm=['GN', 'BCN'], options=measure),
+    dict(vgg, norm=['GN+WS', 'BCN+WS'], lr_factor=10.0, options=measure),
     dict(
-        task='cifar_vgg6',
-        norm=['GN', 'GN+WS', 'BCN', 'BCN+WS'],
-        seeds=[0, 1, 2],
-        options=measure,
-    ),
-    dict(
-        task='cifar_vgg6',
+        vgg,
         norm='BN',
         images=16,
-        seeds=[0, 1, 2],
         options=dict(
             custom_hooks=[
                 dict(type='StopWhenDiverged'),

@@ -2,29 +2,25 @@
 
 _base_ = './_base_/tasks.py'
 
-seeds = [0, 1]
-rates = [0.003, 0.01, 0.03, 0.1, 0.3]
+own = dict(
+    task='cifar_resnet8', norm='BCN+WS', lr_factor=10.0, seeds=[0, 1, 2]
+)
 cells = [
     *[
-        dict(
-            task='cifar_resnet8',
-            norm='BCN+WS',
-            norm_cfg=dict(momentum=rate),
-            name=f'{rate}',
-            seeds=seeds,
-        )
-        for rate in rates
+        dict(own, norm_cfg=dict(momentum=rate), name=f'BCN+WS, rate {rate}')
+        for rate in (0.003, 0.01, 0.03)
     ],
+    own,  # 0.1
+    dict(own, norm_cfg=dict(momentum=0.3), name='BCN+WS, rate 0.3'),
     *[
         dict(
-            task='cifar_resnet8',
-            norm='BCN+WS',
+            own,
             norm_cfg=dict(momentum=rate),
-            name=f'{rate}, {schedule}',
-            seeds=seeds,
+            name=f'BCN+WS, rate {rate}, {schedule}',
             options=dict(
                 custom_hooks=[
                     dict(type='StopWhenDiverged'),
+                    dict(type='TrainModeGapHook'),
                     dict(type='UpdateRateHook', schedule=schedule),
                 ]
             ),

@@ -1,0 +1,68 @@
+"""The document of results says what the published records say."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / 'tools'))
+from experiments import document, records  # noqa: E402
+
+PATH = ROOT / 'docs/results.md'
+RECORDS = ROOT / 'docs/results/records.json'
+
+
+def test_tables_are_those_of_the_records(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = PATH.read_text()
+    assert document.rendered(text, figures=False) == text
+
+
+def test_every_figure_is_drawn_by_a_command_and_shown():
+    text = PATH.read_text()
+    drawn = set()
+    for block in document.BLOCK.finditer(text):
+        words = shlex.split(block[2])
+        if '--figure' in words:
+            drawn.add(words[words.index('--figure') + 1])
+    there = {f'docs/results/{p.name}' for p in RECORDS.parent.glob('*.png')}
+    assert drawn == there
+    for name in drawn:
+        assert f'({name.removeprefix("docs/")})' in text
+
+
+def test_records_are_whole_and_say_what_made_them():
+    found, bad = records.read_all(RECORDS)
+    assert not bad
+    for record in found:
+        assert record['versions']['commit'], record['cell']
+        assert record['status'] in records.STATUSES
+
+
+def test_a_document_is_written_anew(monkeypatch, tmp_path, capsys):
+    command = (
+        'python tools/experiments/report.py docs/results/records.json \\\n'
+        '    --grid tools/experiments/grids/learning_rate.py \\\n'
+        '    --task cifar_resnet8'
+    )
+    path = tmp_path / 'some.md'
+    path.write_text(
+        f'Before.\n\n```bash\n{command}\n```\n\n| old |\n|---|\n\nAfter.\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    document.main([str(path)])
+    once = path.read_text()
+    assert '| old |' not in once
+    assert f'```bash\n{command}\n```\n\n| cifar_resnet8 | 1 per' in once
+    assert once.endswith('(n=1) |\n\nAfter.\n')
+    document.main([str(path)])
+    assert path.read_text() == once
+    path.write_text('Nothing.\n')
+    with pytest.raises(SystemExit):
+        document.main([str(path)])
+    assert 'has no block with' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        document.main([str(tmp_path / 'missing.md')])
+    assert 'cannot be read' in capsys.readouterr().err
