@@ -14,7 +14,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / 'tools'))
-from experiments import grid, norms, records, report, run  # noqa: E402
+from experiments import figures, grid, norms, records, report, run, tables  # noqa: E402  # noqa: E402
 
 GRIDS = sorted((ROOT / 'tools/experiments/grids').glob('*.py'))
 TASK = 'tools/experiments/tasks/cifar_resnet8.py'
@@ -115,8 +115,8 @@ def test_every_end_has_its_record(finished):
     assert len(layers) == 4
     total = sum(layer['kl'] for layer in layers.values())
     assert total / 4 == pytest.approx(good['metrics'][-1]['singularities/kl'])
-    turns = report.curve_of(good, 'smoothness/change')
-    assert [step for step, _ in turns] == [1, 6, 11]
+    turns = figures.curve_of(good, 'smoothness/change')
+    assert [seen for seen, _ in turns] == [2, 12, 22]
     assert good['curve'][-1][0] == 12
     assert good['seconds'] > 0
     assert good['peak_bytes'] > 1e8
@@ -149,6 +149,11 @@ def test_report_shows_every_end(finished, capsys, tmp_path):
     report.main([str(folder / 'out'), *draw])
     assert capsys.readouterr().out == shown
     assert layers.read_bytes() != figure.read_bytes()
+    points = tmp_path / 'points.png'
+    draw = ['--points', '--figure', str(points)]
+    report.main([str(folder / 'out'), *draw])
+    assert capsys.readouterr().out == shown
+    assert points.stat().st_size > 5000
     with pytest.raises(SystemExit):
         report.main([str(folder / 'out'), '--layers', 'kll'])
     assert 'there are empirical_below' in capsys.readouterr().err
@@ -186,14 +191,14 @@ def made(label, images=1, factor=1.0, metric=0.5):
 
 def test_rates_are_columns_only_where_a_norm_has_several():
     found = [made('A', 1, 10.0), made('B'), made('B', 16, 3.0)]
-    assert report.table('t', found).splitlines() == [
+    assert tables.table('t', found).splitlines() == [
         '| t | 1 per step | 16 per step |',
         '|---|---|---|',
         '| A | 0.5 (n=1), lr x10 | not run |',
         '| B | 0.5 (n=1) | 0.5 (n=1), lr x3 |',
     ]
     found.append(made('A', 1, 1.0, 0.25))
-    assert report.table('t', found).splitlines() == [
+    assert tables.table('t', found).splitlines() == [
         '| t | 1 per step, lr x1 | 1 per step, lr x10 | 16 per step, lr x3 |',
         '|---|---|---|---|',
         '| A | 0.25 (n=1) | 0.5 (n=1) | not run |',
@@ -353,8 +358,8 @@ def test_cell_means_and_spreads():
     def record(metric, status='done', reason=''):
         return dict(metric=metric, status=status, reason=reason)
 
-    shown = report.cell(
+    shown = tables.cell(
         [record(0.1), record(0.3), record(None, 'diverged', 'x')]
     )
     assert shown == '0.2 ± 0.141 (n=2); diverged: x (n=1)'
-    assert report.cell([]) == 'not run'
+    assert tables.cell([]) == 'not run'

@@ -37,10 +37,4 @@ cells = [
         lr_factor=[1.0, 3.0],
         seeds=[0],
     ),
-    dict(
-        task='cifar_vgg6',
-        norm=['GN', 'GN+WS', 'BCN+WS'],
-        lr_factor=[1.0, 10.0],
-        seeds=[0],
-    ),
 ]

@@ -1,6 +1,7 @@
 """What the experiments train: small models, from scratch, on real images."""
 
 masks = dict(images=1000, lr=0.02, at=1, metric='mIoU', validations=1)
+half = dict(masks, images=500)
 classes = dict(images=20000, at=128, metric='accuracy')
 folder = 'tools/experiments/tasks/'
 
@@ -14,9 +15,9 @@ tasks = dict(
         validations=1,
     ),
     nuclei_masks=dict(masks, config=folder + 'nuclei_masks.py'),
-    nuclei_masks_raw=dict(masks, config=folder + 'nuclei_masks_raw.py'),
+    nuclei_masks_raw=dict(half, config=folder + 'nuclei_masks_raw.py'),
     nuclei_masks_standardized=dict(
-        masks, config=folder + 'nuclei_masks_standardized.py'
+        half, config=folder + 'nuclei_masks_standardized.py'
     ),
     cifar_resnet8=dict(classes, config=folder + 'cifar_resnet8.py', lr=0.1),
     cifar_vgg6=dict(classes, config=folder + 'cifar_vgg6.py', lr=0.05),
