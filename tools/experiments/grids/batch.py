@@ -15,7 +15,8 @@ cells = [
     dict(cifar, norm=['GN+WS', 'BCN+WS'], lr_factor=10.0),
     dict(cifar, norm='GN+WS', images=16, lr_factor=10.0),
     dict(cifar, norm=['BCN+WS', 'BCN+WS batch'], images=16, lr_factor=10.0),
-    dict(masks, norm=['BN', 'GN', 'GN+WS', 'BCN+WS']),
+    dict(masks, norm=['BN', 'GN']),
+    dict(masks, norm=['GN+WS', 'BCN+WS'], lr_factor=3.0),
     # The head pools one image to one value per channel: no BN can do that.
     dict(
         masks,

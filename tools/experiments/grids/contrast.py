@@ -8,7 +8,7 @@ mend the published form. On photographs with and without standardization.
 _base_ = './_base_/tasks.py'
 
 three, two = [0, 1, 2], [0, 1]
-raw = dict(task='nuclei_masks_raw', seeds=three)
+raw = dict(task='nuclei_masks_raw', lr_factor=3.0, seeds=three)
 cifar = dict(task='cifar_resnet8', lr_factor=10.0, seeds=three)
 cells = [
     dict(raw, norm=['GN+WS', 'BCN+WS']),

@@ -3,7 +3,7 @@
 _base_ = './_base_/tasks.py'
 
 cifar = dict(task='cifar_resnet8', lr_factor=10.0, seeds=[0, 1, 2])
-masks = dict(task='nuclei_masks', seeds=[0, 1, 2])
+masks = dict(task='nuclei_masks', lr_factor=3.0, seeds=[0, 1, 2])
 gn = dict(type='GN', num_groups=16)
 cells = [
     dict(cifar, norm=['GN+WS', 'BCN+WS']),
