@@ -13,8 +13,12 @@ cells = [
     dict(cifar, norm='BN', images=[1, 16], lr_factor=3.0),
     dict(cifar, norm='GN'),
     dict(cifar, norm=['GN+WS', 'BCN+WS'], lr_factor=10.0),
-    dict(cifar, norm='GN+WS', images=16, lr_factor=10.0),
-    dict(cifar, norm=['BCN+WS', 'BCN+WS batch'], images=16, lr_factor=10.0),
+    dict(
+        cifar,
+        norm=['GN+WS', 'BCN+WS', 'BCN+WS batch'],
+        images=16,
+        lr_factor=3.0,
+    ),
     dict(masks, norm=['BN', 'GN']),
     dict(masks, norm=['GN+WS', 'BCN+WS'], lr_factor=3.0),
     # The head pools one image to one value per channel: no BN can do that.
@@ -30,11 +34,15 @@ cells = [
     dict(cifar, norm=['frozen BN', 'BCN'], seeds=two),
     dict(cifar, norm='BN+WS', lr_factor=10.0, seeds=two),
     dict(cifar, norm='BN', images=[2, 4], lr_factor=3.0, seeds=two),
-    dict(
-        cifar,
-        norm=['GN+WS', 'BCN+WS'],
-        images=[2, 4],
-        lr_factor=10.0,
-        seeds=two,
-    ),
+    # Not swept: between what suits one image and what suits 16.
+    *[
+        dict(
+            cifar,
+            norm=['GN+WS', 'BCN+WS'],
+            images=images,
+            lr_factor=factor,
+            seeds=two,
+        )
+        for images, factor in ((2, 10.0), (4, 5.0))
+    ],
 ]

@@ -7,7 +7,7 @@ cells = [
     dict(
         task='cifar_resnet8',
         norm=['BN', 'GN', 'GN+WS', 'BCN+WS'],
-        lr_factor=factors,
+        lr_factor=[*factors, 30.0],
         seeds=[0],
     ),
     dict(
@@ -15,12 +15,6 @@ cells = [
         norm='BN',
         images=16,
         lr_factor=factors,
-        seeds=[0],
-    ),
-    dict(
-        task='cifar_resnet8',
-        norm=['GN+WS', 'BCN+WS'],
-        lr_factor=30.0,
         seeds=[0],
     ),
     dict(
