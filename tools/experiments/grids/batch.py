@@ -13,12 +13,8 @@ cells = [
     dict(cifar, norm='BN', images=[1, 16], lr_factor=3.0),
     dict(cifar, norm='GN'),
     dict(cifar, norm=['GN+WS', 'BCN+WS'], lr_factor=10.0),
-    dict(
-        cifar,
-        norm=['GN+WS', 'BCN+WS', 'BCN+WS batch'],
-        images=16,
-        lr_factor=3.0,
-    ),
+    dict(cifar, norm=['GN+WS', 'BCN+WS'], images=16, lr_factor=3.0),
+    dict(cifar, norm='BCN+WS batch', images=16, lr_factor=10.0),
     dict(masks, norm=['BN', 'GN']),
     dict(masks, norm=['GN+WS', 'BCN+WS'], lr_factor=3.0),
     # The head pools one image to one value per channel: no BN can do that.
