@@ -27,8 +27,8 @@ cells = [
     dict(masks, norm='BN', images=16),
     dict(instances, norm=['GN', 'GN+WS', 'BCN+WS']),
     dict(instances, norm='BN', images=[1, 16], seeds=two),
-    dict(cifar, norm=['frozen BN', 'BCN'], seeds=two),
-    dict(cifar, norm='BN+WS', lr_factor=10.0, seeds=two),
+    dict(cifar, norm='frozen BN', seeds=two),
+    dict(cifar, norm=['BCN', 'BN+WS'], lr_factor=10.0, seeds=two),
     dict(cifar, norm='BN', images=[2, 4], lr_factor=3.0, seeds=two),
     # Not swept: between what suits one image and what suits 16.
     *[

@@ -11,8 +11,13 @@ measure = dict(
 )
 vgg = dict(task='cifar_vgg6', seeds=[0, 1, 2])
 cells = [
-    dict(vgg, norm=['GN', 'BCN'], options=measure),
-    dict(vgg, norm=['GN+WS', 'BCN+WS'], lr_factor=10.0, options=measure),
+    dict(vgg, norm='GN', options=measure),
+    dict(
+        vgg,
+        norm=['GN+WS', 'BCN', 'BCN+WS'],
+        lr_factor=10.0,
+        options=measure,
+    ),
     dict(
         vgg,
         norm='BN',
