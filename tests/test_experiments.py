@@ -197,6 +197,12 @@ def test_rates_are_columns_only_where_a_norm_has_several():
         '| A | 0.5 (n=1), lr x10 | not run |',
         '| B | 0.5 (n=1) | 0.5 (n=1), lr x3 |',
     ]
+    found[1]['cell']['accumulation'] = 4
+    assert 'B | not run | 0.5 (n=1), lr x3 | 0.5 (n=1) |' in tables.table(
+        't', found
+    )
+    assert list(tables.groups_of(found))[1] == 'B, 1 per step, 4 steps'
+    del found[1]['cell']['accumulation']
     found.append(made('A', 1, 1.0, 0.25))
     assert tables.table('t', found).splitlines() == [
         '| t | 1 per step, lr x1 | 1 per step, lr x10 | 16 per step, lr x3 |',
@@ -311,6 +317,10 @@ def test_a_second_call_is_kept_out(images, tmp_path):
         (dict(task='tiny', nrom='GN'), 'cells.0.nrom is unknown'),
         (dict(task='tiny'), 'cells.0.norm is missing'),
         (dict(task='tiny', norm='GN', images=0), 'images=0 must be'),
+        (
+            dict(task='tiny', norm='GN', accumulation=[1, 2.5]),
+            'cells.0.accumulation=2.5 must be',
+        ),
     ],
 )
 def test_a_wrong_grid_is_refused(cell, message, tmp_path):
@@ -321,12 +331,13 @@ def test_a_wrong_grid_is_refused(cell, message, tmp_path):
 
 def test_equal_images_one_rule_for_the_rate():
     task = dict(config=TASK, images=160, lr=0.1, at=8, metric='accuracy')
-    for images, factor in ((1, 1.0), (16, 0.5)):
-        cell = grid.Cell('tiny', 'BCN+WS', images, 3, factor)
+    for images, factor, steps in ((1, 1.0, 1), (16, 0.5, 1), (2, 1.0, 4)):
+        cell = grid.Cell('tiny', 'BCN+WS', images, 3, factor, steps)
         cfg = grid.config_of(cell, task)
         assert cfg.train_cfg.max_iters * images == 160
         rate = cfg.optim_wrapper.optimizer.lr
-        assert rate == pytest.approx(0.1 * images / 8 * factor)
+        assert rate == pytest.approx(0.1 * images * steps / 8 * factor)
+        assert cfg.optim_wrapper.accumulative_counts == steps
         assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_iters
         assert cfg.param_scheduler[0].end == cfg.param_scheduler[1].begin
         assert cfg.randomness.seed == 3

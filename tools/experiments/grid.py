@@ -12,7 +12,8 @@ A grid file is an mmengine config with
     cells = [dict(task=..., norm=..., images=..., seeds=[...]), ...]
 
 and in a cell, optionally, lists of values under images, norm, lr_factor
-(times the rule's rate), norm_cfg (a dict of changed settings), options (a
+(times the rule's rate), accumulation (steps whose gradients make one update,
+counted by the rule), norm_cfg (a dict of changed settings), options (a
 dict of config keys) and name (what the tables call the row).
 """
 
@@ -29,7 +30,8 @@ from mmengine.config import Config
 ROOT = Path(__file__).resolve().parents[2]
 TASK_KEYS = {'config', 'images', 'lr', 'at', 'metric'}
 TASK_OPTIONS = {'validations': 4}
-LISTED = ('task', 'norm', 'images', 'lr_factor')
+DEFAULTS = {'images': 1, 'lr_factor': 1.0, 'accumulation': 1}
+LISTED = ('task', 'norm', *DEFAULTS)
 CELL_KEYS = {*LISTED, 'seeds', 'norm_cfg', 'options', 'name'}
 WARM_UP = 0.1  # share of the steps
 SAVES = 4  # over a run
@@ -44,6 +46,7 @@ class Cell:
     images: int = 1
     seed: int = 0
     lr_factor: float = 1.0
+    accumulation: int = 1
     norm_cfg: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     name: str = ''
@@ -56,7 +59,10 @@ class Cell:
     @property
     def key(self) -> str:
         """A file name that tells it from all others."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        told = asdict(self)
+        if self.accumulation == 1:  # as records from before it have it
+            del told['accumulation']
+        text = json.dumps(told, sort_keys=True)
         words = f'{self.task}_{self.label}_b{self.images}_s{self.seed}'
         safe = ''.join(c if c.isalnum() else '-' for c in words.lower())
         return f'{safe}_{hashlib.sha256(text.encode()).hexdigest()[:8]}'
@@ -111,10 +117,12 @@ def load(path: str | Path) -> Grid:
                 parts_of(cell.norm)
             except ValueError as error:
                 raise GridError(f'{where}: {error}') from None
-            if not isinstance(cell.images, int) or cell.images < 1:
-                raise GridError(
-                    f'{where}.images={cell.images!r} must be at least 1'
-                )
+            for key in ('images', 'accumulation'):
+                value = getattr(cell, key)
+                if not isinstance(value, int) or value < 1:
+                    raise GridError(
+                        f'{where}.{key}={value!r} must be at least 1'
+                    )
             cells[cell.key] = cell
     if not cells:
         raise GridError(f'{path} has no cells')
@@ -145,7 +153,7 @@ def _check_keys(
 def _expand(entry: dict[str, Any]) -> list[Cell]:
     lists = [
         value if isinstance(value, list) else [value]
-        for value in (entry.get(key, _default(key)) for key in LISTED)
+        for value in (entry.get(key, DEFAULTS.get(key)) for key in LISTED)
     ]
     common = {
         key: entry[key]
@@ -156,10 +164,6 @@ def _expand(entry: dict[str, Any]) -> list[Cell]:
         Cell(**dict(zip(LISTED, values, strict=True)), seed=seed, **common)
         for *values, seed in itertools.product(*lists, entry.get('seeds', [0]))
     ]
-
-
-def _default(key: str) -> Any:
-    return {'images': 1, 'lr_factor': 1.0}.get(key)
 
 
 def config_of(cell: Cell, task: dict[str, Any]) -> Config:
@@ -184,9 +188,11 @@ def config_of(cell: Cell, task: dict[str, Any]) -> Config:
         'max_iters': steps,
         'val_interval': -(-steps // task['validations']),
     }
+    update = cell.images * cell.accumulation
     cfg.optim_wrapper.optimizer.lr = (
-        task['lr'] * cell.images / task['at'] * cell.lr_factor
+        task['lr'] * update / task['at'] * cell.lr_factor
     )
+    cfg.optim_wrapper.accumulative_counts = cell.accumulation
     warm = max(1, round(steps * WARM_UP))
     cfg.param_scheduler = [
         {

@@ -1,19 +1,19 @@
 """Tables and figures of the records of an experiment.
 
     python tools/experiments/report.py OUT_DIR [--grid GRID.py]
-    python tools/experiments/report.py docs/results/batch.json --task NAME
+    python tools/experiments/report.py docs/results/records.json --task NAME
 
 Prints one Markdown table for each task: a row for each norm, a column for
-each number of images per step (and learning-rate factor, where a norm has
-several), cells with mean, standard deviation and number of seeds. Runs that
-diverged or could not be are cells too. With --grid only the runs of that
-file are shown, in its order, and those that were not run are named; grids
-may share a folder. With --metrics the columns are those metrics at the end of
-the runs, with --average their means over the runs. --figure draws the loss,
-or with --curve a metric, over the images seen; with --layers what
-SingularitiesHook measured in each layer at the end; with --points the numbers
-of the tables, a point for each run. --publish collects the records in one
-file, which this command reads as well.
+each number of images per step (and of steps per update, and learning-rate
+factor, where a norm has several), cells with mean, standard deviation and
+number of seeds. Runs that diverged or could not be are cells too. With --grid
+only the runs of that file are shown, in its order, and those that were not
+run are named; grids may share a folder. With --metrics the columns are those
+metrics at the end of the runs, with --average their means over the runs.
+--figure draws the loss, or with --curve a metric, over the images seen; with
+--layers what SingularitiesHook measured in each layer at the end; with
+--points the numbers of the tables, a point for each run. --publish collects
+the records in one file, which this command reads as well.
 """
 
 import argparse

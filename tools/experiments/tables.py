@@ -7,9 +7,16 @@ from typing import Any
 Records = list[dict[str, Any]]
 
 
-def column_of(record: dict[str, Any]) -> tuple[int, float]:
-    """Images per step and learning-rate factor."""
-    return record['cell']['images'], record['cell']['lr_factor']
+def column_of(record: dict[str, Any]) -> tuple[tuple[int, int], float]:
+    """Steps of one update and their images; learning-rate factor."""
+    cell = record['cell']
+    return (cell.get('accumulation', 1), cell['images']), cell['lr_factor']
+
+
+def batch(update: tuple[int, int]) -> str:
+    """How many images an update has, in words."""
+    steps, images = update
+    return f'{images} per step' + (f', {steps} steps' if steps > 1 else '')
 
 
 def rate(factor: float) -> str:
@@ -19,29 +26,29 @@ def rate(factor: float) -> str:
 
 def table(task: str, found: Records) -> str:
     """The Markdown table of one task."""
-    rows: dict[str, dict[tuple[int, float], Records]] = {}
+    rows: dict[str, dict[tuple[tuple[int, int], float], Records]] = {}
     for record in found:
         row = rows.setdefault(record['cell']['label'], {})
         row.setdefault(column_of(record), []).append(record)
     columns = sorted({column for row in rows.values() for column in row})
     sweep = any(
-        len({images for images, _ in row}) < len(row) for row in rows.values()
+        len({update for update, _ in row}) < len(row) for row in rows.values()
     )
     if sweep:
-        heads = [f'{images} per step, {rate(f)}' for images, f in columns]
+        heads = [f'{batch(update)}, {rate(f)}' for update, f in columns]
     else:
-        columns = sorted({(images, 0.0) for images, _ in columns})
-        heads = [f'{images} per step' for images, _ in columns]
+        columns = sorted({(update, 0.0) for update, _ in columns})
+        heads = [batch(update) for update, _ in columns]
     lines = [
         f'| {task} | ' + ' | '.join(heads) + ' |',
         '|---' * (len(columns) + 1) + '|',
     ]
     for label, row in rows.items():
         cells = []
-        for images, factor in columns:
+        for update, factor in columns:
             if not sweep:
-                factor = next((f for i, f in row if i == images), 1.0)
-            words = cell(row.get((images, factor), []))
+                factor = next((f for u, f in row if u == update), 1.0)
+            words = cell(row.get((update, factor), []))
             if not sweep and factor != 1:
                 words += f', {rate(factor)}'
             cells.append(words)
@@ -68,8 +75,8 @@ def groups_of(found: Records) -> dict[str, Records]:
     """The runs that differ in their seed only, under a name for them."""
     groups: dict[str, Records] = {}
     for record in found:
-        images, factor = column_of(record)
-        name = f'{record["cell"]["label"]}, {images} per step'
+        update, factor = column_of(record)
+        name = f'{record["cell"]["label"]}, {batch(update)}'
         if factor != 1:
             name += f', {rate(factor)}'
         groups.setdefault(name, []).append(record)

@@ -30,6 +30,13 @@ cells = [
     dict(cifar, norm='frozen BN', seeds=two),
     dict(cifar, norm=['BCN', 'BN+WS'], lr_factor=10.0, seeds=two),
     dict(cifar, norm='BN', images=[2, 4], lr_factor=3.0, seeds=two),
+    dict(
+        cifar,
+        norm=['BN', 'GN+WS', 'BCN+WS'],
+        accumulation=16,
+        lr_factor=3.0,
+        seeds=two,
+    ),
     # Not swept: between what suits one image and what suits 16.
     *[
         dict(
