@@ -180,7 +180,7 @@ def test_report_shows_every_end(finished, capsys, tmp_path):
         report.main([str(collection)])
     assert 'record 0 lacks cell' in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        report.main([str(folder / 'out'), '--task', 'other'])
+        report.main([str(folder / 'out'), '--task', 'tiny', 'other'])
     assert "'tiny'" in capsys.readouterr().err
 
 

@@ -90,7 +90,7 @@ def draw_points(
                     if r['status'] == 'done'
                 ]
                 values = [v for v in values if v is not None]
-                axis.plot(values, [height] * len(values), 'o', alpha=0.6)
+                axis.plot(values, [height] * len(values), 'C0o', alpha=0.6)
             axis.set_yticks(range(len(groups)), list(groups), fontsize=7)
             axis.set_ylim(len(groups) - 0.5, -0.5)
             axis.grid(axis='x', alpha=0.3)

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         'source', type=Path, help='folder of run.py, or published records'
     )
     parser.add_argument('--grid', help='only the runs of this file')
-    parser.add_argument('--task', default='', help='only this task')
+    parser.add_argument('--task', nargs='+', help='only these tasks')
     parser.add_argument('--metrics', nargs='+', help='columns, see above')
     parser.add_argument(
         '--average', action='store_true', help='not at the end, see above'
@@ -72,14 +72,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         for key in missing:
             print(f'not run: {key}', file=sys.stderr)
     tasks = list(dict.fromkeys(r['cell']['task'] for r in found))
-    if options.task:
-        if options.task not in tasks:
+    for task in options.task or []:
+        if task not in tasks:
             parser.error(
-                f'--task={options.task!r} has no records; there are '
+                f'--task={task!r} has no records; there are '
                 f'{", ".join(map(repr, tasks)) or "none at all"}'
             )
-        tasks = [options.task]
-        found = [r for r in found if r['cell']['task'] == options.task]
+    if options.task:
+        tasks = options.task
+        found = [r for r in found if r['cell']['task'] in tasks]
     if not tasks:
         parser.error(f'{options.source} has no records')
     known = {'loss', *(key for r in found for m in r['metrics'] for key in m)}
