@@ -1,5 +1,6 @@
 """What experiments watch or change while a run goes on."""
 
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from ws_mm import BCN
 from ws_mm.singularities import NORMS
 
 DIVERGED = 'diverged.json'
-SCHEDULES = ('debiased', 'learning rate')
+SCHEDULES = ('debiased', 'learning rate', 'both')
 Batch = Any
 
 
@@ -54,9 +55,10 @@ class UpdateRateHook(Hook):
     Formula, at iteration t from 0, with r the rate of the config:
         'debiased': max(r, 1 / (t + 1)), a plain mean at first
         'learning rate': r times the learning rate over its highest
+        'both': the larger of the two, with 1 / (t + 1) for the first
 
     Args:
-        schedule: one of the two.
+        schedule: one of the three.
 
     Raises:
         ValueError: the schedule is unknown.
@@ -84,10 +86,11 @@ class UpdateRateHook(Hook):
         """Set the rate of this iteration."""
         group = runner.optim_wrapper.param_groups[0]
         for module, rate in self._rates.items():
-            if self.schedule == 'debiased':
-                module.momentum = max(rate, 1 / (runner.iter + 1))
-            else:
-                module.momentum = rate * group['lr'] / group['initial_lr']
+            if self.schedule != 'debiased':
+                rate *= group['lr'] / group['initial_lr']
+            if self.schedule != 'learning rate':
+                rate = max(rate, 1 / (runner.iter + 1))
+            module.momentum = rate
 
 
 @HOOKS.register_module()
@@ -100,21 +103,56 @@ class TrainModeGapHook(Hook):
 
     def after_train(self, runner: Any) -> None:
         """Run the validation images through training-mode norms."""
-        model, evaluator = runner.model, runner.val_evaluator
-        norms = [m for m in model.modules() if isinstance(m, NORMS)]
+        norms = [m for m in runner.model.modules() if isinstance(m, NORMS)]
+        with kept(runner.model):
+            runner.model.eval()
+            for norm in norms:
+                norm.training = True
+            evaluate(runner, 'train_mode')
+
+
+@HOOKS.register_module()
+class RecalibratedHook(Hook):
+    """Evaluate once more at the end, with other estimates.
+
+    The estimates of every BCN are replaced by means over training images,
+    the weights left as they are. The metrics get the prefix
+    ``recalibrated/``; what the norms keep is put back afterwards. A model
+    without estimates is not evaluated.
+
+    Args:
+        num_batches: training batches to average over.
+    """
+
+    def __init__(self, num_batches: int = 200) -> None:
+        self.num_batches = num_batches
+
+    def after_train(self, runner: Any) -> None:
+        """Average the moments of training images, then evaluate."""
+        model = runner.model
+        norms = {
+            m: m.momentum
+            for m in model.modules()
+            if isinstance(m, BCN) and m.mode == 'estimate'
+        }
+        if not norms:
+            return
         with kept(model):
             model.eval()
             for norm in norms:
                 norm.training = True
-            with torch.no_grad():
-                for batch in runner.val_dataloader:
-                    outputs = model.val_step(batch)
-                    evaluator.process(data_samples=outputs, data_batch=batch)
-            found = evaluator.evaluate(len(runner.val_dataloader.dataset))
-        runner.visualizer.add_scalars(
-            {f'train_mode/{key}': value for key, value in found.items()},
-            step=runner.iter,
-        )
+            batches = itertools.islice(
+                runner.train_dataloader, self.num_batches
+            )
+            for count, batch in enumerate(batches):
+                for norm in norms:
+                    norm.momentum = 1 / (count + 1)
+                with torch.no_grad():
+                    losses(model, batch)
+            for norm, momentum in norms.items():
+                norm.training = False
+                norm.momentum = momentum
+            evaluate(runner, 'recalibrated')
 
 
 @HOOKS.register_module()
@@ -172,6 +210,28 @@ class SmoothnessHook(Hook):
         )
 
 
+@torch.no_grad()
+def evaluate(runner: Any, prefix: str) -> None:
+    """Write the metrics of the model, in the modes it has, to the curves."""
+    evaluator = runner.val_evaluator
+    for batch in runner.val_dataloader:
+        outputs = runner.model.val_step(batch)
+        evaluator.process(data_samples=outputs, data_batch=batch)
+    found = evaluator.evaluate(len(runner.val_dataloader.dataset))
+    runner.visualizer.add_scalars(
+        {f'{prefix}/{key}': value for key, value in found.items()},
+        step=runner.iter,
+    )
+
+
+def losses(model: Any, batch: Batch) -> Any:
+    """What the model says of a training batch."""
+    data = model.data_preprocessor(batch, True)
+    if isinstance(data, dict):
+        return model(**data, mode='loss')
+    return model(*data, mode='loss')
+
+
 def learned(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that are trained."""
     return [p for p in model.parameters() if p.requires_grad]
@@ -187,12 +247,7 @@ def gradient(model: Any, batch: Batch) -> list[Tensor]:
     """Gradient of the loss of a batch; the model stays as it is."""
     with kept(model):
         torch.manual_seed(0)  # detectors sample; both times the same
-        data = model.data_preprocessor(batch, True)
-        if isinstance(data, dict):
-            losses = model(**data, mode='loss')
-        else:
-            losses = model(*data, mode='loss')
-        loss, _ = model.parse_losses(losses)
+        loss, _ = model.parse_losses(losses(model, batch))
         parameters = learned(model)
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
     return [

@@ -41,6 +41,7 @@ cells = [
             custom_hooks=[
                 dict(type='StopWhenDiverged'),
                 dict(type='TrainModeGapHook'),
+                dict(type='RecalibratedHook'),
                 dict(type='UpdateRateHook', schedule='debiased'),
             ]
         ),

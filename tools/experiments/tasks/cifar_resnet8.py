@@ -4,7 +4,7 @@ custom_imports = dict(
     imports=['experiments.classification', 'experiments.hooks'],
     allow_failed_imports=False,
 )
-custom_hooks = [dict(type='TrainModeGapHook')]
+custom_hooks = [dict(type='TrainModeGapHook'), dict(type='RecalibratedHook')]
 data_root = 'data/cifar10_subset/'
 
 model = dict(

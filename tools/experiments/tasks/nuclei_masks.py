@@ -8,6 +8,6 @@ custom_imports = dict(
     imports=['experiments.contrast', 'experiments.hooks'],
     allow_failed_imports=False,
 )
-custom_hooks = [dict(type='TrainModeGapHook')]
+custom_hooks = [dict(type='TrainModeGapHook'), dict(type='RecalibratedHook')]
 val_evaluator = dict(type='ContrastIoUMetric')
 test_evaluator = val_evaluator
