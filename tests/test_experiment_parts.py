@@ -134,6 +134,19 @@ def test_the_update_rate_follows_its_schedule():
     assert [n.momentum for n in model] == pytest.approx([0.025, 0.075])
 
 
+def test_the_update_rate_follows_both():
+    norm = ws_mm.BCN(4, 2, momentum=0.2)
+    group = {'lr': 0.05, 'initial_lr': 0.2}
+    runner = SimpleNamespace(
+        model=norm, optim_wrapper=SimpleNamespace(param_groups=[group])
+    )
+    both = hooks.UpdateRateHook('both')
+    both.before_train(runner)
+    for runner.iter, rate in ((0, 1), (9, 0.1), (99, 0.05)):
+        both.before_train_iter(runner, 0)
+        assert norm.momentum == pytest.approx(rate)
+
+
 class Bowl(BaseModel):
     """A loss of known curvature, with state that training changes."""
 
@@ -190,12 +203,8 @@ def test_random_numbers_go_on_as_if_nothing_was_measured():
     assert torch.rand(1) == expected
 
 
-def test_training_mode_is_measured_and_undone():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5))
-    nn.init.constant_(model[0].running_mean, 5)
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    image = torch.randn(4, 3, 8, 8) + 2
+def runner_over(model, image, training=()):
+    """A runner that validates one batch; what it saw and wrote."""
     seen, written = [], {}
 
     class Loader(list):
@@ -210,6 +219,7 @@ def test_training_mode_is_measured_and_undone():
     runner = SimpleNamespace(
         model=model,
         iter=7,
+        train_dataloader=training,
         val_dataloader=Loader([image]),
         val_evaluator=SimpleNamespace(
             process=lambda data_samples, data_batch: None,
@@ -219,6 +229,16 @@ def test_training_mode_is_measured_and_undone():
             add_scalars=lambda values, step: written.update(values, step=step)
         ),
     )
+    return runner, seen, written
+
+
+def test_training_mode_is_measured_and_undone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5))
+    nn.init.constant_(model[0].running_mean, 5)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    image = torch.randn(4, 3, 8, 8) + 2
+    runner, seen, written = runner_over(model, image)
     model.train()
     hooks.TrainModeGapHook().after_train(runner)
     # The batch's own statistics, and no dropout.
@@ -229,6 +249,50 @@ def test_training_mode_is_measured_and_undone():
     torch.testing.assert_close(dict(model.state_dict()), state)
     assert model.training
     assert model[1].training
+
+
+def test_recalibrated_estimates_are_measured_and_undone():
+    torch.manual_seed(0)
+    model = nn.Sequential(ws_mm.BCN(4, 2), nn.Dropout(0.5), nn.BatchNorm2d(4))
+    images = torch.randn(5, 2, 4, 8, 8) * 3 + 2  # five batches, four taken
+    norm = model[0]
+    nn.init.normal_(norm.running_mean)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    image = torch.randn(4, 4, 8, 8)
+    runner, seen, written = runner_over(model, image, list(images))
+    model.data_preprocessor = lambda batch, training: (batch,)
+    forward = model.forward
+    model.forward = lambda x, mode='tensor': forward(x)
+    model.train()
+    hooks.RecalibratedHook(4).after_train(runner)
+    mean = images[:4].mean((0, 1, 3, 4))
+    # Each batch around the mean of those before it, the first around ours.
+    around = state['0.running_mean']
+    spreads = []
+    for count, batch in enumerate(images[:4], 1):
+        offset = batch - around[:, None, None]
+        spreads.append(offset.square().mean((0, 2, 3)))
+        around = images[:count].mean((0, 1, 3, 4))
+    var = torch.stack(spreads).mean(0)
+    expected = nn.functional.group_norm(
+        nn.functional.batch_norm(image, mean, var), 2
+    )
+    plain = nn.functional.batch_norm(
+        expected, state['2.running_mean'], state['2.running_var']
+    )
+    torch.testing.assert_close(seen[0], plain)
+    assert written == {'recalibrated/score': 4, 'step': 7}
+    torch.testing.assert_close(dict(model.state_dict()), state)
+    assert norm.momentum == 0.1
+    assert model.training
+    assert norm.training
+    # Nothing to say of a model without estimates.
+    del model[0]
+    runner, seen, written = runner_over(model, image, list(images))
+    hooks.RecalibratedHook(4).after_train(runner)
+    assert not seen
+    assert not written
 
 
 def test_thirds_by_contrast():

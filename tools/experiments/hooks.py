@@ -130,11 +130,7 @@ class RecalibratedHook(Hook):
     def after_train(self, runner: Any) -> None:
         """Average the moments of training images, then evaluate."""
         model = runner.model
-        norms = {
-            m: m.momentum
-            for m in model.modules()
-            if isinstance(m, BCN) and m.mode == 'estimate'
-        }
+        norms = {m: m.momentum for m in model.modules() if isinstance(m, BCN)}
         if not norms:
             return
         with kept(model):
