@@ -110,43 +110,6 @@ def test_a_variant_has_its_limits():
         variants.VariantBCN(6, 3, mode='batch')
 
 
-def test_the_update_rate_follows_its_schedule():
-    model = nn.Sequential(ws_mm.BCN(4, 2), ws_mm.BCN(4, 2, momentum=0.3))
-    group = {'lr': 0.0, 'initial_lr': 0.2}
-    runner = SimpleNamespace(
-        model=model, optim_wrapper=SimpleNamespace(param_groups=[group])
-    )
-    with pytest.raises(ValueError, match="'lr' is not one of 'debiased'"):
-        hooks.UpdateRateHook('lr')
-    debiased = hooks.UpdateRateHook('debiased')
-    debiased.before_train(runner)
-    for runner.iter, rates in (
-        (0, (1, 1)),
-        (3, (0.25, 0.3)),
-        (20, (0.1, 0.3)),
-    ):
-        debiased.before_train_iter(runner, 0)
-        assert [norm.momentum for norm in model] == list(rates)
-    following = hooks.UpdateRateHook('learning rate')
-    following.before_train(runner)
-    group['lr'] = 0.05
-    following.before_train_iter(runner, 0)
-    assert [n.momentum for n in model] == pytest.approx([0.025, 0.075])
-
-
-def test_the_update_rate_follows_both():
-    norm = ws_mm.BCN(4, 2, momentum=0.2)
-    group = {'lr': 0.05, 'initial_lr': 0.2}
-    runner = SimpleNamespace(
-        model=norm, optim_wrapper=SimpleNamespace(param_groups=[group])
-    )
-    both = hooks.UpdateRateHook('both')
-    both.before_train(runner)
-    for runner.iter, rate in ((0, 1), (9, 0.1), (99, 0.05)):
-        both.before_train_iter(runner, 0)
-        assert norm.momentum == pytest.approx(rate)
-
-
 class Bowl(BaseModel):
     """A loss of known curvature, with state that training changes."""
 

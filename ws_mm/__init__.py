@@ -22,6 +22,7 @@ from .norm import BCN
 from .resume import ExactResumeHook
 from .singularities import SingularitiesHook
 from .surgery import bake, check, convert
+from .update_rate import UpdateRateHook
 
 __version__ = '0.1.0'
 
@@ -32,6 +33,7 @@ __all__ = [
     'PretrainedGN',
     'SingularitiesHook',
     'SyncEstimatesHook',
+    'UpdateRateHook',
     'WSConv1d',
     'WSConv2d',
     'WSConv3d',

@@ -98,6 +98,9 @@ class BCN(nn.GroupNorm):
     # SyncEstimatesHook asks for them. No buffer: copies of the model made
     # before training (EMA) pair buffers by position.
     values_seen: Tensor | None = None
+    # The rate of this iteration, if UpdateRateHook sets it. A compiler would
+    # take momentum for a constant and compile again whenever it changes.
+    update_rate: Tensor | None = None
 
     def __init__(
         self,
@@ -202,6 +205,9 @@ class BCN(nn.GroupNorm):
             else:
                 values = input.shape[0] * input.shape[2:].numel()
                 self.values_seen.add_(values)
+        momentum: Any = None
+        if torch.compiler.is_compiling():
+            momentum = self.update_rate
         return batch_channel_norm(
             input,
             self.num_groups,
@@ -212,7 +218,7 @@ class BCN(nn.GroupNorm):
             self.weight,
             self.bias,
             training=self.training,
-            momentum=self.momentum,
+            momentum=self.momentum if momentum is None else momentum,
             eps=self.eps,
             mode=self.mode,
             update=not recomputed,

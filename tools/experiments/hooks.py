@@ -16,7 +16,6 @@ from ws_mm import BCN
 from ws_mm.singularities import NORMS
 
 DIVERGED = 'diverged.json'
-SCHEDULES = ('debiased', 'learning rate', 'both')
 Batch = Any
 
 
@@ -46,51 +45,6 @@ class StopWhenDiverged(Hook):
         raise FloatingPointError(
             f'the loss is {loss.item()} at iteration {runner.iter + 1}'
         )
-
-
-@HOOKS.register_module()
-class UpdateRateHook(Hook):
-    """Let the update rate of every BCN follow a schedule.
-
-    Formula, at iteration t from 0, with r the rate of the config:
-        'debiased': max(r, 1 / (t + 1)), a plain mean at first
-        'learning rate': r times the learning rate over its highest
-        'both': the larger of the two, with 1 / (t + 1) for the first
-
-    Args:
-        schedule: one of the three.
-
-    Raises:
-        ValueError: the schedule is unknown.
-    """
-
-    def __init__(self, schedule: str) -> None:
-        if schedule not in SCHEDULES:
-            raise ValueError(
-                f'schedule={schedule!r} is not one of '
-                f'{", ".join(map(repr, SCHEDULES))} (custom_hooks)'
-            )
-        self.schedule = schedule
-
-    def before_train(self, runner: Any) -> None:
-        """Note the rates of the config."""
-        self._rates = {
-            module: module.momentum
-            for module in runner.model.modules()
-            if isinstance(module, BCN)
-        }
-
-    def before_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Batch = None
-    ) -> None:
-        """Set the rate of this iteration."""
-        group = runner.optim_wrapper.param_groups[0]
-        for module, rate in self._rates.items():
-            if self.schedule != 'debiased':
-                rate *= group['lr'] / group['initial_lr']
-            if self.schedule != 'learning rate':
-                rate = max(rate, 1 / (runner.iter + 1))
-            module.momentum = rate
 
 
 @HOOKS.register_module()

@@ -1,0 +1,99 @@
+"""How fast the estimates of BCN move, over a training."""
+
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from torch import Tensor
+
+from .norm import BCN
+
+SCHEDULES = ('both', 'debiased', 'learning rate')
+
+
+@HOOKS.register_module()
+class UpdateRateHook(Hook):
+    """Let the update rate of every BCN follow the learning rate.
+
+    Formula, at iteration t from 0:
+        'debiased': rate = max(momentum, 1 / (t + 1))
+        'learning rate': rate = momentum * share
+        'both': rate = max(momentum * share, 1 / (t + 1))
+    with share = min(1, lr / initial_lr), the highest of the parameter
+    groups.
+
+    Convention: at a constant rate the estimates that evaluation uses are
+        those of the last few images, however far training has settled;
+        with the learning rate they settle, too. 1 / (t + 1) makes them the
+        plain mean of all images at first, whatever they started from, so
+        that those of a checkpoint are left behind. ``momentum`` is that of
+        the config again after training, and after a resume.
+
+    Args:
+        schedule: one of the three.
+
+    Raises:
+        ValueError: the schedule is unknown.
+    """
+
+    def __init__(self, schedule: str = 'both') -> None:
+        if schedule not in SCHEDULES:
+            raise ValueError(
+                f'schedule={schedule!r} is not one of '
+                f'{", ".join(map(repr, SCHEDULES))} '
+                "(custom_hooks=[dict(type='ws_mm.UpdateRateHook', "
+                'schedule=...)])'
+            )
+        self.schedule = schedule
+
+    def before_train(self, runner: Any) -> None:
+        """Note the rates of the config."""
+        self._momenta = {
+            module: module.momentum
+            for module in runner.model.modules()
+            if isinstance(module, BCN)
+        }
+        self._rates: dict[tuple[float, torch.device], Tensor] = {}
+        for layer, momentum in self._momenta.items():
+            key = momentum, layer.running_mean.device
+            if key not in self._rates:
+                self._rates[key] = torch.full((), momentum, device=key[1])
+            layer.update_rate = self._rates[key]
+
+    def before_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        """Set the rates of this iteration."""
+        share = 1.0
+        if self.schedule != 'debiased':
+            share = learning_rate_share(runner.optim_wrapper.param_groups)
+        floor = 0.0
+        if self.schedule != 'learning rate':
+            floor = 1 / (runner.iter + 1)
+        for (momentum, _), rate in self._rates.items():
+            rate.fill_(max(momentum * share, floor))
+        for layer, momentum in self._momenta.items():
+            layer.momentum = max(momentum * share, floor)
+
+    def after_train(self, runner: Any) -> None:
+        """Put the rates of the config back."""
+        for layer, momentum in self._momenta.items():
+            layer.momentum, layer.update_rate = momentum, None
+
+
+def learning_rate_share(groups: Any) -> float:
+    """The learning rate over that of the config, at most 1.
+
+    Args:
+        groups: of one optimizer, or of several by their names.
+    """
+    if isinstance(groups, dict):
+        groups = [group for own in groups.values() for group in own]
+    # Without a param_scheduler there is no initial_lr, and nothing changes.
+    shares = [
+        group['lr'] / group['initial_lr']
+        for group in groups
+        if group.get('initial_lr')
+    ]
+    return min(1.0, max(shares, default=1.0))
