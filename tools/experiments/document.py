@@ -53,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     path.write_text(fresh)
 
 
+def arguments_of(block: re.Match[str]) -> list[str]:
+    """Of the command in a match of :data:`BLOCK`."""
+    return shlex.split(block[2].replace('\\\n', ' '))
+
+
 def rendered(text: str, figures: bool = True) -> str:
     """The document with its tables as they should be.
 
@@ -62,7 +67,7 @@ def rendered(text: str, figures: bool = True) -> str:
     """
 
     def filled(block: re.Match[str]) -> str:
-        arguments = shlex.split(block[2])
+        arguments = arguments_of(block)
         if not figures and '--figure' in arguments:
             place = arguments.index('--figure')
             del arguments[place : place + 2]
