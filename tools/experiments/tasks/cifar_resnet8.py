@@ -27,7 +27,9 @@ train_dataloader = dict(
 val_dataloader = dict(
     batch_size=100,
     num_workers=0,
-    sampler=dict(type='DefaultSampler', shuffle=False),
+    # The folders are in the order of classes, of which a batch that norms
+    # take statistics of should have more than one.
+    sampler=dict(type='DefaultSampler', shuffle=True),
     collate_fn=dict(type='default_collate'),
     dataset=dict(type='ClassFolders', data_root=data_root + 'test'),
 )
