@@ -344,6 +344,12 @@ def test_equal_images_one_rule_for_the_rate():
         assert cfg.train_dataloader.batch_size == images
 
 
+def test_records_from_before_accumulation_are_found():
+    cell = grid.Cell('cifar_resnet8', 'GN')
+    assert cell.key == 'cifar-resnet8-gn-b1-s0_4f9f6fd8'
+    assert grid.Cell('cifar_resnet8', 'GN', accumulation=2).key != cell.key
+
+
 def test_norms_reach_every_norm_cfg_and_nothing_else():
     model = {
         'a': {'norm_cfg': None, 'conv_cfg': 1, 'width': 2},

@@ -46,11 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = path.read_text()
     except OSError as error:
         parser.error(f'{path} cannot be read: {error}')
-    os.chdir(ROOT)
-    fresh = rendered(text)
-    if fresh == text and not BLOCK.search(text):
+    if not BLOCK.search(text):
         parser.error(f'{path} has no block with a "{COMMAND}..."')
-    path.write_text(fresh)
+    os.chdir(ROOT)
+    path.write_text(rendered(text))
 
 
 def arguments_of(block: re.Match[str]) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.tables import Records, groups_of
+from experiments.tables import Records, groups_of, of_task
 
 Points = list[list[float]]
 
@@ -37,8 +37,8 @@ def draw_lines(
     figure, axes = panels(1, len(tasks), figsize=(5 * len(tasks), 4))
     for axis, task in zip(axes.flat, tasks, strict=True):
         lowest = 1.0
-        own = [r for r in found if r['cell']['task'] == task]
-        for index, (name, group) in enumerate(groups_of(own).items()):
+        groups = groups_of(of_task(found, task))
+        for index, (name, group) in enumerate(groups.items()):
             drawn = [points for r in group if (points := points_of(r))]
             for points in drawn:
                 x, y = zip(*points, strict=True)
@@ -65,10 +65,7 @@ def draw_points(
 ) -> None:
     """A point for each run, a panel for each task and metric."""
     keys = metrics or ['']
-    rows = {
-        task: groups_of([r for r in found if r['cell']['task'] == task])
-        for task in tasks
-    }
+    rows = {task: groups_of(of_task(found, task)) for task in tasks}
     figure, axes = panels(
         len(tasks),
         len(keys),

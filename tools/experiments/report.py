@@ -27,7 +27,14 @@ from experiments import records
 from experiments.figures import curve_of, draw_lines, draw_points, layers_of
 from experiments.grid import Cell, GridError
 from experiments.grid import load as load_grid
-from experiments.tables import Records, average, last, metrics_table, table
+from experiments.tables import (
+    Records,
+    average,
+    last,
+    metrics_table,
+    of_task,
+    table,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -104,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
     value = average if options.average else last
     for task in tasks:
-        own = [r for r in found if r['cell']['task'] == task]
+        own = of_task(found, task)
         if options.metrics:
             print(f'{metrics_table(task, own, options.metrics, value)}\n')
         else:

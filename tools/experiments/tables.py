@@ -7,6 +7,11 @@ from typing import Any
 Records = list[dict[str, Any]]
 
 
+def of_task(found: Records, task: str) -> Records:
+    """The runs of one task."""
+    return [record for record in found if record['cell']['task'] == task]
+
+
 def column_of(record: dict[str, Any]) -> tuple[tuple[int, int], float]:
     """Steps of one update and their images; learning-rate factor."""
     cell = record['cell']
