@@ -1,4 +1,4 @@
-"""The benchmarks run, describe themselves, and are what README.md shows."""
+"""The benchmarks run, describe themselves, and are what the documents show."""
 
 import json
 import math
@@ -263,9 +263,23 @@ def test_fused_and_plain_agreed_in_the_published_run():
     assert compared > 60
 
 
-@pytest.mark.parametrize('suite', ['layers', 'model'])
-def test_readme_shows_the_result(suite):
+@pytest.mark.parametrize(
+    ('suite', 'document'),
+    [('model', 'README.md'), ('layers', 'docs/benchmark.md')],
+)
+def test_documents_show_the_results(suite, document):
     path = BENCHMARK / f'results/{suite}--cpu.json'
     shown = table.table(json.loads(path.read_text()))
-    readme = (ROOT / 'README.md').read_text()
-    assert shown in readme, f'paste this into README.md:\n{shown}'
+    text = (ROOT / document).read_text()
+    assert shown in text, f'paste this into {document}:\n{shown}'
+
+
+def test_readme_shows_rows_of_the_layers():
+    path = BENCHMARK / 'results/layers--cpu.json'
+    lines = table.table(json.loads(path.read_text())).splitlines()
+    text = (ROOT / 'README.md').read_text()
+    start = text.index('Layer by layer')
+    shown = text[start : text.index('## Check', start)].splitlines()
+    rows = [line for line in shown if line.startswith('|')]
+    assert len(rows) > 10
+    assert {*rows} <= {*lines}

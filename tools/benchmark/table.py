@@ -1,4 +1,4 @@
-"""Print a benchmark result as the Markdown table that README.md shows.
+"""Print a benchmark result as the Markdown table that documents show.
 
 python tools/benchmark/table.py tools/benchmark/results/layers--cpu.json
 """
