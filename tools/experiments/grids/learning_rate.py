@@ -37,4 +37,10 @@ cells = [
         lr_factor=10.0,
         seeds=[0],
     ),
+    dict(
+        task='nuclei_instances',
+        norm=['GN+WS', 'BCN+WS'],
+        lr_factor=[1.0, 3.0],
+        seeds=[0],
+    ),
 ]

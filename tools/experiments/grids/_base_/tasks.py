@@ -7,7 +7,7 @@ folder = 'tools/experiments/tasks/'
 
 tasks = dict(
     nuclei_instances=dict(
-        config='configs/demo/mask-rcnn_r18_fpn64_gn-ws-all_2xb1-4e_nuclei.py',
+        config=folder + 'nuclei_instances.py',
         images=892,
         lr=0.01,
         at=1,
