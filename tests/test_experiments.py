@@ -20,8 +20,6 @@ GRIDS = sorted((ROOT / 'tools/experiments/grids').glob('*.py'))
 TASK = 'tools/experiments/tasks/cifar_resnet8.py'
 VGG = 'tools/experiments/tasks/cifar_vgg6.py'
 HOOKS = [
-    dict(type='StopWhenDiverged'),
-    dict(type='TrainModeGapHook'),
     dict(type='SmoothnessHook', interval=5),
     dict(type='ws_mm.SingularitiesHook', interval=6, num_batches=1),
 ]
@@ -81,7 +79,8 @@ def finished(images, tmp_path_factory):
                 task='tiny',
                 norm='BCN+WS',
                 images=2,
-                options={**own, 'custom_hooks': HOOKS},
+                options=own,
+                hooks=HOOKS,
             ),
             dict(task='tiny', norm='GN', lr_factor=1e38, options=own),
             # A stage of one pixel at one image: no batch statistics.
@@ -321,6 +320,14 @@ def test_a_second_call_is_kept_out(images, tmp_path):
             dict(task='tiny', norm='GN', accumulation=[1, 2.5]),
             'cells.0.accumulation=2.5 must be',
         ),
+        (
+            dict(task='tiny', norm='GN', hooks=dict(type='EMAHook')),
+            r"cells.0.hooks=\{'type': 'EMAHook'\} must be a list",
+        ),
+        (
+            dict(task='tiny', norm='GN', hooks=['EMAHook']),
+            r"cells.0.hooks=\['EMAHook'\] must be a list",
+        ),
     ],
 )
 def test_a_wrong_grid_is_refused(cell, message, tmp_path):
@@ -344,10 +351,26 @@ def test_equal_images_one_rule_for_the_rate():
         assert cfg.train_dataloader.batch_size == images
 
 
-def test_records_from_before_accumulation_are_found():
+def test_records_from_before_a_setting_are_found():
     cell = grid.Cell('cifar_resnet8', 'GN')
     assert cell.key == 'cifar-resnet8-gn-b1-s0_4f9f6fd8'
-    assert grid.Cell('cifar_resnet8', 'GN', accumulation=2).key != cell.key
+    for setting in (dict(accumulation=2), dict(hooks=HOOKS)):
+        changed = grid.Cell('cifar_resnet8', 'GN', **setting)
+        assert changed.key != cell.key
+
+
+def test_hooks_of_a_cell_come_beside_those_of_its_task():
+    task = dict(config=TASK, images=160, lr=0.1, at=8, metric='accuracy')
+    own = grid.config_of(grid.Cell('tiny', 'GN'), task).custom_hooks
+    kinds = {hook['type'] for hook in own}
+    assert kinds == {
+        'TrainModeGapHook',
+        'RecalibratedHook',
+        'StopWhenDiverged',
+    }
+    cfg = grid.config_of(grid.Cell('tiny', 'GN', hooks=HOOKS), task)
+    assert [h for h in cfg.custom_hooks if h not in own] == HOOKS
+    assert all(hook in cfg.custom_hooks for hook in own)
 
 
 def test_norms_reach_every_norm_cfg_and_nothing_else():

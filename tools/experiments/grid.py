@@ -13,8 +13,9 @@ A grid file is an mmengine config with
 
 and in a cell, optionally, lists of values under images, norm, lr_factor
 (times the rule's rate), accumulation (steps whose gradients make one update,
-counted by the rule), norm_cfg (a dict of changed settings), options (a
-dict of config keys) and name (what the tables call the row).
+counted by the rule), norm_cfg (a dict of changed settings), hooks (beside
+those of the task), options (a dict of config keys) and name (what the tables
+call the row).
 """
 
 import hashlib
@@ -32,7 +33,10 @@ TASK_KEYS = {'config', 'images', 'lr', 'at', 'metric'}
 TASK_OPTIONS = {'validations': 4}
 DEFAULTS = {'images': 1, 'lr_factor': 1.0, 'accumulation': 1}
 LISTED = ('task', 'norm', *DEFAULTS)
-CELL_KEYS = {*LISTED, 'seeds', 'norm_cfg', 'options', 'name'}
+OTHERS = ('norm_cfg', 'hooks', 'options', 'name')
+CELL_KEYS = {*LISTED, 'seeds', *OTHERS}
+# Added later: records from before them are found, too.
+ADDED = {'accumulation': 1, 'hooks': []}
 WARM_UP = 0.1  # share of the steps
 SAVES = 4  # over a run
 
@@ -50,6 +54,7 @@ class Cell:
     norm_cfg: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     name: str = ''
+    hooks: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -59,9 +64,11 @@ class Cell:
     @property
     def key(self) -> str:
         """A file name that tells it from all others."""
-        told = asdict(self)
-        if self.accumulation == 1:  # as records from before it have it
-            del told['accumulation']
+        told = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ADDED or value != ADDED[name]
+        }
         text = json.dumps(told, sort_keys=True)
         words = f'{self.task}_{self.label}_b{self.images}_s{self.seed}'
         safe = ''.join(c if c.isalnum() else '-' for c in words.lower())
@@ -123,6 +130,14 @@ def load(path: str | Path) -> Grid:
                     raise GridError(
                         f'{where}.{key}={value!r} must be at least 1'
                     )
+            if not isinstance(cell.hooks, list) or not all(
+                isinstance(hook, dict) and 'type' in hook
+                for hook in cell.hooks
+            ):
+                raise GridError(
+                    f'{where}.hooks={cell.hooks!r} must be a list of '
+                    'dict(type=..., ...)'
+                )
             cells[cell.key] = cell
     if not cells:
         raise GridError(f'{path} has no cells')
@@ -155,11 +170,7 @@ def _expand(entry: dict[str, Any]) -> list[Cell]:
         value if isinstance(value, list) else [value]
         for value in (entry.get(key, DEFAULTS.get(key)) for key in LISTED)
     ]
-    common = {
-        key: entry[key]
-        for key in ('norm_cfg', 'options', 'name')
-        if key in entry
-    }
+    common = {key: entry[key] for key in OTHERS if key in entry}
     return [
         Cell(**dict(zip(LISTED, values, strict=True)), seed=seed, **common)
         for *values, seed in itertools.product(*lists, entry.get('seeds', [0]))
@@ -240,6 +251,7 @@ def config_of(cell: Cell, task: dict[str, Any]) -> Config:
     }
     cfg.custom_hooks = [
         *(cfg.get('custom_hooks') or []),
+        *cell.hooks,
         {'type': 'StopWhenDiverged'},
     ]
     cfg.merge_from_dict(cell.options)

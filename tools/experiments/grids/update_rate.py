@@ -14,14 +14,7 @@ rows = [
         dict(
             norm_cfg=dict(momentum=rate),
             name=f'BCN+WS, rate {rate}, {schedule}',
-            options=dict(
-                custom_hooks=[
-                    dict(type='StopWhenDiverged'),
-                    dict(type='TrainModeGapHook'),
-                    dict(type='RecalibratedHook'),
-                    dict(type='UpdateRateHook', schedule=schedule),
-                ]
-            ),
+            hooks=[dict(type='UpdateRateHook', schedule=schedule)],
         )
         for rate, schedule in (
             (0.01, 'debiased'),
@@ -34,4 +27,9 @@ cells = [
     dict(row, task=task, norm='BCN+WS', lr_factor=factor, seeds=three)
     for task, factor in (('nuclei_masks', 3.0), ('cifar_resnet8', 10.0))
     for row in rows
+] + [
+    dict(row, task='nuclei_instances', norm='BCN+WS', lr_factor=factor)
+    for row in rows
+    if row.get('name') in (None, 'BCN+WS, rate 0.01, debiased')
+    for factor in (1.0, 3.0)
 ]
