@@ -378,12 +378,12 @@ def test_norms_reach_every_norm_cfg_and_nothing_else():
         'a': {'norm_cfg': None, 'conv_cfg': 1, 'width': 2},
         'b': [{'norm_cfg': {'type': 'GN'}}, {'c': {}}],
     }
-    assert norms.apply(model, 'BCN+WS', momentum=0.01) == 2
-    assert model['a']['norm_cfg']['momentum'] == 0.01
+    assert norms.apply(model, 'BCN+WS', momentum=0.3) == 2
+    assert model['a']['norm_cfg']['momentum'] == 0.3
     assert model['a']['width'] == 2
     assert model['b'][0]['conv_cfg'] == norms.WS
     assert model['b'][1] == {'c': {}}
-    assert 'momentum' not in norms.BCN
+    assert norms.BCN['momentum'] == 0.01
 
 
 @pytest.mark.parametrize('path', GRIDS, ids=lambda path: path.stem)

@@ -4,7 +4,8 @@ from typing import Any
 
 GROUPS = 16  # the small models have few channels
 WS = {'type': 'ws_mm.WSConv2d'}
-BCN = {'type': 'ws_mm.BCN', 'num_groups': GROUPS}
+# Said here, so that a record means the same whatever the layer's default.
+BCN = {'type': 'ws_mm.BCN', 'num_groups': GROUPS, 'momentum': 0.01}
 Parts = tuple[dict[str, Any] | None, dict[str, Any]]
 
 # name: (conv_cfg, norm_cfg)
@@ -18,7 +19,7 @@ NORMS: dict[str, Parts] = {
     'GN+WS': (WS, {'type': 'GN', 'num_groups': GROUPS}),
     'BCN': (None, BCN),
     'BCN+WS': (WS, BCN),
-    'BCN+WS batch': (WS, {**BCN, 'mode': 'batch'}),
+    'BCN+WS batch': (WS, {**BCN, 'mode': 'batch', 'momentum': 0.1}),
     'BCN+WS variant': (WS, {**BCN, 'type': 'VariantBCN'}),
     'BCN+WS channel': (WS, {**BCN, 'outer_affine': 'channel'}),
 }

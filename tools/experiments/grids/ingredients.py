@@ -2,13 +2,20 @@
 
 _base_ = './_base_/tasks.py'
 
-cifar = dict(task='cifar_resnet8', lr_factor=10.0, seeds=[0, 1, 2])
-masks = dict(task='nuclei_masks', lr_factor=3.0, seeds=[0, 1, 2])
+two, three = [0, 1], [0, 1, 2]
+cifar = dict(task='cifar_resnet8', lr_factor=10.0, seeds=three)
+masks = dict(task='nuclei_masks', lr_factor=3.0, seeds=three)
 gn = dict(type='GN', num_groups=16)
 cells = [
     dict(cifar, norm=['GN+WS', 'BCN+WS']),
     *[
-        dict(cifar, norm='BCN+WS variant', norm_cfg=settings, name=name)
+        {
+            **cifar,
+            'norm': 'BCN+WS variant',
+            'norm_cfg': settings,
+            'name': name,
+            'seeds': two,
+        }
         for name, settings in (
             ('BCN+WS, centering only', dict(scaling=False)),
             ('BCN+WS, scaling only', dict(centering=False)),
@@ -17,13 +24,13 @@ cells = [
     ],
     dict(masks, norm=['GN+WS', 'BCN+WS']),
     *[
-        dict(
-            masks,
-            norm='BCN+WS',
-            name=f'BCN+WS in the {where}, GN+WS elsewhere',
-            options={f'model.{other}.norm_cfg': gn},
-            seeds=[0, 1],
-        )
+        {
+            **masks,
+            'norm': 'BCN+WS',
+            'name': f'BCN+WS in the {where}, GN+WS elsewhere',
+            'options': {f'model.{other}.norm_cfg': gn},
+            'seeds': two,
+        }
         for where, other in (
             ('backbone', 'decode_head'),
             ('head', 'backbone'),

@@ -3,44 +3,38 @@
 _base_ = './_base_/tasks.py'
 
 factors = [1.0, 3.0, 10.0]
+
+
+def fast(norm):
+    """A norm whose estimates move at the rate of BatchNorm."""
+    return dict(
+        norm=norm, norm_cfg=dict(momentum=0.1), name=f'{norm}, rate 0.1'
+    )
+
+
+cifar = dict(task='cifar_resnet8', seeds=[0])
+masks = dict(task='nuclei_masks', seeds=[0])
+instances = dict(task='nuclei_instances', seeds=[0], lr_factor=[1.0, 3.0])
 cells = [
+    dict(cifar, norm=['BN', 'GN', 'GN+WS'], lr_factor=[*factors, 30.0]),
+    dict(cifar, **fast('BCN+WS'), lr_factor=[*factors, 30.0]),
+    dict(cifar, norm='BN', images=16, lr_factor=factors),
     dict(
-        task='cifar_resnet8',
-        norm=['BN', 'GN', 'GN+WS', 'BCN+WS'],
-        lr_factor=[*factors, 30.0],
-        seeds=[0],
-    ),
-    dict(
-        task='cifar_resnet8',
-        norm='BN',
-        images=16,
-        lr_factor=factors,
-        seeds=[0],
-    ),
-    dict(
-        task='cifar_resnet8',
-        norm=['GN+WS', 'BCN+WS', 'BCN+WS batch'],
+        cifar,
+        norm=['GN+WS', 'BCN+WS batch'],
         images=16,
         lr_factor=[3.0, 10.0],
-        seeds=[0],
     ),
-    dict(task='cifar_resnet8', norm='BCN', lr_factor=factors, seeds=[0]),
+    dict(cifar, **fast('BCN+WS'), images=16, lr_factor=[3.0, 10.0]),
+    dict(cifar, **fast('BCN'), lr_factor=factors),
+    dict(masks, norm=['GN', 'GN+WS'], lr_factor=[1.0, 3.0]),
+    dict(masks, norm='GN+WS', lr_factor=10.0),
+    dict(masks, **fast('BCN+WS'), lr_factor=factors),
+    dict(instances, norm='GN+WS'),
     dict(
-        task='nuclei_masks',
-        norm=['GN', 'GN+WS', 'BCN+WS'],
-        lr_factor=[1.0, 3.0],
-        seeds=[0],
-    ),
-    dict(
-        task='nuclei_masks',
-        norm=['GN+WS', 'BCN+WS'],
-        lr_factor=10.0,
-        seeds=[0],
-    ),
-    dict(
-        task='nuclei_instances',
-        norm=['GN+WS', 'BCN+WS'],
-        lr_factor=[1.0, 3.0],
-        seeds=[0],
+        instances,
+        norm='BCN+WS',
+        name='BCN+WS, debiased',
+        hooks=[dict(type='UpdateRateHook', schedule='debiased')],
     ),
 ]

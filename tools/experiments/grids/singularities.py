@@ -17,25 +17,8 @@ def measured(interval):
 
 vgg = dict(task='cifar_vgg6', seeds=[0, 1, 2])
 each = dict(vgg, hooks=measured(500))
-slow = dict(
-    each,
-    norm_cfg=dict(momentum=0.01),
-    hooks=[
-        *measured(500),
-        dict(type='UpdateRateHook', schedule='debiased'),
-    ],
-)
 cells = [
     dict(each, norm='GN'),
-    dict(each, norm='GN+WS', lr_factor=10.0),
-    *[
-        dict(
-            slow,
-            norm=norm,
-            lr_factor=10.0,
-            name=f'{norm}, rate 0.01, debiased',
-        )
-        for norm in ('BCN', 'BCN+WS')
-    ],
+    dict(each, norm=['GN+WS', 'BCN', 'BCN+WS'], lr_factor=10.0),
     dict(vgg, norm='BN', images=16, hooks=measured(31)),
 ]
