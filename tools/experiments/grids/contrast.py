@@ -14,7 +14,19 @@ cifar = dict(task='cifar_resnet8', lr_factor=10.0)
 fast = dict(
     norm='BCN+WS', norm_cfg=dict(momentum=0.1), name='BCN+WS, rate 0.1'
 )
+# Instances are trained without distortion of the brightness.
+debiased = dict(
+    norm='BCN+WS',
+    name='BCN+WS, debiased',
+    hooks=[dict(type='UpdateRateHook', schedule='debiased')],
+)
 cells = [
+    dict(task='nuclei_instances', norm='GN+WS'),
+    dict(task='nuclei_instances', **debiased),
+    dict(task='nuclei_instances', **fast),
+    dict(task='nuclei_instances_standardized', norm='GN+WS'),
+    dict(task='nuclei_instances_standardized', **debiased),
+    dict(task='nuclei_instances_standardized', **fast),
     dict(raw, norm=['GN+WS', 'BCN+WS']),
     {**raw, **fast, 'seeds': two},
     dict(standardized, norm=['GN+WS', 'BCN+WS']),

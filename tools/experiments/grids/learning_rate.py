@@ -26,7 +26,7 @@ cells = [
         lr_factor=[3.0, 10.0],
     ),
     dict(cifar, **fast('BCN+WS'), images=16, lr_factor=[3.0, 10.0]),
-    dict(cifar, **fast('BCN'), lr_factor=factors),
+    dict(cifar, **fast('BCN'), lr_factor=[1.0, 3.0]),
     dict(masks, norm=['GN', 'GN+WS'], lr_factor=[1.0, 3.0]),
     dict(masks, norm='GN+WS', lr_factor=10.0),
     dict(masks, **fast('BCN+WS'), lr_factor=factors),

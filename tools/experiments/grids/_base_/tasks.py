@@ -4,15 +4,14 @@ masks = dict(images=1000, lr=0.02, at=1, metric='mIoU', validations=1)
 half = dict(masks, images=500)
 classes = dict(images=20000, at=128, metric='accuracy')
 folder = 'tools/experiments/tasks/'
+instances = dict(
+    images=892, lr=0.01, at=1, metric='coco/segm_mAP', validations=1
+)
 
 tasks = dict(
-    nuclei_instances=dict(
-        config=folder + 'nuclei_instances.py',
-        images=892,
-        lr=0.01,
-        at=1,
-        metric='coco/segm_mAP',
-        validations=1,
+    nuclei_instances=dict(instances, config=folder + 'nuclei_instances.py'),
+    nuclei_instances_standardized=dict(
+        instances, config=folder + 'nuclei_instances_standardized.py'
     ),
     nuclei_masks=dict(masks, config=folder + 'nuclei_masks.py'),
     nuclei_masks_raw=dict(half, config=folder + 'nuclei_masks_raw.py'),
