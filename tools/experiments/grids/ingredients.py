@@ -12,7 +12,7 @@ debiased = dict(type='UpdateRateHook', schedule='debiased')
 
 def placed(where, elsewhere):
     """BCN+WS in one place, GN+WS in the others."""
-    gn = dict(type='GN', num_groups=16)
+    gn = dict(_delete_=True, type='GN', num_groups=16)
     return dict(
         norm='BCN+WS',
         name=f'BCN+WS in the {where}, GN+WS elsewhere',
