@@ -187,7 +187,7 @@ def norm_oracle(
         {name: values.clone() for name, values in state.items()},
         groups_of(layer),
         training=layer['training'],
-        momentum=cfg.get('momentum', 0.1),
+        momentum=cfg.get('momentum', 0.01),
         eps=cfg.get('eps', 1e-5),
         mode='batch' if is_batch(cfg) else 'estimate',
     )

@@ -247,7 +247,7 @@ def test_recalibrated_estimates_are_measured_and_undone():
     torch.testing.assert_close(seen[0], plain)
     assert written == {'recalibrated/score': 4, 'step': 7}
     torch.testing.assert_close(dict(model.state_dict()), state)
-    assert norm.momentum == 0.1
+    assert norm.momentum == 0.01
     assert model.training
     assert norm.training
     # Nothing to say of a model without estimates.

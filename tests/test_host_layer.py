@@ -183,7 +183,7 @@ def test_a_rank_whose_values_are_not_finite_keeps_the_average_finite(world):
 
 
 def test_a_first_batch_far_from_the_initial_estimates(kernels):
-    layer = BCN(CHANNELS, GROUPS)
+    layer = BCN(CHANNELS, GROUPS, momentum=0.1)
     for step in range(150):
         x = torch.randn(1, CHANNELS, 16, 16) * 100 + 1000
         x.requires_grad_()

@@ -162,7 +162,7 @@ def test_standardize_weight_equals_formula(
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('mode', MODES)
 def test_half_precision_is_normalized_in_float32(kernels, mode, dtype):
-    layer = BCN(32, 8, mode=mode)
+    layer = BCN(32, 8, momentum=0.1, mode=mode)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, mean=0.5)
     # Squares of these overflow in float16.

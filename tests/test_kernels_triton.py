@@ -358,7 +358,7 @@ def test_missing_affines_are_one_and_zero(without, outer):
 @HALF
 @pytest.mark.parametrize('mode', ['estimate', 'batch'])
 def test_half_precision_is_normalized_in_float32(mode, dtype):
-    layer = BCN(12, 3, mode=mode)
+    layer = BCN(12, 3, momentum=0.1, mode=mode)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, mean=0.5)
     # Squares of these overflow in float16.

@@ -147,7 +147,7 @@ def test_survives_copy_pickle_and_state_dict():
 
 def test_representation_names_what_makes_the_layer():
     assert repr(BCN(48, mode='batch')) == (
-        'BCN(48, num_groups=24, eps=1e-05, momentum=0.1, affine=True, '
+        'BCN(48, num_groups=24, eps=1e-05, momentum=0.01, affine=True, '
         "mode='batch', outer_affine='group')"
     )
 

@@ -62,7 +62,9 @@ def test_the_share_of_several_groups():
 
 
 def test_refuses():
-    with pytest.raises(ValueError, match="schedule='lr' is not one of 'both'"):
+    with pytest.raises(
+        ValueError, match="schedule='lr' is not one of 'debiased'"
+    ):
         ws_mm.UpdateRateHook('lr')
 
 
@@ -77,7 +79,7 @@ def test_compiled_once_for_all_rates():
     run = torch.compile(model, backend=counter, fullgraph=True)
     group = {'initial_lr': 1.0}
     runner = pretended(nn.ModuleList([model, eager]), group)
-    hook = ws_mm.UpdateRateHook()
+    hook = ws_mm.UpdateRateHook('both')
     hook.before_train(runner)
     for runner.iter in range(12):
         group['lr'] = 1 - runner.iter / 12
@@ -97,7 +99,10 @@ class Trained(BaseModel):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 4, 3), ws_mm.BCN(4, 2)
+        self.conv, self.norm = (
+            nn.Conv2d(3, 4, 3),
+            ws_mm.BCN(4, 2, momentum=0.1),
+        )
 
     def forward(self, inputs: Tensor, mode: str = 'tensor') -> Any:
         return {'loss': (self.norm(self.conv(inputs)) - inputs.mean()).std()}
@@ -133,7 +138,10 @@ def train(folder: Any, steps: int = 8, resume: bool = False) -> Any:
         default_hooks=dict(
             checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=4)
         ),
-        custom_hooks=[dict(type='ws_mm.UpdateRateHook'), Watch(seen)],
+        custom_hooks=[
+            dict(type='ws_mm.UpdateRateHook', schedule='both'),
+            Watch(seen),
+        ],
         resume=resume,
         log_level='ERROR',
         experiment_name=f'{folder}-{resume}'.replace('/', '-'),

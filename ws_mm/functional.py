@@ -124,7 +124,7 @@ def batch_channel_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
-    momentum: float = 0.1,
+    momentum: float = 0.01,
     eps: float = 1e-5,
     mode: str = 'estimate',
     update: bool = True,

@@ -8,7 +8,12 @@ _base_ = [
 # eps outside the root, as in the authors' DeepLab, although they trained
 # these weights with eps inside.
 conv_cfg = dict(type='ws_mm.WSConv2d')
-norm_cfg = dict(type='ws_mm.BCN', num_groups=32, mode='sync_batch')
+norm_cfg = dict(
+    type='ws_mm.BCN',
+    num_groups=32,
+    mode='sync_batch',
+    momentum=0.1,  # of nn.BatchNorm2d, these being batch statistics
+)
 model = dict(
     backbone=dict(
         conv_cfg=conv_cfg,

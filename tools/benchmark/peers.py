@@ -26,7 +26,8 @@ def norms(channels: int, device: str) -> dict[str, Callable[[], nn.Module]]:
     contenders: dict[str, Callable[[], nn.Module]] = {
         'GroupNorm': lambda: nn.GroupNorm(32, channels),
         'BatchNorm2d': lambda: nn.BatchNorm2d(channels),
-        'authors BCN': lambda: BCNorm(channels),
+        # At our rate: theirs has no published one.
+        'authors BCN': lambda: BCNorm(channels, rate=0.01),
         'BCN estimate': lambda: ws_mm.BCN(channels),
         'BCN batch': lambda: ws_mm.BCN(channels, mode='batch'),
         'BCN plain': lambda: ws_mm.BCN(channels),
