@@ -62,9 +62,8 @@ class BCN(nn.GroupNorm):
             that the newest batch gets. The authors published none for their
             estimates; 0.01 was best and steadiest at one image where rates
             from 0.01 to 0.3 were compared (docs/results.md). It takes a few
-            hundred steps to forget the start: a shorter training wants 0.1
-            or :class:`~ws_mm.update_rate.UpdateRateHook`. 0.1 suits mode
-            'batch', as it does ``nn.BatchNorm2d``.
+            hundred steps to forget the start: a shorter training wants 0.1,
+            as do the batch modes and ``nn.BatchNorm2d``.
         affine: whether both affines are learned.
         mode: 'estimate' for batches of any size down to one image, 'batch'
             for large batches, 'sync_batch' for batches that are large over
