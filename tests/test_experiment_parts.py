@@ -103,6 +103,16 @@ def test_a_variant_is_called_twice_before_the_backward():
     )
 
 
+@pytest.mark.parametrize('blend', [0.0, 0.5])
+def test_a_variant_takes_no_image_and_vectors(blend):
+    norm = randomized(blend=blend).train()
+    mean = norm.running_mean.clone()
+    assert norm(torch.empty(0, 6, 5, 4).double()).shape == (0, 6, 5, 4)
+    assert torch.equal(norm.running_mean, mean)
+    x = torch.randn(3, 6, dtype=torch.double)
+    torch.testing.assert_close(norm.eval()(x[..., None])[..., 0], norm(x))
+
+
 def test_a_variant_has_its_limits():
     with pytest.raises(ValueError, match='blend=1.5 must be in'):
         variants.VariantBCN(6, 3, blend=1.5)

@@ -60,28 +60,26 @@ class VariantBCN(BCN):
             )
             self.running_mean.copy_(moved[0])
             self.running_var.copy_(moved[1])
-        if not self.blend:
+        if not self.blend or not input.numel():
             return self._normalize(input, self.running_mean, self.running_var)
-        outputs = []
-        for image in input.split(1):
-            with torch.no_grad():
-                var, mean = torch.var_mean(
-                    image.transpose(0, 1).flatten(1), 1, correction=0
-                )
-                mean = torch.lerp(self.running_mean, mean, self.blend)
-                var = torch.lerp(self.running_var, var, self.blend)
-            outputs.append(self._normalize(image, mean, var))
-        return torch.cat(outputs) if outputs else input
+        with torch.no_grad():
+            var, mean = torch.var_mean(
+                input.reshape(*input.shape[:2], -1), 2, correction=0
+            )
+            mean = torch.lerp(self.running_mean, mean, self.blend)
+            var = torch.lerp(self.running_var, var, self.blend)
+        return self._normalize(input, mean, var)
 
     def _normalize(self, input: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        return batch_channel_norm(
-            input,
-            self.num_groups,
-            mean if self.centering else torch.zeros_like(mean),
-            var if self.scaling else torch.ones_like(var),
-            self.bn_weight,
-            self.bn_bias,
-            self.weight,
-            self.bias,
+        # Images with moments of their own are channels of one image.
+        count = mean.numel() // self.num_features
+        affines = (self.bn_weight, self.bn_bias, self.weight, self.bias)
+        output = batch_channel_norm(
+            input.reshape(-1, mean.numel(), *input.shape[2:]),
+            self.num_groups * count,
+            (mean if self.centering else torch.zeros_like(mean)).flatten(),
+            (var if self.scaling else torch.ones_like(var)).flatten(),
+            *(affine.repeat(count) for affine in affines),
             eps=self.eps,
         )
+        return output.view_as(input)

@@ -1,4 +1,7 @@
-"""Which learning rate suits each norm: times that of the linear rule."""
+"""Which learning rate suits each norm: times that of the linear rule.
+
+And, for instances, whether a longer warm-up helps BCN.
+"""
 
 _base_ = './_base_/tasks.py'
 
@@ -37,4 +40,15 @@ cells = [
         name='BCN+WS, debiased',
         hooks=[dict(type='UpdateRateHook', schedule='debiased')],
     ),
+    {
+        **instances,
+        **fast('BCN+WS'),
+        'name': 'BCN+WS, rate 0.1, warm-up over half',
+        'lr_factor': 1.0,
+        'options': {
+            'param_scheduler.0.end': 446,
+            'param_scheduler.1.begin': 446,
+            'param_scheduler.1.T_max': 446,
+        },
+    },
 ]
