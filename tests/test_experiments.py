@@ -252,6 +252,8 @@ def test_killed_and_half_written_runs_are_resumed(images, tmp_path):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    (cut,) = run.attempts_of(work_dir)
+    assert cut['seconds'] > 1
     record = tmp_path / 'out/records' / f'{cell.key}.json'
     assert not record.exists()
     record.parent.mkdir(exist_ok=True)
@@ -264,6 +266,10 @@ def test_killed_and_half_written_runs_are_resumed(images, tmp_path):
     found = records.read(record)
     steps = [step for step, _ in found['curve']]
     assert steps == list(range(1, 81))
+    first, last = run.attempts_of(work_dir)
+    assert first == cut
+    assert found['seconds'] == cut['seconds'] + last['seconds']
+    assert found['peak_bytes'] == last['peak_bytes'] > 1e8
     assert not list(work_dir.glob('*.pth'))
 
 

@@ -194,6 +194,8 @@ def run_cell(
     (work_dir / DIVERGED).unlink(missing_ok=True)
     config_of(cell, task).dump(config)
     log = work_dir / 'output.log'
+    attempts = [*attempts_of(work_dir), {'started': time.time()}]
+    write_attempts(work_dir, attempts)
     started = time.monotonic()
     with log.open('a') as file:
         process = subprocess.Popen(
@@ -208,13 +210,11 @@ def run_cell(
         )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    attempts = work_dir / 'attempts.jsonl'
-    with attempts.open('a') as file:
-        attempt = {
-            'seconds': time.monotonic() - started,
-            'peak_bytes': usage.ru_maxrss * 1024,
-        }
-        file.write(json.dumps(attempt) + '\n')
+    attempts[-1] |= {
+        'seconds': time.monotonic() - started,
+        'peak_bytes': usage.ru_maxrss * 1024,
+    }
+    write_attempts(work_dir, attempts)
     record = outcome(cell, task, work_dir, process.returncode)
     if record is None:
         tail = log.read_text().splitlines()[-12:]
@@ -224,6 +224,32 @@ def run_cell(
     for checkpoint in work_dir.glob('*.pth'):
         checkpoint.unlink()
     return record
+
+
+def attempts_of(work_dir: Path) -> list[dict[str, float]]:
+    """Time and memory of every call so far that trained this cell.
+
+    A call that was killed could not write its end; its training lasted at
+    least until it last said something.
+    """
+    path = work_dir / 'attempts.jsonl'
+    if not path.exists():
+        return []
+    attempts = [json.loads(line) for line in path.read_text().splitlines()]
+    for attempt in attempts:
+        if 'seconds' not in attempt:
+            said = (work_dir / 'output.log').stat().st_mtime
+            attempt['seconds'] = max(0.0, said - attempt['started'])
+            attempt['peak_bytes'] = 0
+    return attempts
+
+
+def write_attempts(work_dir: Path, attempts: list[dict[str, float]]) -> None:
+    """Replace the file as a whole, so that no kill leaves half a line."""
+    path = work_dir / 'attempts.jsonl'
+    draft = path.with_suffix('.draft')
+    draft.write_text(''.join(json.dumps(a) + '\n' for a in attempts))
+    draft.replace(path)
 
 
 def outcome(
@@ -253,8 +279,7 @@ def outcome(
         return None
     else:
         metric = metrics[-1][task['metric']]
-    lines = (work_dir / 'attempts.jsonl').read_text().splitlines()
-    attempts = [json.loads(line) for line in lines]
+    attempts = attempts_of(work_dir)
     return {
         'schema': records.SCHEMA,
         'task': task,
