@@ -1,5 +1,6 @@
 """The document of results says what the published records say."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -11,12 +12,32 @@ from experiments import document, records  # noqa: E402
 
 PATH = ROOT / 'docs/results.md'
 RECORDS = ROOT / 'docs/results/records.json'
+SPREAD = re.compile(r'(\d[\d.]*) ± (\d[\d.]*)')
 
 
 def test_tables_are_those_of_the_records(monkeypatch):
     monkeypatch.chdir(ROOT)
     text = PATH.read_text()
     assert document.rendered(text, figures=False) == text
+
+
+def test_spreads_in_the_readme_are_those_of_the_tables():
+    there = SPREAD.findall(
+        ''.join(
+            line
+            for line in PATH.read_text().splitlines()
+            if line.startswith('|')
+        )
+    )
+    shown = SPREAD.findall((ROOT / 'README.md').read_text())
+    assert len(shown) > 5
+    for pair in shown:
+        assert any(all(map(rounds_to, known, pair)) for known in there), pair
+
+
+def rounds_to(value: str, shown: str) -> bool:
+    digits = len(shown.partition('.')[2])
+    return abs(float(value) - float(shown)) <= 0.5 * 10**-digits + 1e-9
 
 
 def test_every_figure_is_drawn_by_a_command_and_shown():
