@@ -224,6 +224,18 @@ def test_training_mode_is_measured_and_undone():
     assert model[1].training
 
 
+def test_an_image_that_training_mode_cannot_take_is_no_failure():
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    runner, seen, written = runner_over(model, torch.randn(1, 3, 1, 1))
+    hooks.TrainModeGapHook().after_train(runner)
+    assert not seen
+    assert not written
+    assert model.training
+    runner, *_ = runner_over(model, torch.randn(3))
+    with pytest.raises(ValueError, match='expected 4D'):
+        hooks.TrainModeGapHook().after_train(runner)
+
+
 def test_recalibrated_estimates_are_measured_and_undone():
     torch.manual_seed(0)
     model = nn.Sequential(ws_mm.BCN(4, 2), nn.Dropout(0.5), nn.BatchNorm2d(4))

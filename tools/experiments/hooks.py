@@ -3,12 +3,14 @@
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
@@ -16,6 +18,11 @@ from ws_mm import BCN
 from ws_mm.singularities import NORMS
 
 DIVERGED = 'diverged.json'
+# What says that a norm cannot do its work on these activations.
+IMPOSSIBLE = re.compile(
+    '.*more than (?:1|one) value per channel.*'
+    '|a group of one value cannot be normalized.*'
+)
 Batch = Any
 
 
@@ -52,7 +59,8 @@ class TrainModeGapHook(Hook):
     """Evaluate once more at the end, with the norms as in training.
 
     The metrics get the prefix ``train_mode/``. What the norms keep is put
-    back afterwards.
+    back afterwards. Where one validation image leaves a norm one value per
+    channel, as a training on many images need not, there is no such metric.
     """
 
     def after_train(self, runner: Any) -> None:
@@ -62,7 +70,12 @@ class TrainModeGapHook(Hook):
             runner.model.eval()
             for norm in norms:
                 norm.training = True
-            evaluate(runner, 'train_mode')
+            try:
+                evaluate(runner, 'train_mode')
+            except ValueError as error:
+                if not IMPOSSIBLE.search(str(error)):
+                    raise
+                print_log(f'no train_mode metrics: {error}', 'current')
 
 
 @HOOKS.register_module()

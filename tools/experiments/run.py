@@ -33,15 +33,11 @@ sys.path.insert(0, str(TOOLS))
 from experiments import records  # noqa: E402
 from experiments.grid import Cell, Grid, GridError, config_of  # noqa: E402
 from experiments.grid import load as load_grid  # noqa: E402
-from experiments.hooks import DIVERGED  # noqa: E402
+from experiments.hooks import DIVERGED, IMPOSSIBLE  # noqa: E402
 
 from ws_mm.singularities import FILE as SINGULARITIES  # noqa: E402
 
-# What says that a norm cannot do its work on these activations.
-IMPOSSIBLE = re.compile(
-    r'ValueError: (.*more than (?:1|one) value per channel.*'
-    r'|a group of one value cannot be normalized.*)'
-)
+FAILURE = re.compile(f'ValueError: ({IMPOSSIBLE.pattern})')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -261,7 +257,7 @@ def outcome(
     if code != 0:
         diverged = work_dir / DIVERGED
         said = (work_dir / 'output.log').read_text()
-        found = IMPOSSIBLE.findall(said)
+        found = FAILURE.findall(said)
         if diverged.exists():
             iteration = json.loads(diverged.read_text())['iteration']
             status, reason = 'diverged', f'at iteration {iteration}'

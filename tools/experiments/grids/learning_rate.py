@@ -33,6 +33,7 @@ cells = [
     dict(masks, norm=['GN', 'GN+WS'], lr_factor=[1.0, 3.0]),
     dict(masks, norm='GN+WS', lr_factor=10.0),
     dict(masks, **fast('BCN+WS'), lr_factor=factors),
+    dict(masks, norm='BN', images=16, lr_factor=[0.3, 1.0]),
     dict(instances, norm='GN+WS'),
     dict(
         instances,
