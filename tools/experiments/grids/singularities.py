@@ -21,7 +21,7 @@ cells = [
     dict(each, norm='GN'),
     dict(each, norm=['GN+WS', 'BCN', 'BCN+WS'], lr_factor=10.0),
     # At one rate, too: distances and turns depend on it.
-    dict(each, norm='GN', lr_factor=10.0, seeds=[0]),
-    dict(each, norm=['GN+WS', 'BCN+WS'], seeds=[0]),
+    dict(each, norm='GN', lr_factor=10.0, seeds=[0, 1]),
+    dict(each, norm=['GN+WS', 'BCN+WS'], seeds=[0, 1]),
     dict(vgg, norm='BN', images=16, hooks=measured(31)),
 ]
