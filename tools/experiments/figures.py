@@ -34,7 +34,7 @@ def draw_lines(
     path: Path,
 ) -> None:
     """A line for each run, a panel for each task."""
-    figure, axes = panels(1, len(tasks), figsize=(5 * len(tasks), 4))
+    figure, axes = panels(1, len(tasks), figsize=(5 * len(tasks), 4.5))
     for axis, task in zip(axes.flat, tasks, strict=True):
         lowest = 1.0
         groups = groups_of(of_task(found, task))
@@ -52,7 +52,8 @@ def draw_lines(
         if lowest > 0:
             axis.set_yscale('log')
         if axis.lines:
-            axis.legend(fontsize=6)
+            below = dict(loc='upper center', bbox_to_anchor=(0.5, -0.15))
+            axis.legend(fontsize=6, ncols=2, **below)
     save(figure, path)
 
 
