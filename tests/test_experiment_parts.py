@@ -111,6 +111,9 @@ def test_a_variant_takes_no_image_and_vectors(blend):
     assert torch.equal(norm.running_mean, mean)
     x = torch.randn(3, 6, dtype=torch.double)
     torch.testing.assert_close(norm.eval()(x[..., None])[..., 0], norm(x))
+    plain = variants.VariantBCN(6, 3, affine=False, blend=blend).double()
+    ones = variants.VariantBCN(6, 3, blend=blend).double()
+    torch.testing.assert_close(plain(x), ones(x))
 
 
 def test_a_variant_has_its_limits():

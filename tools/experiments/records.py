@@ -26,12 +26,16 @@ KEYS = {
 
 def write(path: Path, record: dict[str, Any]) -> None:
     """Write a record whole or not at all."""
+    replace(path, json.dumps(record, indent=1) + '\n')
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(
         'w', dir=path.parent, suffix='.part', delete=False
     ) as file:
-        json.dump(record, file, indent=1)
-        file.write('\n')
+        file.write(text)
     os.replace(file.name, path)
     path.chmod(0o644)
 
@@ -85,11 +89,8 @@ def read_all(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 def collect(records: list[dict[str, Any]], path: Path) -> None:
     """Write many records into one file, a line for each."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = ',\n'.join(json.dumps(shorten(record)) for record in records)
-    part = path.with_suffix('.part')
-    part.write_text(f'[\n{lines}\n]\n')
-    os.replace(part, path)
+    replace(path, f'[\n{lines}\n]\n')
 
 
 def shorten(value: Any) -> Any:

@@ -190,10 +190,10 @@ def run_cell(
     (work_dir / DIVERGED).unlink(missing_ok=True)
     config_of(cell, task).dump(config)
     log = work_dir / 'output.log'
-    attempts = [*attempts_of(work_dir), {'started': time.time()}]
-    write_attempts(work_dir, attempts)
-    started = time.monotonic()
     with log.open('a') as file:
+        attempts = [*attempts_of(work_dir), {'started': time.time()}]
+        write_attempts(work_dir, attempts)
+        started = time.monotonic()
         process = subprocess.Popen(
             [
                 *(sys.executable, TOOLS / 'train.py', config),
@@ -241,11 +241,9 @@ def attempts_of(work_dir: Path) -> list[dict[str, float]]:
 
 
 def write_attempts(work_dir: Path, attempts: list[dict[str, float]]) -> None:
-    """Replace the file as a whole, so that no kill leaves half a line."""
-    path = work_dir / 'attempts.jsonl'
-    draft = path.with_suffix('.draft')
-    draft.write_text(''.join(json.dumps(a) + '\n' for a in attempts))
-    draft.replace(path)
+    """What :func:`attempts_of` reads."""
+    lines = ''.join(json.dumps(attempt) + '\n' for attempt in attempts)
+    records.replace(work_dir / 'attempts.jsonl', lines)
 
 
 def outcome(

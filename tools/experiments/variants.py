@@ -79,7 +79,7 @@ class VariantBCN(BCN):
             self.num_groups * count,
             (mean if self.centering else torch.zeros_like(mean)).flatten(),
             (var if self.scaling else torch.ones_like(var)).flatten(),
-            *(affine.repeat(count) for affine in affines),
+            *(a if a is None else a.repeat(count) for a in affines),
             eps=self.eps,
         )
         return output.view_as(input)

@@ -15,7 +15,7 @@ cifar = dict(task='cifar_resnet8', lr_factor=10.0)
 fast = dict(
     norm='BCN+WS', norm_cfg=dict(momentum=0.1), name='BCN+WS, rate 0.1'
 )
-half = dict(
+blended = dict(
     norm='BCN+WS variant',
     norm_cfg=dict(blend=0.5),
     name='BCN+WS, half of its own statistics',
@@ -37,7 +37,7 @@ cells = [
         name='BCN+WS channel, rate 0.1',
     ),
     {
-        **half,
+        **blended,
         'task': 'nuclei_instances',
         'norm_cfg': dict(momentum=0.1, blend=0.5),
         'name': 'BCN+WS, rate 0.1, half of its own statistics',
@@ -48,11 +48,11 @@ cells = [
     dict(task='nuclei_instances_standardized', **fast),
     dict(raw, norm=['GN+WS', 'BCN+WS']),
     {**raw, **fast, 'seeds': two},
-    {**raw, **half},
+    {**raw, **blended},
     dict(standardized, norm=['GN+WS', 'BCN+WS']),
     dict(cifar, norm=['GN+WS', 'BCN+WS'], seeds=three),
     dict(cifar, **fast, seeds=three),
-    dict(cifar, **half, seeds=three),
+    dict(cifar, **blended, seeds=three),
     *[
         dict(
             cifar,
