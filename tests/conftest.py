@@ -1,25 +1,41 @@
 """Fixtures for all tests."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from forks import Forks
 from gloo import World
 
-# Small inputs would get the composed operations, which here are what the fused
-# ones are compared with.
-os.environ.setdefault('WS_MM_KERNELS', 'fused')
+with contextlib.suppress(ImportError):  # environments without cv2
+    from in_process import config, reaches, refuses, weights  # noqa: F401
+
 if not torch.cuda.is_available():
     # Triton reads this when it is imported, which torch does late: without a
     # GPU its kernels are interpreted, on CPU tensors.
     os.environ.setdefault('TRITON_INTERPRET', '1')
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Make the inputs of every test the same in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=['auto', 'fused'])
+def kernels(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Run a test as users do, and with closed forms at any size.
+
+    A CPU's small inputs get the composed operations in 'auto'.
+    """
+    monkeypatch.setenv('WS_MM_KERNELS', request.param)
+    return request.param
 
 
 @pytest.fixture(scope='session')
@@ -37,3 +53,11 @@ def world(
     yield of_size
     for each in worlds.values():
         each.stop()
+
+
+@pytest.fixture(scope='session')
+def forks() -> Iterator[Forks]:
+    """Start scripts of tools/ without the seconds of their imports."""
+    forks = Forks()
+    yield forks
+    forks.stop()

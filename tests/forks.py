@@ -6,6 +6,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -83,6 +84,15 @@ class Forks:
         code = self.wait(self.start(script, *arguments, log=log))
         return code, log.read_text()
 
+    def run(
+        self, script: str, *arguments: object
+    ) -> subprocess.CompletedProcess:
+        """Run a script as :func:`tiny_runs.call` does."""
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder, 'log')
+            code, said = self.call(script, *arguments, log=log)
+        return subprocess.CompletedProcess(script, code, said)
+
     def stop(self) -> None:
         """End the server and everything that it started."""
         for process in self.running - self.codes.keys():
@@ -100,12 +110,12 @@ def serve() -> None:
     # What the imports print is no answer.
     answers = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)
-    import kill_and_resume
-    import launch
     import mmdet.utils
     import mmseg.utils
-    import soak
+    import test
     import train
+    from proofs import kill_and_resume, soak
+    from support import launch
 
     import ws_mm  # noqa: F401
 
@@ -114,6 +124,7 @@ def serve() -> None:
 
     mains = {
         'train': lambda: launch.run(train.main),
+        'test': lambda: launch.run(test.main),
         'kill_and_resume': kill_and_resume.main,
         'soak': soak.main,
     }

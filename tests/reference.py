@@ -48,6 +48,29 @@ def standardize_weight(
     return torch.stack(filters, axis)
 
 
+def standardize_transposed_weight(
+    weight: Tensor, groups: int, *, mixed: bool = False, **kwargs
+) -> Tensor:
+    """The same for a transposed convolution, as loops over its outputs.
+
+    Args:
+        weight: (in, out / groups, *kernel).
+        groups: of the convolution.
+        mixed: True is wrong (an output over the inputs of all groups).
+        **kwargs: of ``standardize_weight``.
+    """
+    result = weight.double().clone()
+    inputs = weight.shape[0] // groups
+    for group in range(groups):
+        rows = slice(None)
+        if not mixed:
+            rows = slice(group * inputs, (group + 1) * inputs)
+        for output in range(weight.shape[1]):
+            one = standardize_weight(weight[rows, output][None], **kwargs)
+            result[rows, output] = one[0]
+    return result
+
+
 def batch_channel_norm(
     x: Tensor,
     state: dict[str, Tensor],

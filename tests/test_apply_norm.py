@@ -3,20 +3,23 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from in_process import load, tools  # noqa: F401
 from mmengine.config import Config
-from test_tools_errors import load, tools  # noqa: F401
+from mmengine.registry import MODELS, DefaultScope
 from tiny_runs import DET, ROOT, SEG, call, write_config, write_data
 from torch import nn
 
 import ws_mm
 from ws_mm.configs import (
     ConfigError,
-    build_without_memory,
     convert_config,
 )
+from ws_mm.running_statistics import RunningStatistics
+from ws_mm.shapes import batch_norms, build_without_memory
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
@@ -190,8 +193,10 @@ def test_shipped_configs_convert_build_and_stay(name):
 @pytest.mark.parametrize(
     'path',
     [
-        'mask_rcnn/mask-rcnn_r50_fpn_bcn-ws-all_8xb1-2x_coco.py',
-        'deeplabv3plus/deeplabv3plus_r50-d16_bcn-sync-ws_8xb2-50e_'
+        'mask_rcnn/mask-rcnn_r50_fpn_bcn-ws-all_8xb2-2x_coco.py',
+        'deeplabv3/deeplabv3_r101-d16_bcn-sync-ws-all_8xb2-50e_'
+        'voc12aug-513x513.py',
+        'deeplabv3plus/deeplabv3plus_r50-d16_bcn-ws_8xb2-50e_'
         'voc12aug-513x513.py',
     ],
 )
@@ -246,7 +251,6 @@ def test_segmentors_lose_the_weights_that_the_model_names():
     assert cfg.model.auxiliary_head.conv_cfg == WS
     said = ' '.join(map(str, left))
     assert '10 convolutions stay plain under their norm' in said
-    assert '24 for 48 channels, 28 for 560 channels' in said
 
 
 @pytest.mark.parametrize(
@@ -301,7 +305,10 @@ def test_what_a_class_takes_through_others(monkeypatch):
             cfg.model.backbone.pop('frozen_stages')
         changes, left = ws_mm.apply_norm(cfg, parts=['backbone'])
         said[cls] = by_key(changes), [str(one) for one in left]
-    assert said[Closed] == ({}, ['model.backbone: Closed takes no norm_cfg'])
+    changes, left = said[Closed]
+    assert changes == {}
+    assert left[0] == 'model.backbone: Closed takes no norm_cfg'
+    assert left[1].startswith('model.backbone: 20 batch norms remain')
     changes, left = said[Open]
     # What freezes nothing is the default of the class itself.
     assert changes['model.backbone.frozen_stages'] == 0
@@ -323,9 +330,205 @@ def test_groups_of_gn_divide_all_channels_of_a_part():
     )
     ws_mm.apply_norm(cfg, norm='GN')
     assert cfg.model.decode_head.norm_cfg == dict(type='GN', num_groups=16)
-    assert cfg.model.backbone.norm_cfg == dict(type='GN', num_groups=32)
+    assert cfg.model.backbone.norm_cfg == dict(type='GN', num_groups=16)
     assert 'custom_hooks' not in cfg
     assert counts(cfg)[0] == 60
+
+
+MASK = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
+GN_ALL = 'mmdet::gn/mask-rcnn_r50_fpn_gn-all_2x_coco.py'
+PSP = 'mmseg::pspnet/pspnet_r50-d8_4xb2-40k_cityscapes-512x1024.py'
+
+
+@pytest.mark.parametrize(
+    ('name', 'norm'),
+    [(MASK, 'BN'), (MASK, 'keep'), (GN_ALL, 'GN'), (PSP, 'BN'), (PSP, 'keep')],
+)
+def test_weights_of_plain_convolutions_do_not_start_standardized(name, norm):
+    cfg = shipped(name)
+    backbone = cfg.model.backbone
+    given = backbone.get('init_cfg') or cfg.model.get('pretrained')
+    assert given
+    ws_mm.apply_norm(cfg, norm=norm)
+    assert backbone.conv_cfg == WS
+    assert not backbone.get('init_cfg')
+    assert not cfg.model.get('pretrained')
+    assert backbone.get('frozen_stages', -1) == -1
+    built = build(cfg)
+    built.train()
+    layers = [
+        layer
+        for layer in built.backbone.modules()
+        if isinstance(layer, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm))
+    ]
+    assert len(layers) == 53 + 2 * (name == PSP)
+    assert all(layer.training for layer in layers)
+
+
+def test_weights_of_what_stays_are_kept():
+    cfg = shipped(PSP)
+    before = cfg.model.pretrained
+    ws_mm.apply_norm(cfg, parts=['decode_head'])
+    assert cfg.model.decode_head.conv_cfg == WS
+    assert cfg.model.pretrained == before
+    # Batch normalization over all processes reads the same checkpoint.
+    cfg = shipped(MASK)
+    changes, _ = ws_mm.apply_norm(cfg, 'keep', 'SyncBN', ['backbone'])
+    assert set(by_key(changes)) == {
+        'model.backbone.norm_cfg',
+        'model.backbone.norm_eval',
+    }
+
+
+def test_a_norm_cfg_without_a_type_above_it_is_found():
+    cfg = shipped(
+        'mmdet::condinst/condinst_r50_fpn_ms-poly-90k_coco_instance.py'
+    )
+    _, left = ws_mm.apply_norm(cfg)
+    assert cfg.model.mask_head.mask_feature_head.norm_cfg == BCN
+    assert not batch_norms(build(cfg))
+    assert 'batch norms remain' not in ' '.join(map(str, left))
+
+
+@pytest.mark.parametrize(
+    ('name', 'key', 'number'),
+    [
+        (
+            'mmseg::pidnet/pidnet-s_2xb6-120k_1024x1024-cityscapes.py',
+            'backbone',
+            57,
+        ),
+        ('mmdet::yolof/yolof_r50-c5_8xb8-1x_coco.py', 'neck', 14),
+        (
+            'mmdet::double_heads/dh-faster-rcnn_r50_fpn_1x_coco.py',
+            'roi_head.bbox_head',
+            3,
+        ),
+        (
+            'mmdet::centernet/centernet_r18_8xb16-crop512-140e_coco.py',
+            'neck',
+            6,
+        ),
+    ],
+)
+def test_batch_norms_that_remain_are_named_and_converted(name, key, number):
+    cfg = shipped(name)
+    _, left = ws_mm.apply_norm(cfg)
+    names = batch_norms(build(cfg))
+    assert len(names) == number
+    (said,) = [str(one) for one in left if 'batch norms remain' in one.why]
+    assert said.startswith(f'model.{key}: {number} batch norms remain')
+    assert names[0] in said
+    assert '--remaining' in said
+    layers = counts(cfg)
+    changes, left = ws_mm.apply_norm(cfg, remaining=True)
+    assert {f'model.{key}.type', f'model.{key}.of'} <= set(by_key(changes))
+    assert 'batch norms remain' not in ' '.join(map(str, left))
+    built = build(cfg)
+    assert not batch_norms(built)
+    assert all(isinstance(built.get_submodule(n), ws_mm.BCN) for n in names)
+    # Nothing else became another layer.
+    assert counts(cfg) == layers
+    assert ws_mm.apply_norm(cfg, remaining=True)[0] == []
+
+
+def test_norms_of_other_kinds_stay_in_a_converted_part():
+    cfg = shipped('mmseg::pidnet/pidnet-s_2xb6-120k_1024x1024-cityscapes.py')
+    ws_mm.apply_norm(cfg, norm=dict(type='GN', num_groups=4))
+    before = build(cfg).backbone
+    cfg.model.backbone |= dict(type='ws_mm.Converted', of='PIDNet')
+    after = build(cfg).backbone
+    group_norms = [
+        name
+        for name, layer in before.named_modules()
+        if type(layer) is nn.GroupNorm
+    ]
+    assert group_norms
+    assert all(
+        type(after.get_submodule(name)) is nn.GroupNorm for name in group_norms
+    )
+    assert not batch_norms(after)
+
+
+@pytest.mark.parametrize(
+    ('name', 'before'),
+    [
+        ('mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py', 'GN'),
+        ('mmdet::tood/tood_r50_fpn_1x_coco.py', 'GN'),
+        ('mmdet::solo/solo_r50_fpn_1x_coco.py', 'GN'),
+        ('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py', None),
+        # It has norms of its own on each level.
+        ('mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py', 'own'),
+    ],
+)
+def test_heads_that_levels_share_get_no_estimates(name, before):
+    cfg = shipped(name)
+    key = 'mask_head' if 'solo' in name else 'bbox_head'
+    _, left = ws_mm.apply_norm(cfg)
+    said = ' '.join(map(str, left))
+    kinds = {type(m).__name__ for m in build(cfg).get_submodule(key).modules()}
+    if before == 'own':
+        assert 'BCN' in kinds
+        assert 'shared over pyramid levels' not in said
+        return
+    assert 'GroupNorm' in kinds
+    assert 'BCN' not in kinds
+    assert f'model.{key}: GN instead of BCN' in said
+    # Who asks for it gets it.
+    ws_mm.apply_norm(cfg, parts=[key])
+    assert cfg.model[key].norm_cfg == BCN
+
+
+def test_a_convolution_whose_weight_is_read_raw_stays_plain():
+    """TOOD multiplies the weight itself, and calls no forward."""
+    cfg = shipped('mmdet::tood/tood_r50_fpn_1x_coco.py')
+    _, left = ws_mm.apply_norm(cfg)
+    assert cfg.model.bbox_head.get('conv_cfg') is None
+    assert cfg.model.neck.conv_cfg == WS
+    said = ' '.join(map(str, left))
+    assert 'cls_decomp.reduction_conv.conv is not called' in said
+    head = build(cfg).bbox_head
+    assert not any(isinstance(m, ws_mm.WSConv2d) for m in head.modules())
+
+
+def test_a_part_without_norm_gets_one_by_its_key():
+    cfg = shipped(MASK)
+    changes, _ = ws_mm.apply_norm(cfg, 'keep', 'GN', ['neck'])
+    assert by_key(changes) == {
+        'model.neck.norm_cfg': dict(type='GN', num_groups=32)
+    }
+
+
+FAST = 'mmseg::fastscnn/fast_scnn_8xb4-160k_cityscapes-512x1024.py'
+
+
+def test_a_group_has_more_than_one_value_on_a_map_of_one_pixel():
+    """Behind its pooling pyramid 32 channels meet one pixel."""
+    cfg = shipped(FAST)
+    ws_mm.apply_norm(cfg, norm='GN')
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = MODELS.build(cfg.model).train()
+    assert all(
+        layer.num_groups < layer.num_channels
+        for layer in model.modules()
+        if isinstance(layer, nn.GroupNorm)
+    )
+    model.extract_feat(torch.randn(1, 3, 64, 64))
+    deeplab = (
+        'mmseg::deeplabv3/deeplabv3_r18b-d8_4xb2-80k_cityscapes-512x1024.py'
+    )
+    for name, norm, groups in ((FAST, 'BCN', 32), (deeplab, 'GN', 128)):
+        with pytest.raises(
+            ConfigError,
+            match=f'num_groups={groups}: .* maps of one pixel.* at most '
+            f'{groups // 2}',
+        ):
+            ws_mm.apply_norm(
+                shipped(name),
+                'keep',
+                dict(type=norm, num_groups=groups),
+                ['heads'] if norm == 'GN' else None,
+            )
 
 
 def test_weights_of_the_same_layers_are_kept():
@@ -351,6 +554,29 @@ def test_a_part_with_a_convolution_without_norm_stays_plain():
     assert 'conv_cfg' not in cfg.model.neck
     said = {'.'.join(map(str, one.key)): one.why for one in left}
     assert 'would have no norm after it' in said['model.neck']
+
+
+def test_other_parts_are_converted_where_a_package_is_missing(monkeypatch):
+    from mmdet.registry import MODELS
+
+    class Lacking(nn.Module):
+        def __init__(self, conv_cfg=None, norm_cfg=None, **more):
+            raise ImportError('no module named extra')
+
+    monkeypatch.setitem(MODELS._module_dict, 'Lacking', Lacking)
+    cfg = shipped(MASK)
+    norm = dict(type='BN')
+    cfg.model.rpn_head = dict(type='Lacking', norm_cfg=norm)
+    changes, left = ws_mm.apply_norm(cfg)
+    for key in ('backbone', 'neck'):
+        assert {f'model.{key}.conv_cfg', f'model.{key}.norm_cfg'} <= set(
+            by_key(changes)
+        )
+    assert cfg.model.rpn_head == dict(type='Lacking', norm_cfg=norm)
+    why = {'.'.join(map(str, one.key)): one.why for one in left}
+    assert why['model'].startswith('each changed part was built alone')
+    stays = 'stays as it is: ImportError: no module named extra'
+    assert why['model.rpn_head'] == stays
 
 
 def test_hooks_and_checkpoints_of_the_config(tmp_path):
@@ -380,6 +606,80 @@ def test_a_config_that_fails_is_left_as_it_was():
     assert cfg.to_dict() == before
 
 
+class Running(RunningStatistics):
+    """A norm with running statistics that the package does not know."""
+
+    statistics: ClassVar = {'running_var': 1.0}
+
+    def __init__(self, num_features, eps=1e-5, momentum=0.1):
+        super().__init__()
+        self.num_features = num_features
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.register_statistics(num_features)
+
+    def forward(self, x):
+        if self.begin_forward(x):
+            self.move_statistics(self.batch_statistics(x), self.momentum)
+        scale = self.weight / (self.running_var + self.eps).sqrt()
+        return x * scale.view(-1, 1, 1)
+
+    def batch_statistics(self, x):
+        return dict(running_var=x.detach().square().mean((0, 2, 3)))
+
+
+class Halved(ws_mm.WSConv2d):
+    """A convolution that the package does not know."""
+
+
+@pytest.fixture
+def third_party(monkeypatch):
+    for cls in (Running, Halved):
+        monkeypatch.setitem(MODELS._module_dict, cls.__name__, cls)
+
+
+@pytest.mark.parametrize('prefix', ['', 'ws_mm.'])
+@pytest.mark.parametrize(
+    ('name', 'changed', 'shared'),
+    [
+        (
+            'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py',
+            ['backbone', 'neck'],
+            'bbox_head',
+        ),
+        (
+            'mmseg::pspnet/pspnet_r18b-d8_4xb2-80k_cityscapes-512x1024.py',
+            ['backbone', 'decode_head', 'auxiliary_head'],
+            None,
+        ),
+    ],
+)
+def test_layers_of_a_third_party_are_converted(
+    name, prefix, changed, shared, third_party
+):
+    cfg = shipped(name)
+    norm = dict(type=f'{prefix}Running', momentum=0.02)
+    conv = f'{prefix}Halved'
+    _, left = ws_mm.apply_norm(cfg, conv, norm)
+    built = build(cfg)
+    assert ws_mm.check(built).mistakes == []
+    assert cfg.custom_hooks == [HOOK]
+    for part in changed:
+        assert cfg.model[part].norm_cfg == norm
+        assert cfg.model[part].conv_cfg == dict(type=conv)
+        kinds = {type(layer) for layer in built.get_submodule(part).modules()}
+        assert kinds >= {Running, Halved}
+        assert not kinds & {nn.BatchNorm2d, nn.SyncBatchNorm, ws_mm.WSConv2d}
+    if shared:
+        # Levels would mix its statistics, as they do BCN's.
+        assert cfg.model[shared].norm_cfg == dict(type='GN', num_groups=32)
+        assert 'GN instead of Running' in str(left)
+    assert ws_mm.apply_norm(cfg, conv, norm)[0] == []
+    wrong = dict(type=f'{prefix}Running', momentun=0.02)
+    with pytest.raises(ConfigError, match='momentun.*--norm-options'):
+        ws_mm.apply_norm(cfg, conv, wrong)
+
+
 # ------------------------------------------------------------- command line
 
 
@@ -394,6 +694,9 @@ def test_a_config_that_fails_is_left_as_it_was():
             'mmseg::fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py',
             'mmseg::fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py',
         ),
+        # Keys that are None in the base, with which no dict merges.
+        ('mmseg::unet/unet-s5-d16_deeplabv3_4xb4-40k_drive-64x64.py', None),
+        ('mmdet::detr/detr_r50_8xb2-150e_coco.py', None),
         # A list of heads, and a folder that mmengine cannot name.
         ('mmdet::gn+ws/mask-rcnn_r50_fpn_gn-ws-all_2x_coco.py', None),
         (
@@ -425,7 +728,7 @@ def test_the_file_written_is_what_python_makes(
         assert unscoped(found[key]) == unscoped(cfg.to_dict()[key])
     source = out.read_text()
     if base:
-        assert f'\n_base_ = {base!r}\n' in source
+        assert f'{base!r}\n' in source
     assert len(source.splitlines()) < 80
     assert [path.name for path in tmp_path.iterdir()] == ['new.py']
 
@@ -477,6 +780,94 @@ def test_a_converted_model_trains(text, weights, script, tmp_path):
     assert all(torch.isfinite(value).all() for value in state.values())
 
 
+# A backbone of the user's own, with norms that no key reaches.
+USERS = """
+from mmseg.registry import MODELS
+from torch import nn
+
+
+@MODELS.register_module()
+class Plain(nn.Sequential):
+    def __init__(self, channels):
+        super().__init__(
+            nn.Conv2d(3, channels, 3, 4, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+        )
+
+    def forward(self, x):
+        return [super().forward(x)] * 4
+"""
+
+
+def test_a_backbone_of_the_users_own_is_converted(script, tmp_path):
+    (tmp_path / 'users.py').write_text(USERS)
+    text = without_ws(SEG).replace('in_channels=64', 'in_channels=8')
+    extra = (
+        "custom_imports = dict(imports=['users'])\n"
+        "model['backbone'] = dict(type='Plain', channels=8)\n"
+    )
+    config = write_config(write_data(tmp_path / 'data'), text, extra)
+    first, second = tmp_path / 'first.py', tmp_path / 'second.py'
+    path = f'{tmp_path}:{ROOT}'
+    groups = ('--norm-options', 'num_groups=4')
+    done = call('apply_norm.py', config, first, *groups, PYTHONPATH=path)
+    assert done.returncode == 0, done.stdout
+    assert '1 batch norms remain' in done.stdout
+    done = call('check_model.py', first, PYTHONPATH=path)
+    assert '1 batch norms: backbone.1.' in done.stdout
+    run = ('--work-dir', tmp_path / 'run')
+    done = call('train.py', first, *run, PYTHONPATH=path)
+    assert done.returncode == 0, done.stdout
+    assert '1 batch norms train on the statistics of 1 image' in done.stdout
+    options = (*groups, '--remaining')
+    done = call('apply_norm.py', config, second, *options, PYTHONPATH=path)
+    assert done.returncode == 0, done.stdout
+    done = call('train.py', second, *run, PYTHONPATH=path)
+    assert done.returncode == 0, done.stdout
+    assert 'batch norms' not in done.stdout
+    saved = torch.load(tmp_path / 'run/iter_2.pth', weights_only=False)
+    layer = ws_mm.BCN(8, 4)
+    state = {
+        name.removeprefix('backbone.1.'): value
+        for name, value in saved['state_dict'].items()
+        if name.startswith('backbone.1.')
+    }
+    layer.load_state_dict(state)
+    assert layer.running_mean.any()
+
+
+def test_a_batch_norm_of_one_value_is_named_with_the_mend(tmp_path):
+    extra = (
+        "model['decode_head'] |= dict(type='PSPHead', pool_scales=(1,))\n"
+        "model['decode_head'].pop('num_convs')\n"
+    )
+    data = write_data(tmp_path / 'data')
+    config = write_config(data, without_ws(SEG), extra)
+    done = call('train.py', config, '--work-dir', tmp_path / 'run')
+    assert done.returncode == 1
+    said = done.stdout[done.stdout.index('error: ') :]
+    assert 'decode_head.psp_modules.0.1.bn' in said
+    assert '--remaining' in said
+    assert 'train_dataloader.batch_size' in said
+    assert 'Traceback' not in done.stdout
+
+
+@pytest.mark.parametrize(
+    'extra',
+    ['auto_scale_lr = None\n', 'custom_hooks = None\nconv_cfg = None\n'],
+)
+def test_keys_that_are_none_in_the_base_are_replaced(extra, script, tmp_path):
+    config = write_config(tmp_path, without_ws(SEG), extra)
+    out = tmp_path / 'out.py'
+    assert script('apply_norm', config, out, '--images-per-step', 4) == 0
+    cfg = loaded(out)
+    assert cfg.model.backbone.conv_cfg == WS
+    assert cfg.custom_hooks == [HOOK]
+    if 'auto' in extra:
+        assert cfg.auto_scale_lr == dict(base_batch_size=4)
+
+
 def test_nothing_to_change_writes_nothing(script, tmp_path, capsys):
     config = write_config(tmp_path, without_ws(SEG))
     first, second = tmp_path / 'first.py', tmp_path / 'second.py'
@@ -514,15 +905,30 @@ def test_layers_with_options_are_written_as_asked(script, tmp_path):
             ['mmyolo::yolov5/yolov5_s.py', 'OUT'],
             'the package mmyolo is not installed',
         ),
-        (['CONFIG', 'OUT', '--conv', 'WSConv'], 'one of WSConv2d, keep'),
-        (['CONFIG', 'OUT', '--norm', 'bcn'], '--norm bcn: .* BCN, GN, BN'),
+        (
+            ['CONFIG', 'OUT', '--conv', 'WSConv'],
+            "conv='WSConv' must be one of 'WSConv2d', 'keep', .*--conv",
+        ),
+        (
+            ['CONFIG', 'OUT', '--norm', 'bcn'],
+            "norm='bcn' must be one of 'BCN', 'GN', 'BN', .*--norm",
+        ),
+        (
+            ['CONFIG', 'OUT', '--norm', 'WSConv2d'],
+            "norm='WSConv2d' must be one of",
+        ),
+        (['CONFIG', 'OUT', '--norm', 'BN1d'], "norm='BN1d' must be one of"),
+        (
+            ['CONFIG', 'OUT', '--conv', 'ws_mm.WSConv1d'],
+            "conv='ws_mm.WSConv1d' must be one of",
+        ),
         (
             ['CONFIG', 'OUT', '--norm-options', 'groups=4'],
             "argument 'groups'.*--norm-options",
         ),
         (
             ['CONFIG', 'OUT', '--norm-options', 'momentum=3'],
-            'momentum=3: .*--norm-options',
+            'momentum=3 .*--norm-options',
         ),
         (
             ['CONFIG', 'OUT', '--conv', 'keep', '--conv-options', 'eps=1'],
@@ -533,6 +939,10 @@ def test_layers_with_options_are_written_as_asked(script, tmp_path):
             r"parts='neck' selects nothing: .* backbone, heads",
         ),
         (['CONFIG', 'OUT', '--images-per-step', '0'], 'must be at least 1'),
+        (
+            ['CONFIG', 'OUT', '--norm', 'GN', '--remaining'],
+            '--remaining goes with --norm BCN',
+        ),
         (['CONFIG', 'CONFIG'], 'exists. Give another name'),
         (['CONFIG', 'CONFIG', '--overwrite'], 'inherit from itself'),
         (['CONFIG', 'out.txt'], 'is called NAME.py'),
@@ -587,7 +997,7 @@ def test_an_unwritten_config_leaves_no_traces(monkeypatch, tmp_path):
 @pytest.fixture
 def package(monkeypatch, tmp_path):
     """An installed package of three configs, one of which is broken."""
-    root = tmp_path / 'shipped' / '.mim' / 'configs' / 'tiny'
+    root = tmp_path / 'tiny_package' / '.mim' / 'configs' / 'tiny'
     root.mkdir(parents=True)
     (root.parents[2] / '__init__.py').write_text('')
     text = without_ws(SEG)
@@ -602,7 +1012,7 @@ def package(monkeypatch, tmp_path):
     (root / 'd.py').write_text('max_epochs = 3\n')
     (root / 'metafile.yml').write_text('')
     monkeypatch.syspath_prepend(str(tmp_path))
-    return 'shipped'
+    return 'tiny_package'
 
 
 def test_the_sweep_counts_and_continues(package, tmp_path, script, capsys):
@@ -658,8 +1068,8 @@ def test_another_sweep_is_not_mixed_in(package, tmp_path, script, refuses):
 
 def test_the_published_page_shows_its_numbers():
     summary = json.loads((ROOT / 'docs' / 'sweep.json').read_text())
-    sweep_configs = load('sweep_configs')
+    report = load('sweep_report')
     page = (ROOT / 'docs' / 'sweep.md').read_text()
-    assert page == sweep_configs.page(summary)
-    good, able = sweep_configs.share(summary)
+    assert page == report.page(summary)
+    good, able = report.share(summary)
     assert good >= 0.95 * able

@@ -1,4 +1,4 @@
-"""What other checkpoints become when a BCN layer loads them."""
+"""Loading checkpoints of other layouts into BCN."""
 
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from mmengine.runner.checkpoint import load_state_dict, weights_to_cpu
 from torch import nn
 
 from ws_mm import BCN, PretrainedGN, WSConv2d, bake
+from ws_mm.checkpoint import without_prefix
 
 
 def authors_layout(inner: str) -> dict[str, torch.Tensor]:
@@ -88,7 +89,25 @@ def test_pretrained_gn_keeps_the_function(tmp_path):
     torch.testing.assert_close(target(x), source(x), rtol=1e-4, atol=1e-4)
 
 
-def test_gn_is_refused_by_an_outer_affine_per_group(tmp_path):
+def test_pretrained_gn_takes_a_prefix_and_names_it(tmp_path):
+    source = randomize(Net(nn.GroupNorm(4, 12), 'gn1'))
+    state = source.state_dict(prefix='module.encoder_q.')
+    path = str(tmp_path / 'moco.pth')
+    torch.save({'state_dict': state | {'module.queue': torch.ones(2)}}, path)
+    target = randomize(Net(BCN(12, 4, outer_affine='channel'), 'bn1'))
+    with pytest.raises(ValueError, match=r"Set .*prefix='module\.encoder_q"):
+        PretrainedGN(path)(target)
+    for prefix in ('module.encoder_q.', 'module.encoder_q'):
+        randomize(target)
+        PretrainedGN(path, prefix)(target)
+        x = torch.randn(2, 3, 9, 9)
+        torch.testing.assert_close(target(x), source(x), rtol=1e-4, atol=1e-4)
+    torch.save({'other.a': torch.ones(1)}, path)
+    with pytest.raises(ValueError, match=r"it has 'other\.a'.*, the model 'b"):
+        PretrainedGN(path)(target)
+
+
+def test_gn_is_rejected_by_an_outer_affine_per_group(tmp_path):
     source = randomize(Net(nn.GroupNorm(4, 12), 'gn1'))
     path = str(tmp_path / 'gn.pth')
     torch.save(source.state_dict(), path)
@@ -97,7 +116,7 @@ def test_gn_is_refused_by_an_outer_affine_per_group(tmp_path):
         PretrainedGN(path)(target)
 
 
-def test_batch_norm_is_refused(tmp_path):
+def test_batch_norm_is_rejected(tmp_path):
     source = randomize(Net(nn.BatchNorm2d(12), 'bn1'))
     path = str(tmp_path / 'bn.pth')
     torch.save(source.state_dict(), path)
@@ -106,7 +125,7 @@ def test_batch_norm_is_refused(tmp_path):
         load_checkpoint(target, path)
 
 
-def test_own_layout_is_untouched():
+def test_own_layout_stays():
     source, target = BCN(12, 4), BCN(12, 4)
     for values in source.state_dict().values():
         values.uniform_(0.1, 2)
@@ -159,9 +178,9 @@ NORMS = {
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the package logs."""
+    """Lines that the package logs."""
     lines: list[str] = []
-    for module in ('ws_mm.checkpoint', 'ws_mm.conv'):
+    for module in ('ws_mm.norm', 'ws_mm.conv'):
         monkeypatch.setattr(
             f'{module}.print_log', lambda text, **_: lines.append(text)
         )
@@ -176,9 +195,7 @@ def save(net: nn.Module, folder: Path) -> str:
 
 @pytest.mark.parametrize('route', ROUTES)
 @pytest.mark.parametrize('kind', NORMS)
-def test_no_route_loads_a_foreign_norm_into_bcn_in_silence(
-    kind, route, tmp_path, said
-):
+def test_every_route_rejects_other_norms(kind, route, tmp_path, said):
     source = randomize(Net(*NORMS[kind]))
     path = save(source, tmp_path)
     target = randomize(Net(BCN(12, 4, outer_affine='channel'), 'bn1'))
@@ -228,7 +245,7 @@ def test_own_and_authors_layouts_load_by_every_route(route, tmp_path, said):
         ({}, dict(num_groups=6, outer_affine='channel'), 'num_groups=4'),
     ],
 )
-def test_bcn_of_other_groups_is_refused(route, old, new, mend, tmp_path):
+def test_bcn_of_other_groups_is_rejected(route, old, new, mend, tmp_path):
     path = save(nn.Sequential(BCN(12, **dict(num_groups=4) | old)), tmp_path)
     target = nn.Sequential(BCN(12, **dict(num_groups=4) | new))
     with pytest.raises(ValueError, match=f'^0: .*Set norm_cfg=.*{mend}'):
@@ -245,14 +262,14 @@ def test_outer_affine_per_group_is_repeated_per_channel(route, tmp_path, said):
     assert '4 groups -> weight, bias of 12 channels' in said[-1]
 
 
-def test_authors_bcn_of_other_groups_is_refused():
+def test_authors_bcn_of_other_groups_is_rejected():
     for outer_affine in ('group', 'channel'):
         layer = BCN(12, 6, outer_affine=outer_affine)
         with pytest.raises(ValueError, match='num_groups=4'):
             layer.load_state_dict(authors_layout('pbn'))
 
 
-def test_layers_without_a_word_in_the_checkpoint_stay(tmp_path):
+def test_layers_missing_in_the_checkpoint_stay(tmp_path):
     # A backbone given to a whole model: the heads are not in it.
     net = nn.ModuleDict(dict(a=BCN(12, 4), bn1=BCN(12, 4)))
     source = randomize(BCN(12, 4))
@@ -275,9 +292,7 @@ def ws_net(norm: str) -> nn.Module:
 
 @pytest.mark.parametrize('route', ROUTES)
 @pytest.mark.parametrize('norm', ['bn', 'gn', 'bcn'])
-def test_plain_filters_given_to_a_ws_model_are_said_aloud(
-    norm, route, tmp_path, said
-):
+def test_plain_filters_given_to_a_ws_model_warn(norm, route, tmp_path, said):
     plain = nn.Sequential(
         nn.Conv2d(3, 12, 3),
         nn.BatchNorm2d(12) if norm == 'bn' else nn.GroupNorm(4, 12),
@@ -287,14 +302,14 @@ def test_plain_filters_given_to_a_ws_model_are_said_aloud(
     warned = [line for line in said if 'does not say' in line]
     assert len(warned) == 1, 'once per checkpoint'
     assert warned[0].startswith('0: ')
-    assert 'python tools/convert_checkpoint.py' in warned[0]
+    assert 'python tools/model_converters/convert_checkpoint.py' in warned[0]
     # The next checkpoint is another matter.
     route(ws_net(norm), save(plain, tmp_path))
     assert sum('does not say' in line for line in said) == 2
 
 
 @pytest.mark.parametrize('route', ROUTES)
-def test_own_filters_are_no_matter(route, tmp_path, said):
+def test_own_filters_do_not_warn(route, tmp_path, said):
     source = ws_net('gn')
     route(ws_net('gn'), save(source, tmp_path))
     # With a prefix, the host drops what torch wrote about versions.
@@ -302,7 +317,84 @@ def test_own_filters_are_no_matter(route, tmp_path, said):
     assert sum('does not say' in line for line in said) == expected
 
 
-def test_a_checkpoint_that_has_no_filters_is_no_matter(said):
+@pytest.mark.parametrize('with_meta', [False, True])
+@pytest.mark.parametrize(
+    ('name', 'is_release'),
+    [
+        ('resnet50_gn_ws-15beedd8.pth', True),
+        ('R-50-GN-WS.pth.tar', True),
+        ('rn50_bcn_ws.pth', True),
+        ('mask_rcnn_r50_fpn_gn_ws-all_2x_coco_20200226-16acb762.pth', True),
+        ('resnet50_gn-9186a21c.pth', False),
+        ('resnext50_32x4d_gn-c7e8b754.pth', False),
+        ('news-gn_wsx.pth', False),
+        ('gn_ws/epoch_12.pth', False),
+    ],
+)
+def test_releases_of_ws_networks_are_known_by_name(
+    name, is_release, with_meta, tmp_path, said
+):
+    plain = nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.GroupNorm(4, 12), nn.Conv2d(12, 12, 1)
+    )
+    state = {f'module.{k}': v for k, v in plain.state_dict().items()}
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    torch.save(dict(meta={}, state_dict=state) if with_meta else state, path)
+    net = ws_net('gn')
+    load_from(net, str(path))
+    assert torch.equal(net[0].weight, plain[0].weight)
+    assert sum('does not say' in line for line in said) == (not is_release)
+
+
+@pytest.mark.parametrize(
+    ('url', 'is_release'),
+    [
+        ('open-mmlab://jhu/resnet50_gn_ws', True),
+        ('openmmlab://jhu/resnext101_32x4d_gn_ws', True),
+        ('open-mmlab://jhu/resnext50_32x4d_gn', False),
+        ('open-mmlab://detectron/resnet50_gn', False),
+        (
+            'https://www.cs.jhu.edu/~syqiao/BatchChannelNormalization/'
+            'rn50_bcn_ws.pth',
+            True,
+        ),
+        ('http://somewhere/resnet50.pth', False),
+    ],
+)
+def test_releases_of_ws_networks_are_known_by_address(
+    url, is_release, said, monkeypatch
+):
+    plain = nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.GroupNorm(4, 12), nn.Conv2d(12, 12, 1)
+    )
+    asked = []
+    # All is mmengine's but the network.
+    monkeypatch.setattr(
+        'mmengine.runner.checkpoint.load_url',
+        lambda url, **_: asked.append(url) or plain.state_dict(),
+    )
+    pretrained(ws_net('gn'), url)
+    assert asked[0].startswith('http')
+    assert sum('does not say' in line for line in said) == (not is_release)
+
+
+def test_copies_without_a_prefix_keep_the_versions(tmp_path, said):
+    net = nn.DataParallel(ws_net('gn'))
+    for state in (net.state_dict(), net.module.state_dict()):
+        copied = without_prefix(state)
+        assert list(copied) == list(net.module.state_dict())
+        # The network itself has an entry, too, without a dot in its name.
+        assert copied._metadata == net.module.state_dict()._metadata
+        ws_net('gn').load_state_dict(copied)
+        assert not said
+        path = tmp_path / 'copied.pth'
+        torch.save(dict(state_dict=copied), path)
+        load_from(ws_net('gn'), str(path))
+        assert not said
+
+
+def test_checkpoint_without_filters_does_not_warn(said):
     net = ws_net('gn')
     norms = {
         key: value
@@ -313,7 +405,7 @@ def test_a_checkpoint_that_has_no_filters_is_no_matter(said):
     assert not said
 
 
-def test_filters_of_a_runner_are_known(tmp_path, said):
+def test_filters_of_a_runner_do_not_warn(tmp_path, said):
     path = str(tmp_path / 'iter_1.pth')
     net = ws_net('gn')
     torch.save(dict(state_dict=weights_to_cpu(net.state_dict())), path)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_tools_errors import load, refuses, tools  # noqa: F401
+from in_process import load, tools  # noqa: F401
 
 pytest.importorskip('mmdet')
 
@@ -100,7 +100,7 @@ def test_the_figures_are_those_of_mmdet(kind, metric, annotations, tmp_path):
 
 
 @pytest.mark.usefixtures('metric')
-def test_bad_files_are_named(annotations, refuses, tmp_path):  # noqa: F811
+def test_bad_files_are_named(annotations, refuses, tmp_path):
     found = tmp_path / 'found.bbox.json'
     refuses('must end with .bbox.json', 'coco_ap', annotations, annotations)
     other = tmp_path / 'no.segm.json'

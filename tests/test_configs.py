@@ -1,16 +1,21 @@
-"""Every shipped config loads, builds, and is what its name and README say."""
+"""Every config loads, builds, and fits its name and configs/README.md."""
 
+import copy
+import logging
 import re
 from collections import Counter
 from functools import cache
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
+from mmengine.optim import OptimWrapper
 from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
 from torch import nn
 
 from ws_mm import BCN, WSConv2d
@@ -41,9 +46,10 @@ ROOTS = {
     'stardist': 'data/demo/stardist/',
 }
 CLASSES = {'coco': 80, 'voc12aug': 21, 'nuclei': None, 'stardist': None}
-# Learning rate at 16 images, for the linear rule.
+# Learning rate for 16 images per step.
 RATES = {'coco': 0.02, 'voc12aug': 0.007}
-# The README's words for metrics, the hosts' names, and percent in both.
+# Metrics in the README and in MMDetection or MMSegmentation, and the factor
+# between them.
 METRICS = {
     'box': 'coco/bbox_mAP',
     'box AP': 'coco/bbox_mAP',
@@ -51,7 +57,8 @@ METRICS = {
     'mIoU': 'mIoU',
 }
 SCALES = {'box': 100, 'box AP': 100, 'mask AP': 100, 'mIoU': 1}
-# No norm follows these, in the published models either: what '-all' omits.
+# No norm follows these layers, as in the published models. '-all' leaves
+# them out.
 PLAIN = {
     'rpn_head.rpn_conv',
     'rpn_head.rpn_cls',
@@ -60,7 +67,7 @@ PLAIN = {
     'roi_head.mask_head.conv_logits',
     'decode_head.conv_seg',
 }
-# The README's words; the first class that fits, so subclasses come first.
+# Layers in the README; the first class that fits counts.
 WORDS = {
     WSConv2d: 'WS',
     nn.modules.conv._ConvNd: 'conv',
@@ -71,7 +78,7 @@ WORDS = {
     nn.modules.batchnorm._NormBase: 'another norm',
     nn.LayerNorm: 'another norm',
 }
-# What the hubs and the BCN authors call the weights of each backbone.
+# Names of pretrained weights, at OpenMMLab and at the BCN authors.
 AUTHORS = 'https://www.cs.jhu.edu/~syqiao/BatchChannelNormalization/'
 WEIGHTS = {
     'r50': ('resnet50', 'rn50'),
@@ -106,11 +113,12 @@ def build(leaf: str) -> nn.Module:
         DefaultScope.overwrite_default_scope(cfg.default_scope),
         torch.device('meta'),
     ):
-        return host.MODELS.build(cfg.model)
+        # The hosts write into the config that they build from.
+        return host.MODELS.build(copy.deepcopy(cfg.model))
 
 
 def layers(model: nn.Module) -> dict[str, str]:
-    """Name of every convolution and norm, and the README's word for it."""
+    """Every convolution and norm, with its name in the README."""
     found = {
         name: next((w for t, w in WORDS.items() if isinstance(module, t)), '')
         for name, module in model.named_modules()
@@ -127,7 +135,7 @@ def per_component(found: dict[str, str]) -> dict[str, Counter[str]]:
 
 
 def readme_rows(first_column: str) -> list[dict[str, str]]:
-    """Rows of all the README's tables whose first column is called so."""
+    """Rows of all tables of the README with this first column."""
     rows, header = [], None
     for line in (CONFIGS / 'README.md').read_text().splitlines():
         cells = [cell.strip() for cell in line.strip('|').split('|')]
@@ -141,7 +149,7 @@ def readme_rows(first_column: str) -> list[dict[str, str]]:
 
 
 def expand(pattern: str) -> list[str]:
-    """The names that a shell makes of braces."""
+    """Expand braces as a shell does."""
     pieces = re.split(r'\{(.*?)\}', pattern)
     choices = [
         piece.split(',') if odd % 2 else [piece]
@@ -180,7 +188,7 @@ def results() -> dict[str, dict[str, str]]:
 
 
 def find(node: Any, key: str) -> list[Any]:
-    """All values under this key, at any depth."""
+    """All values of this key, at any depth."""
     found = []
     if isinstance(node, dict):
         found = [node[key]] if key in node else []
@@ -195,7 +203,7 @@ def find(node: Any, key: str) -> list[Any]:
 def test_dumped_config_equals_the_loaded_one(
     leaf: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # yapf takes half a second to lay out each dump, and changes nothing.
+    # yapf takes half a second for the layout of each dump.
     monkeypatch.setattr(
         'yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True)
     )
@@ -205,7 +213,7 @@ def test_dumped_config_equals_the_loaded_one(
 
 
 @every_leaf
-def test_layers_are_those_the_readme_states(leaf: str) -> None:
+def test_layers_fit_the_readme(leaf: str) -> None:
     name = name_parts(leaf)['model']
     stated = stated_layers()
     assert name in stated, f'configs/README.md states no layers of {name}'
@@ -213,7 +221,7 @@ def test_layers_are_those_the_readme_states(leaf: str) -> None:
 
 
 @pytest.mark.parametrize('leaf', [leaf for leaf in LEAVES if '-all_' in leaf])
-def test_all_leaves_nothing_out(leaf: str) -> None:
+def test_all_means_a_norm_after_every_convolution(leaf: str) -> None:
     conv = 'WS' if '-ws-all_' in leaf else 'conv'
     found = layers(build(leaf))
     claimed = {n: word for n, word in found.items() if n not in PLAIN}
@@ -223,7 +231,7 @@ def test_all_leaves_nothing_out(leaf: str) -> None:
 
 
 @every_leaf
-def test_batch_is_that_of_the_name(leaf: str) -> None:
+def test_batch_fits_the_name(leaf: str) -> None:
     cfg, name = load(leaf), name_parts(leaf)
     images = int(name['images'])
     assert cfg.train_dataloader.batch_size == images
@@ -242,8 +250,83 @@ def test_rate_follows_the_linear_rule(leaf: str) -> None:
     assert cfg.auto_scale_lr.base_batch_size == total
 
 
+def with_options(leaf: str, *options: str) -> Config:
+    """The leaf with options of configs/README.md, parsed as train.py does."""
+    text = (CONFIGS / 'README.md').read_text()
+    cfg = Config.fromfile(LEAVES[leaf])
+    for option in options:
+        assert option in text, 'configs/README.md has other options'
+        key, value = option.split('=', 1)
+        cfg.merge_from_dict({key: DictAction._parse_iterable(value)})
+    return cfg
+
+
+def rate_of_eight_processes(cfg: Config) -> float:
+    """The learning rate that mmengine sets with --auto-scale-lr."""
+    optimizer = torch.optim.SGD(
+        [nn.Parameter(torch.zeros(1))], lr=cfg.optim_wrapper.optimizer.lr
+    )
+    runner = SimpleNamespace(
+        world_size=8,
+        train_dataloader=cfg.train_dataloader,
+        _train_dataloader=cfg.train_dataloader,
+        param_schedulers=None,
+        logger=logging.getLogger(__name__),
+    )
+    rule = {**cfg.auto_scale_lr, 'enable': True}
+    Runner.scale_lr(runner, OptimWrapper(optimizer), rule)
+    return optimizer.param_groups[0]['lr']
+
+
+@pytest.mark.parametrize('leaf', [leaf for leaf in LEAVES if '_8xb2-' in leaf])
+def test_two_options_give_one_image_per_gpu(leaf: str) -> None:
+    cfg = with_options(leaf, 'train_dataloader.batch_size=1')
+    rate = rate_of_eight_processes(cfg)
+    cfg.optim_wrapper.optimizer.lr = rate
+    assert rate == pytest.approx(RATES[name_parts(leaf)['data']] / 2)
+    one = leaf.replace('_8xb2-', '_8xb1-')
+    expected = load(one if one in LEAVES else leaf).to_dict()
+    if one not in LEAVES:
+        expected['train_dataloader']['batch_size'] = 1
+        expected['optim_wrapper']['optimizer']['lr'] = rate
+    assert without_figures(cfg.to_dict()) == without_figures(expected)
+
+
+def test_files_of_one_image_are_compared_with_the_options() -> None:
+    ones = [leaf for leaf in LEAVES if '_8xb1-' in leaf]
+    assert len(ones) == 5
+    for leaf in ones:
+        assert leaf.replace('_8xb1-', '_8xb2-') in LEAVES
+        assert load(leaf).expected, 'without a published row, use the options'
+
+
+@pytest.mark.parametrize('backbone', WEIGHTS)
+def test_an_option_moves_the_steps(backbone: str) -> None:
+    name = f'mask_rcnn/mask-rcnn_{backbone}_fpn_gn-ws-all_8xb2-{{}}_coco.py'
+    cfg = with_options(name.format('2x'), 'param_scheduler.1.milestones=20,23')
+    moved = load(name.format('20-23-24e')).to_dict()
+    assert without_figures(cfg.to_dict()) == without_figures(moved)
+
+
+def test_options_give_another_depth() -> None:
+    name = 'mask_rcnn/mask-rcnn_{}_fpn_gn-ws-all_8xb2-2x_coco.py'
+    cfg = with_options(
+        name.format('r50'),
+        'model.backbone.depth=101',
+        'model.backbone.init_cfg.checkpoint=open-mmlab://jhu/resnet101_gn_ws',
+    )
+    deeper = load(name.format('r101')).to_dict()
+    assert without_figures(cfg.to_dict()) == without_figures(deeper)
+
+
+def without_figures(cfg: dict[str, Any]) -> dict[str, Any]:
+    """A config without what only --verify and --auto-scale-lr read."""
+    names = 'expected', 'auto_scale_lr'
+    return {key: value for key, value in cfg.items() if key not in names}
+
+
 @every_leaf
-def test_schedule_is_that_of_the_name(leaf: str) -> None:
+def test_schedule_fits_the_name(leaf: str) -> None:
     cfg, schedule = load(leaf), name_parts(leaf)['schedule']
     by_epoch = schedule.endswith(('x', 'e'))
     decays = [s for s in cfg.param_scheduler if s.type != 'LinearLR']
@@ -260,7 +343,7 @@ def test_schedule_is_that_of_the_name(leaf: str) -> None:
 
 
 @every_leaf
-def test_data_are_those_of_the_name(leaf: str) -> None:
+def test_data_fit_the_name(leaf: str) -> None:
     cfg, name = load(leaf), name_parts(leaf)
     for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         roots = set(find(cfg[loader].dataset, 'data_root'))
@@ -292,7 +375,7 @@ def test_bcn_estimates_are_averaged_over_the_ranks(leaf: str) -> None:
 
 @every_leaf
 def test_a_checkpoint_exists_while_the_next_is_written(leaf: str) -> None:
-    # mmengine deletes the oldest one before it writes.
+    # mmengine deletes the oldest checkpoint before it writes the next.
     assert load(leaf).default_hooks.checkpoint.max_keep_ckpts >= 2
 
 
@@ -319,10 +402,10 @@ def test_pretrained_weights_fit_the_layers(leaf: str) -> None:
     if trained_with == {'WS', 'BCN'}:
         assert norm.outer_affine == 'group'
     if 'WS' in trained_with:
-        # Of the authors' BCN code, ImageNet has it inside, DeepLab outside.
+        # The authors' code has eps inside for ImageNet, outside for DeepLab.
         inside = 'BCN' in trained_with and cfg.default_scope == 'mmdet'
         assert conv.eps_mode == ('inside' if inside else 'outside')
-    # Detectron's weights take BGR and no scaling.
+    # Detectron's weights expect BGR without scaling.
     detectron = trained_with == {'conv', 'GN'}
     bgr = [103.53, 116.28, 123.675]
     assert pixels.bgr_to_rgb is not detectron
@@ -331,10 +414,10 @@ def test_pretrained_weights_fit_the_layers(leaf: str) -> None:
 
 
 @every_leaf
-def test_expected_figures_are_those_the_readme_states(leaf: str) -> None:
+def test_expected_figures_fit_the_readme(leaf: str) -> None:
     row, expected = results()[leaf], load(leaf).get('expected')
     if row['published'] == '-':
-        # Inherited, a figure would be that of another batch or norm.
+        # An inherited figure would be of another batch or norm.
         assert expected is None
         comment = LEAVES[leaf].read_text().split('_base_')[0]
         words = comment.replace('\n# ', ' ').lower()
@@ -351,3 +434,5 @@ def test_expected_figures_are_those_the_readme_states(leaf: str) -> None:
 
 def test_readme_lists_every_config() -> None:
     assert set(results()) == set(LEAVES)
+    models = {name_parts(leaf)['model'] for leaf in LEAVES}
+    assert set(stated_layers()) == models

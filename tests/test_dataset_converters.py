@@ -109,20 +109,19 @@ def test_voc_continues_an_interrupted_conversion(
 def test_voc_files_get_their_names_when_they_are_whole(
     voc: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(CONVERTERS))
-    import voc12_aug
+    from dataset_converters import voc12_aug
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     root, sbd = voc[0] / 'VOC2012', voc[1]
     (root / 'SegmentationClassAug').mkdir()
-    monkeypatch.setattr(voc12_aug.os, 'replace', killed)
+    monkeypatch.setattr('os.replace', killed)
     with pytest.raises(KeyboardInterrupt):
         voc12_aug.convert('more1', root, sbd, frozenset())
     assert not (root / 'SegmentationClassAug' / 'more1.png').exists()
     with pytest.raises(KeyboardInterrupt):
-        voc12_aug.write_atomically(root / 'list.txt', 'more1')
+        voc12_aug.write_text(root / 'list.txt', 'more1')
     assert not (root / 'list.txt').exists()
 
 
@@ -137,8 +136,7 @@ def test_voc_interrupt_is_the_business_of_the_parent(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    monkeypatch.syspath_prepend(str(CONVERTERS))
-    import voc12_aug
+    from dataset_converters import voc12_aug
 
     monkeypatch.setattr(voc12_aug, 'convert', hears_interrupts)
     assert voc12_aug.prepare(voc[0] / 'VOC2012', voc[1], 1) == []
@@ -207,6 +205,28 @@ def test_voc_labels_of_another_size_are_refused(
     done = prepare('voc12_aug.py', *voc, '--nproc', 1)
     assert done.returncode == 1
     assert f'more1.mat is 7x5, but {photo} is 6x5' in done.stdout
+
+
+@pytest.mark.parametrize(
+    ('mode', 'match'),
+    [
+        ('RGB', 'train1.png is of mode RGB: labels are one channel of class'),
+        ('I;16', 'train1.png is of mode I;16: labels are one channel'),
+        ('L', 'train1.png holds the label 200: those of VOC are 0 to 20, and'),
+    ],
+)
+def test_voc_labels_of_another_kind_are_refused(
+    voc: tuple[Path, Path], mode: str, match: str
+) -> None:
+    path = voc[0] / 'VOC2012' / 'SegmentationClass' / 'train1.png'
+    shape = (5, 7, 3) if mode == 'RGB' else (5, 7)
+    dtype = np.uint16 if mode == 'I;16' else np.uint8
+    Image.fromarray(np.full(shape, 200, dtype)).save(path)
+    done = prepare('voc12_aug.py', *voc, '--nproc', 1)
+    assert done.returncode == 1
+    assert match in done.stdout.replace('\n', ' ')
+    written = voc[0] / 'VOC2012' / 'SegmentationClassAug'
+    assert not (written / 'train1.png').exists()
 
 
 @pytest.fixture

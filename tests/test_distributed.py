@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from ws_mm import BCN, SyncEstimatesHook, distributed, norm
+from ws_mm import BCN, SyncEstimatesHook, distributed, running_statistics
 
 CHANNELS, GROUPS = 8, 4
 
@@ -201,7 +201,7 @@ def waiting_rank(rank: int) -> int:
     return count(iteration, 'aten::_local_scalar_dense')
 
 
-def test_no_number_is_waited_for(world):
+def test_hook_does_not_synchronize_the_device(world):
     assert world(2).run(waiting_rank) == [0, 0]
 
 
@@ -251,7 +251,7 @@ def columns(x: Tensor) -> Tensor:
     ],
     ids=str,
 )
-def test_values_are_weighed_not_images(maps, broadcast, world):
+def test_ranks_are_weighed_by_values(maps, broadcast, world):
     ranks = world(len(maps)).run(maps_rank, maps, broadcast)
     layer = make_layer('estimate')
     layer(torch.cat([columns(inputs[0]) for inputs, _ in ranks], dim=-1))
@@ -297,7 +297,7 @@ def test_each_iteration_weighs_its_own_values(world):
         assert not disagreements(buffers, dict(layer.named_buffers()), 1e-6)
 
 
-def test_what_one_rank_learned_arrives_bit_for_bit(world):
+def test_statistics_of_one_rank_arrive_bit_for_bit(world):
     steps = [[3, 0], [0, 1], [7, 0]]
     layer = make_layer('estimate').float()
     for index, sizes in enumerate(steps):
@@ -418,7 +418,7 @@ def summing_rank(rank: int) -> list[Tensor]:
     return [x, dy, total.detach(), leaf.grad]
 
 
-def test_sums_over_ranks_leave_what_they_sum(world):
+def test_all_reduce_keeps_its_input(world):
     ranks = world(2).run(summing_rank)
     for _, _, total, grad in ranks:
         torch.testing.assert_close(total, sum(rank[0] for rank in ranks))
@@ -451,7 +451,7 @@ def plain_rank(rank: int, model: nn.Module) -> int:
     return count(lambda: hook.after_train_iter(Runner(model), 0))
 
 
-def test_a_model_without_bcn_costs_nothing(world):
+def test_model_without_running_statistics_needs_no_collective(world):
     assert world(2).run(plain_rank, nn.Conv2d(3, 4, 3)) == [0, 0]
 
 
@@ -477,12 +477,12 @@ def test_hook_without_values_and_with_recomputation(world):
 
 def unsynchronized_rank(rank: int, compiled: bool) -> None:
     said = []
-    norm._reported.clear()
+    running_statistics._reported.clear()
     layer = make_layer('estimate')
     x, _ = make_batch(2)
     # As a logger, it is nothing that a compiler could trace.
     log = torch.compiler.disable(lambda message, **_: said.append(message))
-    with mock.patch.object(norm, 'print_log', log):
+    with mock.patch.object(running_statistics, 'print_log', log):
         layer.eval()(x)
         assert not said
         layer.train()
@@ -497,7 +497,7 @@ def unsynchronized_rank(rank: int, compiled: bool) -> None:
 
 
 @pytest.mark.parametrize('compiled', [False, True])
-def test_missing_hook_is_named_once(compiled, world):
+def test_missing_hook_warns_once(compiled, world):
     world(2).run(unsynchronized_rank, compiled)
 
 

@@ -11,7 +11,7 @@ from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ws_mm import BCN, WSConv2d, norm
+from ws_mm import BCN, WSConv2d, running_statistics
 
 HOOK = dict(type='ws_mm.SyncEstimatesHook')
 # As mmdet's and mmyolo's configs have it: before hooks of priority NORMAL.
@@ -74,7 +74,7 @@ def train(
 ) -> list[dict[str, Tensor]]:
     """Train; the buffers of each validation of this rank."""
     torch.manual_seed(1)
-    norm._reported.clear()  # of earlier tests in this process
+    running_statistics._reported.clear()  # of earlier tests in this process
     loader = dict(
         batch_size=1,
         num_workers=0,

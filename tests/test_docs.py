@@ -1,20 +1,65 @@
-"""The host contract names rows, commands and tests that exist."""
+"""Pages name links, commands, configs, versions and tests that exist."""
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-TEXT = (ROOT / 'docs/host_contract.md').read_text()
-ROWS = [
-    [cell.strip() for cell in line.strip('|').split('|')]
-    for line in TEXT.splitlines()
-    if line.startswith('|') and not line.startswith(('|---', '| what '))
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    path.relative_to(ROOT).as_posix()
+    for path in (
+        ROOT / 'README.md',
+        ROOT / 'configs/README.md',
+        *sorted((ROOT / 'docs').glob('*.md')),
+    )
 ]
+# Has the names of commands and configs that are gone.
+HISTORY = 'docs/changelog.md'
+CONTRACT = (ROOT / 'docs/host_contract.md').read_text()
+CONFIGS = {path.stem for path in (ROOT / 'configs').glob('*/*.py')}
+# Messages of torch, mmengine and mmcv.
+FOREIGN = {
+    'Cannot find None in registry',
+    '... is not in the ... registry',
+    "got an unexpected keyword argument 'num_groups'",
+    'Expected more than 1 value per channel when training',
+    "No module named 'mmcv._ext'",
+    'mmengine does not support to load ws_mm config',
+    'mmsegmentation is not installed',
+}
+# A name by the grammar of configs/README.md, or the beginning of one.
+CONFIG = re.compile(
+    r'[a-z0-9-]+_[a-z0-9-]+(?:_fpn\d*)?_(?:bcn|gn|bn|syncbn|frozen-bn)[a-z-]*'
+    r'_\d+xb\d+-\w+(?:-\w+)*'
+)
+
+every_page = pytest.mark.parametrize('page', PAGES)
 
 
+def rows(text: str, skipped: tuple[str, ...] = ()) -> list[list[str]]:
+    """Cells of all tables, without rules and these headers."""
+    return [
+        [cell.strip() for cell in line.strip('|').split('|')]
+        for line in text.splitlines()
+        if line.startswith('|') and not line.startswith(('|---', *skipped))
+    ]
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub makes of the titles of a page."""
+    text = re.sub(r'^```.*?^```', '', page.read_text(), flags=re.M | re.S)
+    titles = re.findall(r'^#+ (.+)$', text, re.M)
+    return {
+        re.sub(r'[^\w -]', '', title).strip().lower().replace(' ', '-')
+        for title in titles
+    }
+
+
+@cache
 def functions_of(path: Path) -> set[str]:
     return {
         node.name
@@ -23,7 +68,102 @@ def functions_of(path: Path) -> set[str]:
     }
 
 
-@pytest.mark.parametrize('row', ROWS, ids=lambda row: row[0])
+@every_page
+def test_links_lead_to_files_and_titles(page: str) -> None:
+    here = ROOT / page
+    links = re.findall(r'\]\((?!https?:)([^)\s]+)\)', here.read_text())
+    for link in links:
+        name, _, anchor = link.partition('#')
+        target = (here.parent / name).resolve() if name else here
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+@pytest.mark.parametrize('page', [page for page in PAGES if page != HISTORY])
+def test_commands_run_files_that_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for script in re.findall(r'\btools/[\w/]+\.(?:py|sh)\b', text):
+        assert (ROOT / script).is_file(), script
+
+
+def test_the_table_of_tools_names_files_that_exist() -> None:
+    text = (ROOT / 'docs/tools.md').read_text()
+    found = re.findall(r'^\| `((?:\w+/)*\w+\.py)', text, re.M)
+    assert len(found) > 10
+    for script in found:
+        assert (ROOT / 'tools' / script).is_file(), script
+
+
+def test_configs_that_are_named_exist() -> None:
+    texts = [ROOT / page for page in PAGES if page != HISTORY]
+    for folder in 'tools', 'tests', 'ws_mm':
+        texts += (ROOT / folder).rglob('*.py')
+    named = {
+        name: path.relative_to(ROOT)
+        for path in texts
+        if path != Path(__file__)
+        for name in CONFIG.findall(path.read_text())
+    }
+    assert len(named) > 30
+    for name, path in named.items():
+        # A string of Python may go on in the next line.
+        found = any(config.startswith(name) for config in CONFIGS)
+        assert found, f'{path} names {name}'
+
+
+def test_messages_are_those_of_the_code() -> None:
+    page = (ROOT / 'docs/troubleshooting.md').read_text()
+    code = ''.join(
+        # A message may go on in the next string.
+        re.sub(r'[\'"]\s+[fr]?[\'"]', '', path.read_text())
+        for folder in ('ws_mm', 'tools')
+        for path in (ROOT / folder).rglob('*.py')
+    )
+    messages = {
+        message
+        for row in rows(page, ('| message ',))
+        for message in re.findall(r'`(.{9,}?)`', row[0])
+    }
+    assert messages >= FOREIGN
+    for message in messages - FOREIGN:
+        for part in message.split('...'):
+            assert part.strip() in code, message
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / 'README.md').read_text().splitlines()) <= 150
+
+
+def test_the_readme_states_figures_of_the_benchmark() -> None:
+    stated = re.search(
+        r'takes (\S+) \(Mask R-CNN\) and (\S+)\s+\(DeepLabV3\) times',
+        (ROOT / 'README.md').read_text(),
+    )
+    page = (ROOT / 'docs/benchmark.md').read_text()
+    models = 'Mask R-CNN', 'DeepLabV3'
+    for model, ratio in zip(models, stated.groups(), strict=True):
+        before, row = re.search(
+            rf'^(.*)\n\|[-|]+\n(\| {model} train .*)$', page, re.M
+        ).groups()
+        assert before.endswith('| BCN+WS |')
+        assert row.endswith(f' {ratio} |')
+
+
+def test_versions_are_those_of_the_requirements() -> None:
+    text = (ROOT / 'docs/install.md').read_text()
+    matrix = rows(text, ('| line ',))
+    pinned = {path.stem for path in (ROOT / 'tools/requirements').iterdir()}
+    assert {row[0] for row in matrix} == pinned
+    for line, _, torch, packages, _ in matrix:
+        pins = (ROOT / f'tools/requirements/{line}.txt').read_text()
+        for package in f'torch {torch}, {packages}'.split(', '):
+            assert '{}=={}\n'.format(*package.split(' ')) in pins, package
+
+
+@pytest.mark.parametrize(
+    'row', rows(CONTRACT, ('| what ',)), ids=lambda row: row[0]
+)
 def test_every_row_names_a_test_that_exists(row: list[str]) -> None:
     assert len(row) == 4, 'what, others, ws_mm, test'
     assert all(row), 'no empty cell: write "not applicable" or "not run"'
@@ -31,8 +171,3 @@ def test_every_row_names_a_test_that_exists(row: list[str]) -> None:
     assert tests, 'the last column is `test_FILE.py::test_NAME`'
     for file, name in tests:
         assert name in functions_of(ROOT / f'tests/{file}.py')
-
-
-@pytest.mark.parametrize('script', re.findall(r'tools/peers/\w+\.py', TEXT))
-def test_every_command_exists(script: str) -> None:
-    assert (ROOT / script).is_file()

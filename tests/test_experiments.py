@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+pytest.importorskip('mmcv')
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / 'tools'))
 from experiments import figures, grid, norms, records, report, run, tables  # noqa: E402  # noqa: E402
 
 GRIDS = sorted((ROOT / 'tools/experiments/grids').glob('*.py'))

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ws_mm import batch_channel_norm, standardize_weight
 
+pytestmark = pytest.mark.usefixtures('kernels')
+
 WEIGHT_SHAPES = {
     '1d': (6, 4, 5),
     '2d': (6, 4, 3, 3),
@@ -53,7 +55,7 @@ WRONG_WEIGHTS = {
 
 
 @pytest.mark.parametrize('wrong', WRONG_WEIGHTS.values(), ids=WRONG_WEIGHTS)
-def test_weight_comparison_rejects(wrong: dict[str, Any]):
+def test_weight_oracle_rejects_wrong_variants(wrong: dict[str, Any]):
     weight = {'weight': weights((6, 4, 3, 3), torch.float64)}
     actual = values_and_gradients(standardize_weight, weight, 'weight')
     mistaken = partial(reference.standardize_weight, **wrong)
@@ -97,7 +99,7 @@ def test_standardize_weight_of_constant_filter_is_finite():
     assert gradient.isfinite().all()
 
 
-def test_standardize_weight_refuses():
+def test_standardize_weight_rejects_wrong_arguments():
     with pytest.raises(ValueError, match=r"'median'.*'outside', 'inside'"):
         standardize_weight(torch.randn(2, 2, 1, 1), eps_mode='median')
     with pytest.raises(ValueError, match='1 entry .*conv_cfg=None'):
@@ -193,7 +195,7 @@ WRONG_NORMS = {
 
 
 @pytest.mark.parametrize('wrong', WRONG_NORMS.values(), ids=WRONG_NORMS)
-def test_norm_comparison_rejects(wrong: dict[str, Any]):
+def test_norm_oracle_rejects_wrong_variants(wrong: dict[str, Any]):
     x = make_input((3, CHANNELS, 5, 7), torch.float64)
     state = make_state(torch.float64, 'group')
     arguments = dict(training=True, momentum=0.2, mode='estimate')
@@ -202,7 +204,7 @@ def test_norm_comparison_rejects(wrong: dict[str, Any]):
     assert disagreements(actual, expected, TOLERANCE[torch.float32])
 
 
-def test_norm_comparison_rejects_per_channel_outer_affine():
+def test_norm_oracle_rejects_per_channel_outer_affine():
     x = make_input((3, CHANNELS, 5, 7), torch.float64)
     state = make_state(torch.float64, 'group')
     arguments = dict(training=True, momentum=0.2, mode='estimate')
@@ -303,7 +305,7 @@ def test_half_precision_is_normalized_in_float32(dtype):
         )
 
 
-def test_batch_channel_norm_refuses():
+def test_batch_channel_norm_rejects_wrong_arguments():
     state = make_state(torch.float32, 'group')
     x = torch.randn(1, CHANNELS, 1, 1)
     with pytest.raises(ValueError, match=r"'ghost'.*'estimate', 'batch'"):

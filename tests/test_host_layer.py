@@ -1,4 +1,4 @@
-"""What a host does to one layer in one process, and what comes of it."""
+"""Layers under the operations of mmengine and torch, in one process."""
 
 import copy
 import io
@@ -10,29 +10,22 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from comparison import TOLERANCE, disagreements, values_and_gradients
+from comparison import (
+    HALF_ON_CPU,
+    TOLERANCE,
+    disagreements,
+    values_and_gradients,
+)
 from mmengine.model import ExponentialMovingAverage
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    FullyShardedDataParallel,
-    MixedPrecision,
-    MixedPrecisionPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 
 from ws_mm import BCN, SyncEstimatesHook, WSConv2d, standardize_weight
 
 CHANNELS, GROUPS = 8, 4
 MODES = ('estimate', 'batch', 'sync_batch')
 EPS_MODES = ('outside', 'inside')
-
-
-@pytest.fixture(params=['fused', 'plain'])
-def kernels(request, monkeypatch) -> str:
-    monkeypatch.setenv('WS_MM_KERNELS', request.param)
-    return request.param
 
 
 def make_layer(**kwargs) -> BCN:
@@ -120,7 +113,7 @@ def test_inputs_of_extreme_magnitude(kernels, scale, mode):
 
 @pytest.mark.parametrize('bad', [torch.inf, -torch.inf, torch.nan, 1e30])
 @pytest.mark.parametrize('mode', MODES)
-def test_values_that_are_not_finite_do_not_stay(kernels, mode, bad):
+def test_non_finite_values_do_not_stay(kernels, mode, bad):
     layer, twin = make_layer(mode=mode), make_layer(mode=mode)
     clean, dirty = make_input(), make_input()
     dirty[1, 3, 2, 2] = bad
@@ -143,7 +136,7 @@ def test_values_that_are_not_finite_do_not_stay(kernels, mode, bad):
 
 @pytest.mark.parametrize('mode', ['estimate', 'batch'])
 @pytest.mark.parametrize('bad', [torch.inf, torch.nan])
-def test_kernels_agree_on_what_is_not_finite(monkeypatch, bad, mode):
+def test_kernels_agree_on_non_finite_values(monkeypatch, bad, mode):
     dirty = make_input()
     dirty[1, 3, 2, 2] = bad
     outputs = []
@@ -239,6 +232,14 @@ for name, dtype in HALVES.items():
     }
 
 
+def skip_what_a_cpu_lacks(how: str, conv: bool = False) -> None:
+    """Skip float16 where this torch has none on a CPU."""
+    if HALF_ON_CPU or CASTS[how][1] != torch.float16:
+        return
+    if conv or how.startswith('autocast'):
+        pytest.skip('this torch has no float16 convolution on a CPU')
+
+
 def autocast(how: str):
     if not how.startswith('autocast'):
         return nullcontext()
@@ -296,12 +297,14 @@ def norm_errors(how: str, mode: str) -> dict[str, float]:
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('how', CASTS)
 def test_norm_in_every_dtype(kernels, how, mode):
+    skip_what_a_cpu_lacks(how)
     assert not norm_errors(how, mode)
 
 
 @pytest.mark.parametrize('eps_mode', EPS_MODES)
 @pytest.mark.parametrize('how', CASTS)
 def test_conv_in_every_dtype(kernels, how, eps_mode):
+    skip_what_a_cpu_lacks(how, conv=True)
     cast, dtype, tolerance = CASTS[how]
     conv = WSConv2d(CHANNELS, 6, 3, eps_mode=eps_mode)
     with torch.no_grad():
@@ -351,6 +354,9 @@ def sharded_rank(rank: int, version: int) -> None:
             model, mixed_precision=precision, device_id=torch.device('cpu')
         )
     else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         policy = MixedPrecisionPolicy(torch.bfloat16)
         fully_shard(
             model, mesh=init_device_mesh('cpu', (2,)), mp_policy=policy
@@ -369,9 +375,61 @@ def sharded_rank(rank: int, version: int) -> None:
         assert parameter.grad.isfinite().all()
 
 
-@pytest.mark.parametrize('version', [1, 2])
+@pytest.fixture(params=[1, 2])
+def version(request: pytest.FixtureRequest) -> int:
+    """Of FSDP: the wrapper, or ``fully_shard``."""
+    if not HALF_ON_CPU:
+        pytest.skip('FSDP of torch 2.1 needs a GPU')
+    if request.param == 2 and not hasattr(
+        torch.distributed.fsdp, 'fully_shard'
+    ):
+        pytest.skip('fully_shard is public since torch 2.6')
+    return request.param
+
+
 def test_sharded_with_mixed_precision(version, world):
     world(2).run(sharded_rank, version)
+
+
+def deferred_rank(rank: int, version: int) -> dict[str, Tensor]:
+    """Buffers of a model that was built without memory, after one step."""
+    torch.use_deterministic_algorithms(True)  # empty memory holds NaN
+    try:
+        model = nn.Sequential(
+            WSConv2d(CHANNELS, CHANNELS, 3, device='meta'),
+            BCN(CHANNELS, GROUPS, device='meta'),
+            nn.BatchNorm2d(CHANNELS, device='meta'),
+        )
+        if version == 1:
+            model = FullyShardedDataParallel(
+                model, device_id=torch.device('cpu')
+            )
+        else:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(model, mesh=init_device_mesh('cpu', (2,)))
+            model.to_empty(device='cpu')
+            for module in model:
+                module.reset_parameters()
+        built = {k: v.clone() for k, v in model.named_buffers()}
+        output = model(make_input(seed=rank))
+        output.backward(torch.randn(output.shape))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert output.isfinite().all()
+    for parameter in model.parameters():
+        assert parameter.grad.isfinite().all()
+    for values in model.buffers():
+        assert values.isfinite().all()
+    return built
+
+
+def test_sharded_after_being_built_without_memory(version, world):
+    for built in world(2).run(deferred_rank, version):
+        for name, values in built.items():
+            expected = torch.full_like(values, float('var' in name))
+            assert torch.equal(values, expected), name
 
 
 def block() -> nn.Sequential:

@@ -630,9 +630,9 @@ def group_counts(model: nn.Module) -> dict[int, int]:
 @pytest.mark.parametrize(
     ('name', 'groups', 'counts'),
     [
-        ('HRNet', 32, {18: 18, 36: 18, 72: 24, 144: 24}),
+        ('HRNet', 32, {18: 9, 36: 18, 72: 24, 144: 24}),
         ('RegNet', 32, {72: 24, 168: 28}),
-        ('Res2Net', 32, {26: 26, 104: 26}),
+        ('Res2Net', 32, {26: 13, 104: 26}),
         ('ResNeSt of mmdet', 16, {32: 16}),
         ('ResNeSt of mmseg', 16, {32: 16}),
     ],
@@ -650,7 +650,7 @@ def test_backbones_train_on_one_image(
 @pytest.mark.parametrize('package', ['mmdet', 'mmseg'])
 def test_one_value_per_group_is_refused_with_the_key(package: str) -> None:
     # 32 pooled channels in 32 groups, as published with BatchNorm.
-    norm = dict(type='ws_mm.BCN')
+    norm = dict(type='ws_mm.BCN', num_groups=32)
     model = BACKBONES[f'ResNeSt of {package}'](conv_cfg=WS, norm_cfg=norm)
     with pytest.raises(ValueError, match=r'num_groups=32.*norm_cfg=dict'):
         model(image())

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ws_mm import BCN, WSConv2d, batch_channel_norm, standardize_weight
-from ws_mm.kernels import cpu, fused
+from ws_mm.kernels import choose, cpu, plain
 
 LAYOUTS = {
     'NCHW': torch.contiguous_format,
@@ -34,6 +34,12 @@ SHAPES = {
     'long': (2, 32, 131),
     'volume': (1, 32, 3, 5, 4),
 }
+
+
+@pytest.fixture(autouse=True)
+def closed_forms(monkeypatch):
+    """Run the closed forms, which are compared here, at any size."""
+    monkeypatch.setenv('WS_MM_KERNELS', 'fused')
 
 
 @pytest.fixture(params=['fused', 'plain'])
@@ -239,7 +245,7 @@ def test_differentiates_twice(kernels, mode):
 
 
 @pytest.mark.parametrize('frozen', ['input', 'affine', 'no affine'])
-def test_gradients_of_what_asks_for_them(kernels, frozen):
+def test_only_required_gradients_are_computed(kernels, frozen):
     layer = BCN(12, 4, affine=frozen != 'no affine')
     layer.requires_grad_(frozen != 'affine')
     x = torch.randn(2, 12, 4, 4, requires_grad=frozen != 'input')
@@ -305,7 +311,7 @@ def test_saves_what_group_norm_saves(dtype):
     assert ours - theirs < 0.01 * x.nbytes
 
 
-def test_fused_runs_where_it_should(monkeypatch):
+def test_fused_kernels_run(monkeypatch):
     norm = calls(monkeypatch, cpu.BatchChannelNorm)
     weight = calls(monkeypatch, cpu.StandardizeWeight)
     conv, bcn = WSConv2d(8, 8, 3), BCN(8, 4)
@@ -317,13 +323,13 @@ def test_fused_runs_where_it_should(monkeypatch):
     monkeypatch.setenv('WS_MM_KERNELS', 'plain')
     bcn(conv(x))
     assert (len(weight), len(norm)) == (4, 4)
-    assert fused(x) is None
+    assert choose(x) is plain
 
 
-def test_small_activations_run_composed_where_nothing_is_forced(monkeypatch):
+def test_small_activations_run_eager_by_default(monkeypatch):
     norm = calls(monkeypatch, cpu.BatchChannelNorm)
     weight = calls(monkeypatch, cpu.StandardizeWeight)
-    monkeypatch.setattr(cpu, 'FEWEST', 288)
+    monkeypatch.setattr(cpu, 'MIN_NUMEL', 288)
     monkeypatch.delenv('WS_MM_KERNELS')
     conv, bcn = WSConv2d(8, 8, 3), BCN(8, 4)
     for size, times in ((5, 0), (6, 1)):
@@ -342,9 +348,7 @@ def test_small_activations_run_composed_where_nothing_is_forced(monkeypatch):
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
-def test_a_size_of_either_form_changes_nothing(
-    monkeypatch, dtype, mode, layout
-):
+def test_fused_equals_plain(monkeypatch, dtype, mode, layout):
     x = in_layout(input_of((1, 32, 19, 23), dtype), layout)
     cotangent = torch.randn(x.shape).to(dtype)
     results = []
@@ -369,7 +373,7 @@ def test_a_size_of_either_form_changes_nothing(
     assert not disagreements(*results, TOLERANCE[dtype])
 
 
-def test_refuses_an_unknown_choice(monkeypatch):
+def test_unknown_kernel_choice_is_rejected(monkeypatch):
     monkeypatch.setenv('WS_MM_KERNELS', 'fast')
     with pytest.raises(ValueError, match="WS_MM_KERNELS='fast'.*'plain'"):
         standardize_weight(torch.randn(2, 2, 3, 3))
@@ -418,15 +422,39 @@ def test_compiled_equals_eager():
         torch.testing.assert_close(compiled, eager)
 
 
-def test_exported_and_traced_equal_eager():
+RECORDERS = {
+    'export': lambda pair, x: torch.export.export(pair, (x,)),
+    'trace': lambda pair, x: torch.jit.trace(pair, x),
+    'make_fx': lambda pair, x: make_fx(pair)(x),
+}
+
+
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('recorder', RECORDERS)
+def test_recorded_equals_eager(recorder, training):
+    if training and recorder != 'export':
+        pytest.skip('the recorded graph has no no_grad around the estimates')
+    if training and not hasattr(torch.export, 'Dim'):
+        pytest.skip('torch.export of torch 2.1 refuses layers that update')
+    pair = torch.nn.Sequential(WSConv2d(8, 16, 3), BCN(16, 4)).train(training)
+    x = torch.randn(2, 8, 9, 9, requires_grad=True)
+    expected = pair(x)
+    cotangent = torch.randn_like(expected)
+    (gradient,) = torch.autograd.grad(expected, x, cotangent)
+    pair[1].reset_running_stats()
+    other = RECORDERS[recorder](pair, x)
+    if hasattr(other, 'module'):  # an ExportedProgram is callable in 2.1
+        other = other.module()
+    pair[1].reset_running_stats()
+    output = other(x)
+    torch.testing.assert_close(output, expected)
+    (found,) = torch.autograd.grad(output, x, cotangent)
+    torch.testing.assert_close(found, gradient)
+
+
+def test_inference_mode_equals_eager():
     pair = torch.nn.Sequential(WSConv2d(8, 16, 3), BCN(16, 4)).eval()
     x = torch.randn(2, 8, 9, 9)
     expected = pair(x)
     with torch.inference_mode():
         torch.testing.assert_close(pair(x), expected)
-    for other in (
-        torch.export.export(pair, (x,)).module(),
-        torch.jit.trace(pair, x),
-        make_fx(pair)(x),
-    ):
-        torch.testing.assert_close(other(x), expected)

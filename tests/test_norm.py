@@ -1,7 +1,8 @@
-"""BCN as a layer: state, modes, what it equals and what it refuses."""
+"""BCN as a layer: state, modes, equalities and errors."""
 
 import copy
 import io
+import logging
 import pickle
 
 import pytest
@@ -11,8 +12,10 @@ from comparison import TOLERANCE, disagreements
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ws_mm import BCN
+from ws_mm import BCN, norm, running_statistics
 from ws_mm.norm import fit_num_groups
+
+pytestmark = pytest.mark.usefixtures('kernels')
 
 
 def randomized(*args, **kwargs) -> BCN:
@@ -145,7 +148,7 @@ def test_survives_copy_pickle_and_state_dict():
         assert torch.equal(twin.running_mean, layer.running_mean)
 
 
-def test_representation_names_what_makes_the_layer():
+def test_repr_names_the_arguments():
     assert repr(BCN(48, mode='batch')) == (
         'BCN(48, num_groups=24, eps=1e-05, momentum=0.01, affine=True, '
         "mode='batch', outer_affine='group')"
@@ -170,35 +173,148 @@ def test_meta_device():
     layer = BCN(64, device='meta')
     assert {t.device.type for t in layer.state_dict().values()} == {'meta'}
     layer = layer.to_empty(device='cpu')
+    for values in layer.state_dict().values():
+        values.fill_(torch.nan)  # whatever was in memory
     layer.reset_parameters()
-    layer.reset_running_stats()
     torch.testing.assert_close(layer.state_dict(), BCN(64).state_dict())
 
 
 @pytest.mark.parametrize(
-    ('channels', 'groups', 'fitting'),
+    ('channels', 'asked', 'fitting'),
     [
         (64, 32, 32),
         (48, 32, 24),
-        (18, 32, 18),
         (72, 32, 24),
         (432, 32, 27),
         (104, 32, 26),
         (7, 4, 1),
+        # Two channels to a group, where there are two.
+        (18, 32, 9),
+        (16, 32, 8),
+        (17, 32, 1),
+        (2, 32, 1),
+        (1, 32, 1),
+        # Not asked for.
+        (64, None, 32),
+        (32, None, 16),
+        (16, None, 8),
+        (1, None, 1),
+        # As many as channels, by name.
+        (32, 32, 32),
+        (4, 4, 4),
     ],
 )
 def test_group_count_falls_back_to_the_largest_that_fits(
-    channels, groups, fitting
+    channels, asked, fitting
 ):
-    assert fit_num_groups(channels, groups) == fitting
-    if fitting != groups:
+    assert fit_num_groups(channels, asked) == fitting
+    layer = BCN(channels) if asked is None else BCN(channels, asked)
+    assert layer.num_groups == fitting == layer.weight.numel()
+    if asked not in (fitting, None):
         with pytest.raises(ValueError, match=f'{channels} .* is {fitting}'):
-            BCN(channels, groups, strict_groups=True)
+            BCN(channels, asked, strict_groups=True)
 
 
-def test_refuses_wrong_arguments():
+def said(monkeypatch, channels: int, *asked: int) -> list[tuple[str, int]]:
+    """Build and train two layers; return the log lines with their level."""
+    lines = []
+    monkeypatch.setattr(
+        norm,
+        'print_log',
+        lambda message, logger, level=logging.INFO: lines.append(
+            (message, level)
+        ),
+    )
+    monkeypatch.setattr(running_statistics, 'print_log', norm.print_log)
+    monkeypatch.setattr(running_statistics, '_reported', [])
+    norm._report_fallback.cache_clear()
+    for _ in range(2):
+        layer = BCN(channels, *asked)
+        layer.eval()(torch.randn(1, channels, 4, 4))
+        layer.train()(torch.randn(1, channels, 4, 4))
+    return lines
+
+
+def test_groups_of_one_channel_warn(monkeypatch):
+    ((message, level),) = said(monkeypatch, 16, 16)
+    assert level == logging.WARNING
+    assert 'instance norm' in message
+    assert 'num_groups=16 of 16 channels' in message
+    assert 'norm_cfg=dict(num_groups=8)' in message
+    ((message, level),) = said(monkeypatch, 32)
+    assert level == logging.INFO
+    assert 'one of 32 channels to each' in message
+    assert message.endswith('use 16 groups')
+    assert not said(monkeypatch, 1, 1)
+    assert not said(monkeypatch, 64)
+
+
+def test_groups_of_one_channel_compile_whole(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(running_statistics, '_reported', [])
+    layer = BCN(4, 4)
+    twin = copy.deepcopy(layer)
+    run = torch.compile(layer, backend='eager', fullgraph=True)
+    for _ in range(2):
+        x = torch.randn(1, 4, 4, 4)
+        torch.testing.assert_close(run(x), twin(x))
+    assert len(running_statistics._reported) == 1
+
+
+def test_one_channel_per_group_is_an_instance_norm():
+    # Why it is said: nothing of the first step is left.
+    layer = randomized(8, 8).eval()
+    x = make_input(8)
+    with torch.no_grad():
+        layer.bn_weight.abs_().add_(1)  # its sign alone would be left
+        layer.weight.fill_(1), layer.bias.fill_(0)
+    expected = nn.functional.instance_norm(x)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-3, atol=1e-3)
+    pairs = randomized(8, 4).eval()
+    pairs.load_state_dict({**layer.state_dict(), **outer(pairs)})
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(pairs(x), expected, rtol=0.1, atol=0.1)
+
+
+def outer(layer: BCN) -> dict[str, Tensor]:
+    return {
+        'weight': torch.ones_like(layer.weight),
+        'bias': torch.zeros_like(layer.bias),
+    }
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_one_value_per_group_is_rejected_with_a_fix(training):
+    layer = BCN(12, 12).train(training)
+    match = (
+        r'BCN of 12 channels.*\(2, 12, 1, 1\).*num_groups=12.*'
+        r'larger feature map.*norm_cfg=dict\(num_groups=6\)'
+    )
+    with pytest.raises(ValueError, match=match):
+        layer(torch.randn(2, 12, 1, 1))
+    with pytest.raises(ValueError, match=r'norm_cfg=None\)$'):
+        BCN(1).train(training)(torch.randn(2, 1, 1, 1))
+    assert BCN(12).train(training)(torch.randn(1, 12, 1, 1)).any()
+
+
+def test_checkpoint_of_groups_of_one_channel_is_rejected():
+    saved = randomized(16, 16).state_dict()
+    match = (
+        r'16 entries, this BCN of 16 channels one of 8.*'
+        r"outer_affine='channel'.*num_groups=16"
+    )
+    with pytest.raises(ValueError, match=match):
+        randomized(16).load_state_dict(saved)
+    x = make_input(16)
+    twin, layer = randomized(16, 16).eval(), randomized(16, 16).eval()
+    twin.load_state_dict(saved)
+    layer.load_state_dict(saved)
+    assert torch.equal(twin(x), layer(x))
+
+
+def test_wrong_arguments_are_rejected():
     for momentum in (0, -0.1, 1.5, float('nan'), None, '0.1', True):
-        with pytest.raises(ValueError, match=r'update rate.*\(0, 1\]'):
+        with pytest.raises(ValueError, match=r'momentum=.*\(0, 1\]'):
             BCN(32, momentum=momentum)
     with pytest.raises(ValueError, match="'layer'.*'group', 'channel'"):
         BCN(32, outer_affine='layer')

@@ -1,13 +1,19 @@
 """publish.py, and the index of models for mim."""
 
 import hashlib
+import math
 import re
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from test_tools_errors import load, refuses, tools  # noqa: F401
+from in_process import load, tools  # noqa: F401
+from mmengine.evaluator import BaseMetric
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
 from tiny_runs import ROOT
 
 import ws_mm
@@ -49,6 +55,20 @@ def publish(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures('tools')
+@pytest.mark.parametrize('options', [[], ['--ema'], ['--no-ema']])
+def test_published_filters_are_known_as_standardized(
+    publish, tmp_path, options
+):
+    state = torch.nn.Sequential(ws_mm.WSConv2d(3, 8, 1)).state_dict()
+    averaged = torch.nn.DataParallel(
+        torch.nn.Sequential(ws_mm.WSConv2d(3, 8, 1))
+    ).state_dict()
+    write(tmp_path / 'old.pth', state_dict=state, ema_state_dict=averaged)
+    published = torch.load(publish(*options), weights_only=True)['state_dict']
+    assert published._metadata['0']['version'] == ws_mm.checkpoint.STANDARDIZED
+
+
+@pytest.mark.usefixtures('tools')
 def test_weights_and_meta_under_their_hash(publish, tmp_path, capsys):
     write(tmp_path / 'old.pth')
     path = publish()
@@ -72,29 +92,177 @@ def test_weights_and_meta_under_their_hash(publish, tmp_path, capsys):
     assert f'left behind: {left}' in told
 
 
+class Net(BaseModel):
+    """A WS convolution and a BCN, whose estimates are buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = ws_mm.WSConv2d(3, 4, 1)
+        self.norm = ws_mm.BCN(4, num_groups=2)
+        self.double()
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        """Loss with a random cotangent, or predictions."""
+        outputs = self.norm(self.conv(inputs))
+        if mode != 'loss':
+            return list(outputs)
+        return dict(loss=(outputs * torch.randn_like(outputs)).sum())
+
+
+class Seen(Hook):
+    """The weights of the optimizer after each iteration."""
+
+    def __init__(self, states):
+        self.states = states
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        """Copy them before anything is swapped."""
+        self.states.append(deepcopy(runner.model.state_dict()))
+
+
+class Score(BaseMetric):
+    """Worse with every validation, so that the first stays the best."""
+
+    default_prefix = 'own'
+    runs = 0
+
+    def process(self, data_batch, data_samples):
+        """Nothing of the samples counts."""
+        self.results.append(0)
+
+    def compute_metrics(self, results):
+        """Fall."""
+        Score.runs += 1
+        return dict(score=-float(Score.runs))
+
+
+def train_with_ema(work_dir, states, iterations, **ema):
+    """Train with the host's own Runner and hooks; go on where files are."""
+    images = torch.randn(4, 3, 5, 5, dtype=torch.double)
+    loader = dict(
+        dataset=[dict(inputs=image) for image in images],
+        batch_size=2,
+        sampler=dict(type='DefaultSampler', shuffle=True),
+        collate_fn=dict(type='default_collate'),
+    )
+    runner = Runner(
+        Net(),
+        str(work_dir),
+        train_dataloader=loader,
+        val_dataloader=loader,
+        train_cfg=dict(by_epoch=False, max_iters=iterations, val_interval=2),
+        val_cfg=dict(),
+        val_evaluator=[Score()],
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+        default_hooks=dict(
+            checkpoint=dict(
+                type='CheckpointHook',
+                by_epoch=False,
+                interval=1,
+                save_best='own/score',
+                rule='greater',
+            )
+        ),
+        custom_hooks=[dict(type='EMAHook', **ema), Seen(states)],
+        resume=True,
+        experiment_name=f'{work_dir.parent.name}_{iterations}',
+    )
+    runner.train()
+
+
+def averages(states, kind, update_buffers, momentum, gamma=2000):
+    """The running averages by their formula, one after each iteration."""
+    buffers = dict(Net().named_buffers())
+    found = [states[0]]
+    for steps, state in enumerate(states[1:], 1):
+        rate = momentum
+        if kind == 'mmdet.ExpMomentumEMA':
+            rate += (1 - momentum) * math.exp(-(1 + steps) / gamma)
+        found.append(
+            {
+                name: values
+                if name in buffers and not update_buffers
+                else found[-1][name] + rate * (values - found[-1][name])
+                for name, values in state.items()
+            }
+        )
+    return found
+
+
 @pytest.mark.usefixtures('tools')
-def test_averaged_weights(publish, tmp_path):
-    write(tmp_path / 'old.pth')
-    content = torch.load(publish('--ema', '--name', 'mine'))
-    assert list(content['state_dict']) == ['weight']
-    assert torch.equal(content['state_dict']['weight'], torch.arange(3.0, 6))
+@pytest.mark.parametrize(
+    ('kind', 'update_buffers'),
+    [
+        ('ExponentialMovingAverage', False),
+        ('ExponentialMovingAverage', True),
+        ('mmdet.ExpMomentumEMA', True),
+    ],
+)
+def test_averaged_weights_of_a_run(kind, update_buffers, tmp_path, capsys):
+    ema = dict(ema_type=kind, update_buffers=update_buffers, momentum=0.3)
+    if '.' in kind:
+        pytest.importorskip('mmdet.models')
+        ema['gamma'] = 2
+    run, states = tmp_path / 'run', []
+    train_with_ema(run, states, 2, **ema)
+    train_with_ema(run, states, 4, **ema)  # resumes
+    assert len(states) == 4
+    del ema['ema_type']
+    means = averages(states, kind, **ema)
+    publish = load('publish')
+    (best,) = run.glob('best_*.pth')
+    for path, step in (
+        *((run / f'iter_{n}.pth', n - 1) for n in (1, 2, 3, 4)),
+        (best, 1),
+    ):
+        content = torch.load(path, weights_only=False)
+        for asked, expected in (
+            (None, means[step]),
+            (True, means[step]),
+            (False, states[step]),
+        ):
+            found = publish.weights_of(content, asked)
+            assert set(found) == set(expected)
+            for name, values in expected.items():
+                torch.testing.assert_close(found[name], values)
+            assert found._metadata['conv']['version'] == 2
+    # No pair of them is alike, so that a mix-up shows.
+    assert not torch.allclose(
+        means[3]['conv.weight'], states[3]['conv.weight']
+    )
+    for number, option in enumerate(('--ema', '--no-ema')):
+        out = tmp_path / option
+        pytest.MonkeyPatch().setattr(
+            'sys.argv',
+            ['publish', str(run / 'iter_4.pth'), str(out), option],
+        )
+        publish.main()
+        (path,) = out.iterdir()
+        weights = torch.load(path, weights_only=True)['state_dict']
+        torch.testing.assert_close(
+            weights['conv.weight'], (means, states)[number][3]['conv.weight']
+        )
+    said = capsys.readouterr().out
+    assert 'weights: averaged, of a training with EMAHook' in said
+    assert 'weights: moved by the optimizer, of a training' in said
 
 
 @pytest.mark.parametrize(
     ('change', 'options', 'match'),
     [
-        (dict(ema_state_dict={}), ('--ema',), 'no ema_state_dict'),
+        (dict(ema_state_dict={}), ('--ema',), '^--ema: .*no ema_state_dict'),
+        (dict(ema_state_dict={}), ('--no-ema',), '^--no-ema: .* leave the'),
         (dict(meta={}), (), 'give --name'),
         ({}, ('--name', 'a/b'), 'not a path'),
     ],
 )
-def test_refused(change, options, match, refuses, tmp_path):  # noqa: F811
+def test_refused(change, options, match, refuses, tmp_path):
     old = write(tmp_path / 'old.pth', **change)
     refuses(match, 'publish', old, tmp_path / 'out', *options)
     assert not (tmp_path / 'out').exists()
 
 
-def test_bare_weights_are_refused(refuses, tmp_path):  # noqa: F811
+def test_bare_weights_are_refused(refuses, tmp_path):
     torch.save(dict(weight=torch.ones(2)), tmp_path / 'old.pth')
     match = 'no state_dict: it is none of a training. It holds weight'
     refuses(match, 'publish', tmp_path / 'old.pth', tmp_path / 'out')

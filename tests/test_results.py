@@ -1,13 +1,11 @@
 """The document of results says what the published records say."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / 'tools'))
 from experiments import document, records  # noqa: E402
 
 PATH = ROOT / 'docs/results.md'

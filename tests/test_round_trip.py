@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_tools_errors import load, tools  # noqa: F401
+from in_process import load, tools  # noqa: F401
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')

@@ -1,11 +1,9 @@
 """Runs that die: killed, out of disk, without one of their processes."""
 
 import contextlib
-import errno
 import importlib
 import json
 import os
-import random
 import re
 import signal
 import socket
@@ -14,19 +12,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from forks import Forks
 from mmengine.config import Config
-from mmengine.dataset import DefaultSampler, InfiniteSampler
-from mmengine.runner.priority import get_priority
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.runner import Runner
 from tiny_runs import DET, ROOT, SEG, write_config, write_data
-from torch.utils.data import BatchSampler, DataLoader
-
-from ws_mm import ExactResumeHook
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
@@ -56,14 +49,6 @@ param_scheduler = [
 """
 
 
-@pytest.fixture(scope='module')
-def forks() -> Iterator[Forks]:
-    """The scripts of tools/ in processes that start at once."""
-    forks = Forks()
-    yield forks
-    forks.stop()
-
-
 @pytest.fixture
 def seg(tmp_path: Path) -> Path:
     """Config of a tiny segmentation that saves every iteration."""
@@ -72,10 +57,7 @@ def seg(tmp_path: Path) -> Path:
 
 def tool(name: str) -> object:
     """A module of tools/."""
-    with contextlib.ExitStack() as stack:
-        sys.path.insert(0, str(ROOT / 'tools'))
-        stack.callback(sys.path.remove, str(ROOT / 'tools'))
-        return importlib.import_module(name)
+    return importlib.import_module(name)
 
 
 @pytest.mark.parametrize(
@@ -103,156 +85,162 @@ def test_a_killed_run_ends_in_the_same_bits(
     assert result['left_behind'] == result['processes_left'] == []
 
 
-class Samples(torch.utils.data.Dataset):
-    """Samples that are what the generators draw."""
-
-    def __len__(self) -> int:
-        return 6
-
-    def __getitem__(self, index: int) -> tuple:
-        assert type(index) is int
-        drawn = random.random(), np.random.rand(), torch.rand(()).item()
-        return (index, *drawn)
-
-
-def hooked(
-    sampler: object, workers: int = 0, epoch: int = 0
-) -> tuple[ExactResumeHook, SimpleNamespace]:
-    """The hook after the start of a run."""
-    loader = DataLoader(
-        Samples(),
-        batch_sampler=BatchSampler(sampler, 2, drop_last=False),
-        num_workers=workers,
-        collate_fn=list,
-        persistent_workers=workers > 0,
-    )
-    runner = SimpleNamespace(
-        train_loop=SimpleNamespace(dataloader=loader),
-        seed=3,
-        epoch=epoch,
-        iter=0,
-    )
-    hook = ExactResumeHook()
-    hook.before_train(runner)
-    return hook, runner
-
-
-def epochs(workers: int, begin: int, end: int) -> list[list]:
-    """The batches of some epochs."""
-    sampler = DefaultSampler(Samples(), seed=0)
-    hook, runner = hooked(sampler, workers)
-    batches = []
-    for runner.epoch in range(begin, end):
-        hook.before_train_epoch(runner)
-        sampler.set_epoch(runner.epoch)
-        batches.append(list(runner.train_loop.dataloader))
-    return batches
-
-
-def test_a_sample_draws_the_same_whoever_loads_it_and_since_when() -> None:
-    unbroken = epochs(0, 0, 2)
-    assert epochs(2, 0, 2) == unbroken
-    assert epochs(2, 1, 2) == unbroken[1:]
-    drawn = [
-        sample[1:] for epoch in unbroken for batch in epoch for sample in batch
-    ]
-    # 12 samples of three generators: no number comes twice.
-    assert len({number for sample in drawn for number in sample}) == 36
-
-
-def test_a_skipped_sampler_goes_on_with_the_numbers_it_is_at() -> None:
-    def batches(skipped: int) -> list:
-        hook, runner = hooked(InfiniteSampler(Samples(), seed=0))
-        loader = runner.train_loop.dataloader
-        hook.before_train_epoch(runner)
-        if skipped:
-            # As mmengine does it, in batches of two.
-            loader.batch_sampler.sampler.skip(2 * skipped)
-        return [batch for batch, _ in zip(loader, range(8), strict=False)]
-
-    assert batches(3)[:5] == batches(0)[3:]
-
-
-def test_samples_of_each_rank_and_seed_differ() -> None:
-    resume = importlib.import_module('ws_mm.resume')
-    index = resume.Numbered(4)
-    index.place = (0, 1)
-    drawn = {
-        resume.SeededSamples(Samples(), seed, rank)([index])[0]
-        for seed in (0, 1)
-        for rank in (0, 1)
-    }
-    assert len(drawn) == 4
-
-
-def test_an_iteration_draws_by_its_number() -> None:
-    hook, runner = hooked(DefaultSampler(Samples(), seed=0))
-    drawn = []
-    for runner.iter in (5, 6, 5):
-        hook.before_train_iter(runner, 0)
-        drawn.append((random.random(), np.random.rand(), torch.rand(())))
-    assert drawn[0] == drawn[2]
-    assert all(a != b for a, b in zip(*drawn[:2], strict=True))
-    # Before other hooks, which may draw, too.
-    assert get_priority(hook.priority) < get_priority('HIGH')
-
-
-def test_samplers_of_samplers_and_none_are_left_alone() -> None:
-    class Pairs:
-        def __iter__(self) -> Iterator[tuple[int, int]]:
-            yield from ((0, 1), (2, 3))
-
-    class Tuples(Samples):
-        def __getitem__(self, index: tuple) -> tuple:
-            return index
-
-    _, runner = hooked(Pairs())
-    loader = runner.train_loop.dataloader
-    loader.dataset.__getitems__.dataset = Tuples()
-    assert list(loader) == [[(0, 1), (2, 3)]]
-    runner.train_loop.dataloader = DataLoader(Samples(), batch_size=None)
-    hook = ExactResumeHook()
-    hook.before_train(runner)
-    hook.before_train_epoch(runner)
-
-
-def test_training_adds_the_hook_once() -> None:
-    train = tool('train')
-    cfg = Config(dict(custom_hooks=[dict(type='EMAHook')]))
-    for _ in range(2):
-        train.resume_exactly(cfg)
-        assert [hook['type'] for hook in cfg.custom_hooks] == [
-            'EMAHook',
-            'ws_mm.ExactResumeHook',
-        ]
-    cfg = Config(dict())
-    train.resume_exactly(cfg)
-    assert cfg.custom_hooks == [dict(type='ws_mm.ExactResumeHook')]
-
-
-@pytest.mark.parametrize(
-    ('asked', 'warns'), [(None, False), (7, False), (8, True)]
-)
-def test_a_resumed_run_keeps_the_seed_that_it_began_with(
-    asked: int | None,
-    warns: bool,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
+def test_training_may_leave_the_hook_out(
+    monkeypatch: pytest.MonkeyPatch, seg: Path
 ) -> None:
     train = tool('train')
-    path = tmp_path / 'iter_1.pth'
-    content = dict(state_dict={'a': torch.zeros(1)}, meta=dict(seed=7, iter=1))
-    torch.save(content, path)
-    cfg = Config(dict(work_dir=str(tmp_path)))
-    if asked is not None:
-        cfg.randomness = dict(seed=asked, deterministic=True)
-    train.apply_resume(cfg, str(path))
-    assert cfg.randomness.seed == 7
-    assert cfg.randomness.get('deterministic', asked is None)
-    said = capsys.readouterr().out
-    assert ('randomness.seed=8 is ignored: the run began with 7' in said) == (
-        warns
+    # What main() passes on to the Runner.
+    seen: list[Config] = []
+    monkeypatch.setattr(
+        train.launch, 'build_runner', lambda cfg: seen.append(cfg) or 1 / 0
     )
+    work_dir = ['--work-dir', str(seg.parent / 'run')]
+    for options in ([], ['--no-exact-resume']):
+        monkeypatch.setattr(
+            'sys.argv', ['train', str(seg), *work_dir, *options]
+        )
+        with pytest.raises(ZeroDivisionError):
+            train.main()
+    with_hook, without = (str(cfg.custom_hooks) for cfg in seen)
+    assert 'ExactResumeHook' in with_hook
+    assert 'ExactResumeHook' not in without
+
+
+def saved(path: Path) -> dict:
+    """A checkpoint that these tests wrote."""
+    return torch.load(path, weights_only=False)
+
+
+def test_another_run_of_the_work_dir_is_not_continued(
+    forks: Forks, seg: Path, tmp_path: Path
+) -> None:
+    work_dir = tmp_path / 'run'
+    other = seg.with_name('other.py')
+    other.write_text(seg.read_text())
+
+    def train(config: Path, iterations: int, *options: str) -> str:
+        code, said = forks.call(
+            'train',
+            *(config, '--work-dir', work_dir, *options, '--cfg-options'),
+            f'train_cfg.max_iters={iterations}',
+            log=tmp_path / 'log',
+        )
+        assert code == 0, said
+        return said
+
+    train(other, 3)
+    left = saved(work_dir / 'iter_3.pth')['meta']['time']
+    while time.strftime('%Y%m%d_%H%M%S') == left:
+        time.sleep(0.05)
+    train(seg, 1)
+    # Without the name and with it, which a kill may leave empty.
+    (work_dir / 'last_checkpoint').write_text('')
+    said = train(seg, 2, '--resume')
+    assert f'Resuming from {work_dir}/iter_1.pth.' in said
+    assert 'resumed epoch: 0, iter: 1' in said
+    assert 'was saved by' not in said
+    # A moved work dir, and an older checkpoint that was copied back.
+    (work_dir / 'last_checkpoint').write_text('/elsewhere/iter_1.pth')
+    said = train(other, 2, '--resume')
+    assert f'Resuming from {work_dir}/iter_1.pth.' in said
+    assert 'The checkpoint was saved by tiny, and this is other' in said
+
+
+def test_a_resumed_run_of_another_batch_is_said(
+    forks: Forks, seg: Path, tmp_path: Path
+) -> None:
+    def train(iterations: int, *options: str) -> str:
+        code, said = forks.call(
+            'train',
+            *(seg, '--work-dir', tmp_path / 'run', '--resume'),
+            *('--no-exact-resume', '--cfg-options'),
+            *(f'train_cfg.max_iters={iterations}', *options),
+            log=tmp_path / 'log',
+        )
+        assert code == 0, said
+        return said
+
+    train(1, 'optim_wrapper.accumulative_counts=2')
+    path = tmp_path / 'run' / 'iter_1.pth'
+    assert saved(path)['meta']['batch'] == {
+        'train_dataloader.batch_size': 1,
+        'optim_wrapper.accumulative_counts': 2,
+        'the number of processes': 1,
+    }
+    said = train(2, 'optim_wrapper.accumulative_counts=2')
+    assert 'another batch' not in said
+    # As if two processes had written it.
+    content = saved(tmp_path / 'run' / 'iter_2.pth')
+    content['meta']['batch']['the number of processes'] = 2
+    torch.save(content, tmp_path / 'run' / 'iter_2.pth')
+    said = train(3, 'train_dataloader.batch_size=2')
+    assert (
+        'another batch: train_dataloader.batch_size was 1 and is 2; '
+        'optim_wrapper.accumulative_counts was 2 and is 1; the number of '
+        'processes was 2 and is 1.'
+    ) in said
+    assert 'saved by' not in said
+
+
+def test_each_of_several_optimizers_is_scaled_by_its_own_step(
+    tmp_path: Path,
+) -> None:
+    runner = Runner(
+        torch.nn.Linear(1, 1),
+        str(tmp_path),
+        train_dataloader=dict(
+            dataset=[0],
+            batch_size=2,
+            sampler=dict(type='DefaultSampler', shuffle=False),
+        ),
+        train_cfg=dict(by_epoch=False, max_iters=1),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=1.0)),
+        experiment_name=tmp_path.name,
+    )
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    wrappers = OptimWrapperDict(
+        **{
+            str(counts): OptimWrapper(
+                torch.optim.SGD([parameter], lr=0.3),
+                accumulative_counts=counts,
+            )
+            for counts, parameter in zip((1, 5), parameters, strict=True)
+        }
+    )
+    tool('train').scale_lr_by_step(runner)
+    runner.scale_lr(wrappers, dict(base_batch_size=4, enable=False))
+    runner.scale_lr(wrappers)
+    assert wrappers.get_lr() == {'1.lr': [0.3], '5.lr': [0.3]}
+    runner.scale_lr(wrappers, dict(base_batch_size=4, enable=True))
+    scaled = wrappers.get_lr()
+    assert scaled['1.lr'] == pytest.approx([0.3 * 2 / 4], rel=1e-12)
+    assert scaled['5.lr'] == pytest.approx([0.3 * 2 * 5 / 4], rel=1e-12)
+
+
+@pytest.mark.parametrize('enable', ['--auto-scale-lr', 'in the config'])
+def test_the_learning_rate_follows_the_images_of_a_step(
+    enable: str, forks: Forks, seg: Path, tmp_path: Path
+) -> None:
+    options = [
+        *('train_cfg.max_iters=1', 'train_dataloader.batch_size=2'),
+        *('optim_wrapper.accumulative_counts=3', 'auto_scale_lr.enable=True'),
+        'auto_scale_lr.base_batch_size=16',
+    ]
+    flag = [enable] if enable.startswith('--') else []
+    if flag:
+        options.remove('auto_scale_lr.enable=True')
+    code, said = forks.call(
+        'train',
+        *(seg, '--work-dir', tmp_path / 'run', *flag),
+        *('--cfg-options', *options),
+        log=tmp_path / 'log',
+    )
+    assert code == 0, said
+    content = saved(tmp_path / 'run' / 'iter_1.pth')
+    (group,) = content['optimizer']['param_groups']
+    assert group['lr'] == pytest.approx(0.01 * 2 * 3 / 16, rel=1e-12)
+    # The config stays as it is, so that it may be used again.
+    assert re.search('base_batch_size=16', content['meta']['cfg'])
 
 
 def processes_with(word: str) -> list[str]:
@@ -278,7 +266,7 @@ def wait_for(path: Path, alive: object) -> None:
 def assert_whole(work_dir: Path) -> int:
     """The last checkpoint is named and whole: its iteration."""
     named = Path((work_dir / 'last_checkpoint').read_text())
-    newest, broken = tool('checks').newest_checkpoint(work_dir)
+    newest, broken = tool('support.checkpoints').newest_checkpoint(work_dir)
     assert broken == []
     # A kill between renaming a checkpoint and naming it is no harm.
     steps = [int(Path(p).stem.split('_')[1]) for p in (named, newest)]
@@ -401,7 +389,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
         assert (
             f'error: Training stopped: {work_dir}/iter_3.pth could not be '
             'written (No space left on device). '
-            f'{work_dir}/iter_2.pth is whole. Mend the cause, then add '
+            f'{work_dir}/iter_2.pth is whole. Fix the cause, then add '
             '--resume to the command'
         ) in said
         assert 'Traceback' not in said.split('error: Training')[1]
@@ -443,48 +431,6 @@ def test_a_read_only_work_dir_is_refused_before_training(
     assert said.count('\n') == 1
 
 
-@pytest.mark.parametrize(
-    'code', [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.EIO]
-)
-def test_a_write_that_fails_halfway_leaves_nothing(
-    code: int, tmp_path: Path
-) -> None:
-    train = tool('train')
-
-    def save(out_dir: str, filename: str) -> None:
-        (Path(out_dir) / filename).write_bytes(b'half')
-        raise OSError(code, os.strerror(code))
-
-    runner = SimpleNamespace(save_checkpoint=save)
-    train.save_atomically(runner)
-    with pytest.raises(OSError, match=os.strerror(code)) as raised:
-        runner.save_checkpoint(str(tmp_path), 'iter_1.pth')
-    assert not list(tmp_path.iterdir())
-    cfg = Config(dict(work_dir=str(tmp_path)))
-    said = str(train.unwritable(cfg, raised.value))
-    assert said == (
-        f'Training stopped: {tmp_path}/iter_1.pth could not be written '
-        f'({os.strerror(code)}). There is no checkpoint yet. Mend the cause '
-        'and start again.'
-    )
-
-
-def test_other_errors_are_not_explained(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    train = tool('train')
-    missing = FileNotFoundError(errno.ENOENT, 'gone', 'a.png')
-    cfg = Config(dict(work_dir=str(tmp_path), launcher='none'))
-    assert train.unwritable(cfg, missing) is None
-    lost = RuntimeError('Connection closed by peer')
-    train.say_who_was_lost(cfg, lost)
-    cfg.launcher = 'pytorch'
-    train.say_who_was_lost(cfg, RuntimeError('shapes do not match'))
-    assert capsys.readouterr().err == ''
-    train.say_who_was_lost(cfg, lost)
-    assert 'There is no checkpoint yet.' in capsys.readouterr().err
-
-
 def test_a_hundred_images_one_by_one(forks: Forks, tmp_path: Path) -> None:
     code, said = forks.call(
         'soak',
@@ -504,7 +450,7 @@ def test_a_hundred_images_one_by_one(forks: Forks, tmp_path: Path) -> None:
 
 
 def test_the_soak_fails_where_a_condition_does() -> None:
-    failures = tool('soak').failures
+    failures = tool('proofs.soak').failures
     fine = dict(mib=[100.0, 101.0], ms=[10.0, 11.0])
     assert failures(fine, []) == []
     assert 'not finite: a' in failures(fine, ['a'])

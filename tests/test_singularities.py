@@ -1,4 +1,4 @@
-"""What is measured before each ReLU, against plain statistics."""
+"""Measurements before each ReLU, against plain statistics."""
 
 import json
 import math
@@ -197,7 +197,7 @@ def test_training_is_the_same_with_the_hook(tmp_path):
         assert torch.equal(value, states[1][key]), key
 
 
-def test_refuses(tmp_path):
+def test_wrong_arguments_and_configs_are_rejected(tmp_path):
     with pytest.raises(ValueError, match='interval=0 must be.*at least 1'):
         SingularitiesHook(interval=0)
     with pytest.raises(ValueError, match="num_batches='a' must be"):

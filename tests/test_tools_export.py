@@ -8,10 +8,12 @@ from pathlib import Path
 
 import cv2
 import pytest
+import shipped
 import torch
+from in_process import load, tools  # noqa: F401
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from test_tools_errors import load, refuses, tools  # noqa: F401
+from shipped import write_shipped
 from tiny_runs import DET, SEG, write_config, write_data
 from torch import nn
 
@@ -179,7 +181,7 @@ class Shared(nn.Module):
 @pytest.mark.usefixtures('tools')
 @pytest.mark.parametrize('ending', ['onnx', 'pt2'])
 def test_what_does_not_fold_is_written_as_plain_operations(ending, tmp_path):
-    export = load('export')
+    export, formats = load('export'), load('formats')
     network = export.Features(randomize(Shared())).eval()
     image = torch.randn(2, 3, 96, 128)
     new, told = export.plain(network, image)
@@ -187,18 +189,117 @@ def test_what_does_not_fold_is_written_as_plain_operations(ending, tmp_path):
     assert not any(isinstance(m, ws_mm.WSConv2d) for m in new.modules())
     path = str(tmp_path / f'new.{ending}')
     if ending == 'onnx':
-        export.write_onnx(new, image, ['one', 'two'], {}, path)
+        formats.write_onnx(new, image, ['one', 'two'], {}, path)
     else:
-        export.write_program(new, image, {}, path)
+        formats.write_program(new, image, {}, path)
     sizes = [(1, 65, 130), (3, 70, 99)]
     found = dict(export.differences(network, path, sizes))
     assert list(found) == sizes
     assert max(found.values()) < 1e-5
 
 
-def test_a_difference_is_refused(refuses, tmp_path, monkeypatch):  # noqa: F811
+FAMILIES = {
+    # Convolutions and sums that fit at multiples only; no key says so.
+    'RTMDET': ('mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py', 32),
+    'UNET': (
+        'mmseg::unet/unet-s5-d16_fcn_4xb4-160k_cityscapes-512x1024.py',
+        16,
+    ),
+    # Pooling to 2, 3 and 6 pixels a side.
+    'PSPNET': (
+        'mmseg::pspnet/pspnet_r50-d8_4xb2-40k_cityscapes-512x1024.py',
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_families_at_sizes_that_they_take(family, script, tmp_path, capsys):
+    name, divisor = FAMILIES[family]
+    changes = getattr(shipped, family)
+    config, weights, model = write_shipped(tmp_path, name, changes)
+    out = tmp_path / 'new.onnx'
+    script('export', config, weights, out)
+    told = capsys.readouterr().out
+    free = 'are free' if divisor == 1 else f'must be multiples of {divisor}'
+    assert f'Height and width {free}.' in told
+    notes = {prop.key: prop.value for prop in onnx.load(out).metadata_props}
+    assert notes['divisor'] == str(divisor)
+    session = onnxruntime.InferenceSession(str(out))
+    for batch, high, wide in ((1, 7, 8), (2, 5, 10)):
+        # 32 is the divisor of the coarsest map of all of them.
+        step = 32 if divisor > 1 else 17
+        image = torch.randn(batch, 3, step * high, step * wide)
+        actual = session.run(None, {'image': image.numpy()})
+        for one, two in zip(actual, outputs_of(model, image), strict=True):
+            error = (torch.as_tensor(one) - two).abs().max()
+            assert error < 1e-4 * two.abs().max()
+
+
+def test_constants_are_said_and_a_size_mends_them(
+    refuses,
+    script,
+    tmp_path,
+):
+    name = 'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py'
+    config, weights, model = write_shipped(tmp_path, name, shipped.SEGFORMER)
+    out = tmp_path / 'out/new.onnx'
+    match = 'became constants: .* right at 2 x 96 x 128 .*OUT.pt2.*--size'
+    refuses(match, 'export', config, weights, out)
+    assert not list(out.parent.iterdir())
+    script('export', config, weights, out, '--size', 64, 96)
+    image = torch.randn(4, 3, 64, 96)
+    session = onnxruntime.InferenceSession(str(out))
+    assert session.get_inputs()[0].shape[1:] == [3, 64, 96]
+    actual = session.run(None, {'image': image.numpy()})
+    assert_same(actual, outputs_of(model, image))
+
+
+def test_a_model_that_draws_numbers_is_said(refuses, tmp_path):
+    name = 'mmseg::segnext/segnext_mscan-t_1xb16-adamw-160k_ade20k-512x512.py'
+    config, weights, _ = write_shipped(tmp_path, name, shipped.SEGNEXT)
+    out = tmp_path / 'out/new.onnx'
+    refuses('draws random numbers', 'export', config, weights, out)
+    assert not list(out.parent.iterdir())
+
+
+class NoForm(nn.Module):
+    """An operation that the exporter has no form of."""
+
+    def forward(self, image):
+        return (torch.special.i0(image),)
+
+
+@pytest.mark.usefixtures('tools')
+def test_an_operation_without_a_form_is_named(tmp_path, capsys):
+    formats = load('formats')
+    image = torch.randn(1, 3, 8, 8)
+    with pytest.raises(formats.SetupError, match='no form.*i0.*OUT.pt2'):
+        formats.write_onnx(
+            NoForm(), image, ['a'], {}, str(tmp_path / 'a.onnx')
+        )
+    assert capsys.readouterr().out == ''
+
+
+@pytest.mark.usefixtures('tools')
+@pytest.mark.parametrize('size', [1, 3, (2, 6), (None, 4), (5, None), (9, 9)])
+def test_pooling_is_that_of_torch(size):
+    x = torch.randn(2, 3, 7, 11, dtype=torch.float64)
+    expected = nn.functional.adaptive_avg_pool2d(x, size)
+    actual = load('formats')._pool(x, size)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures('tools')
+def test_a_model_that_takes_no_size_is_said():
+    export = load('export')
+    with pytest.raises(export.SetupError, match='4 channels.*--size'):
+        export.fitting_sizes(nn.Conv2d(4, 1, 1))
+
+
+def test_a_difference_is_refused(refuses, tmp_path, monkeypatch):
     def wrong(model, *args, **kwargs):
-        baked = ws_mm.surgery.bake(model, *args, **kwargs)
+        baked = ws_mm.baking.bake(model, *args, **kwargs)
         one = dict(baked.named_parameters())
         name = next(n for n in one if n.endswith('layer2.0.conv1.weight'))
         one[name].data = one[name].data.flip(0)
@@ -212,7 +313,7 @@ def test_a_difference_is_refused(refuses, tmp_path, monkeypatch):  # noqa: F811
     assert not list(out.iterdir())
 
 
-def test_bad_arguments(refuses, tmp_path):  # noqa: F811
+def test_bad_arguments(refuses, tmp_path):
     config, weights, _ = write(tmp_path, SEG)
     out = tmp_path / 'out'
     refuses('must end with .onnx', 'export', config, weights, out / 'a.pth')
@@ -251,6 +352,14 @@ def scores(work_dir):
     return json.loads(found[-1].read_text())
 
 
+def test_program_wants_a_torch_that_keeps_sizes_free(monkeypatch):
+    """As torch 2.1, whose torch.export has no Dim."""
+    export = load('export')
+    monkeypatch.delattr(torch.export, 'Dim', raising=False)
+    with pytest.raises(export.SetupError, match='torch 2.2 or newer'):
+        export.check_out('model.pt2')
+
+
 def test_the_metrics_of_the_host_come_out(script, tmp_path, monkeypatch):
     _, weights, model = write(tmp_path, GN + SHALLOW + ALIGNED)
     # Scores are taken at the size of the file, not that of the input.
@@ -279,9 +388,11 @@ def test_the_metrics_of_the_host_come_out(script, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures('tools')
-def test_other_outputs_are_refused(refuses, tmp_path):  # noqa: F811
+def test_other_outputs_are_refused(refuses, tmp_path):
     image = torch.randn(1, 3, 8, 8)
     path = str(tmp_path / 'a.onnx')
-    load('export').write_onnx(nn.Conv2d(3, 1, 1), image, ['feature'], {}, path)
+    load('formats').write_onnx(
+        nn.Conv2d(3, 1, 1), image, ['feature'], {}, path
+    )
     match = 'outputs feature; .* has one, logits'
     refuses(match, 'test_onnx', *data(tmp_path, SEG))

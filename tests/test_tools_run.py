@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 from tiny_runs import DET, ROOT, SEG, call, write_config, write_data
 
 pytest.importorskip('mmdet')
@@ -61,10 +62,10 @@ def predictions(path: Path) -> dict[int, dict]:
 
 
 def test_two_processes_predict_what_one_does(
-    det: Path, trained: Path, tmp_path: Path
+    forks: Forks, det: Path, trained: Path, tmp_path: Path
 ) -> None:
-    one = call(
-        'test.py',
+    one = forks.run(
+        'test',
         det / 'tiny.py',
         trained,
         *('--work-dir', tmp_path / 'one', '--out', tmp_path / 'one.pkl'),
@@ -98,10 +99,10 @@ def test_two_processes_predict_what_one_does(
 
 
 def test_augmentation_merges_boxes_of_the_flipped_image(
-    det: Path, trained: Path, tmp_path: Path
+    forks: Forks, det: Path, trained: Path, tmp_path: Path
 ) -> None:
-    done = call(
-        'test.py',
+    done = forks.run(
+        'test',
         det / 'tiny.py',
         trained,
         *('--tta', '--work-dir', tmp_path, '--out', tmp_path / 'tta.pkl'),
@@ -116,7 +117,7 @@ def test_augmentation_merges_boxes_of_the_flipped_image(
 
 
 def test_a_killed_training_resumes_from_its_last_whole_checkpoint(
-    det: Path, tmp_path: Path
+    forks: Forks, det: Path, tmp_path: Path
 ) -> None:
     command = [
         sys.executable,
@@ -150,8 +151,8 @@ def test_a_killed_training_resumes_from_its_last_whole_checkpoint(
     (tmp_path / 'epoch_999.pth.part').write_bytes(b'PK')
 
     last = numbers[-2]
-    done = call(
-        'train.py',
+    done = forks.run(
+        'train',
         det / 'tiny.py',
         *('--work-dir', tmp_path, '--resume'),
         *('--cfg-options', f'train_cfg.max_epochs={last + 1}'),
@@ -168,6 +169,35 @@ def test_a_killed_training_resumes_from_its_last_whole_checkpoint(
     assert whole['meta']['epoch'] == last + 1
     assert whole['optimizer']['state']
     assert not list(tmp_path.glob('*.part'))
+
+
+@pytest.mark.parametrize('scope', ['mmseg', 'mmdet'])
+def test_a_base_of_a_renamed_distribution_is_found_by_the_host(
+    scope: str, tmp_path: Path
+) -> None:
+    runtime = f'{scope}::_base_/default_runtime.py'
+    config = tmp_path / 'config.py'
+    config.write_text(f"_base_ = __import__('ws_mm') and '{runtime}'")
+    # What MMDetection's and MMSegmentation's own train.py begin with.
+    code = (
+        'from mmengine.config import Config\n'
+        f'print(Config.fromfile({str(config)!r}).default_scope)\n'
+        'from mmengine.config.utils import MODULE2PACKAGE\n'
+        'from mmengine.utils import is_installed\n'
+        f'assert is_installed(MODULE2PACKAGE[{scope!r}])\n'
+        # Its messages say pip install and this name: it stays where it is
+        # right.
+        "if is_installed('mmsegmentation'):\n"
+        "    assert MODULE2PACKAGE['mmseg'] == 'mmsegmentation'"
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == scope
 
 
 def fake_slurm(folder: Path) -> Path:
@@ -193,7 +223,7 @@ def free_port() -> str:
 
 
 def test_segmentation_trains_under_slurm_and_is_tested_augmented(
-    tmp_path: Path,
+    forks: Forks, tmp_path: Path
 ) -> None:
     config = write_config(write_data(tmp_path / 'data'), SEG)
     (tmp_path / 'bin').mkdir()
@@ -215,8 +245,8 @@ def test_segmentation_trains_under_slurm_and_is_tested_augmented(
     assert '1 processes run on the CPU' in done.stdout
 
     out = tmp_path / 'out.pkl'
-    done = call(
-        *('test.py', config, tmp_path / 'work dir' / 'iter_1.pth', '--tta'),
+    done = forks.run(
+        *('test', config, tmp_path / 'work dir' / 'iter_1.pth', '--tta'),
         *('--work-dir', tmp_path / 'test', '--out', out),
         *('--show-dir', tmp_path / 'pictures'),
         *('--verify', '--cfg-options', 'expected.source=nobody'),

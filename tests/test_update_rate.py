@@ -1,5 +1,7 @@
-"""How the update rate of BCN follows its schedule."""
+"""The momentum of BCN follows the schedules of the experiments."""
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,10 +11,14 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import ws_mm
-from ws_mm.update_rate import learning_rate_share
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'tools'))
+from experiments.update_rate import (
+    UpdateRateHook,
+    learning_rate_share,
+)
 
 
 def pretended(model: nn.Module, group: dict[str, float]) -> Any:
@@ -35,7 +41,7 @@ def test_rates_of_every_schedule(schedule, expected):
     model[0].momentum, model[2].momentum = 0.1, 0.4
     group = {'initial_lr': 0.2}
     runner = pretended(model, group)
-    hook = ws_mm.UpdateRateHook(schedule)
+    hook = UpdateRateHook(schedule)
     hook.before_train(runner)
     places = [(0, 0.1), (3, 0.2), (20, 0.7), (99, 0.0)]
     for (runner.iter, group['lr']), rates in zip(
@@ -44,14 +50,11 @@ def test_rates_of_every_schedule(schedule, expected):
         hook.before_train_iter(runner, 0)
         found = [model[0].momentum, model[2].momentum]
         assert found == pytest.approx(list(rates))
-        read = [model[0].update_rate.item(), model[2].update_rate.item()]
-        assert read == pytest.approx(found)
     hook.after_train(runner)
     assert [model[0].momentum, model[2].momentum] == [0.1, 0.4]
-    assert model[0].update_rate is None
 
 
-def test_the_share_of_several_groups():
+def test_the_highest_learning_rate_share_counts():
     slow, fast = {'lr': 1.0, 'initial_lr': 4.0}, {'lr': 1.0, 'initial_lr': 2.0}
     frozen, plain = {'lr': 0.0, 'initial_lr': 0.0}, {'lr': 0.3}
     assert learning_rate_share([slow, fast]) == 0.5
@@ -61,37 +64,11 @@ def test_the_share_of_several_groups():
     assert learning_rate_share([{'lr': 3.0, 'initial_lr': 1.0}]) == 1
 
 
-def test_refuses():
+def test_an_unknown_schedule_is_rejected():
     with pytest.raises(
         ValueError, match="schedule='lr' is not one of 'debiased'"
     ):
-        ws_mm.UpdateRateHook('lr')
-
-
-def test_compiled_once_for_all_rates():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    model, eager = [
-        nn.Sequential(nn.Conv2d(3, 8, 3), ws_mm.BCN(8, 4)) for _ in range(2)
-    ]
-    eager.load_state_dict(model.state_dict())
-    counter = CompileCounterWithBackend('aot_eager')
-    run = torch.compile(model, backend=counter, fullgraph=True)
-    group = {'initial_lr': 1.0}
-    runner = pretended(nn.ModuleList([model, eager]), group)
-    hook = ws_mm.UpdateRateHook('both')
-    hook.before_train(runner)
-    for runner.iter in range(12):
-        group['lr'] = 1 - runner.iter / 12
-        hook.before_train_iter(runner, 0)
-        x = torch.randn(2, 3, 8, 8)
-        output = run(x)
-        torch.testing.assert_close(output, eager(x))
-        (output * torch.randn_like(output)).sum().backward()
-        torch.testing.assert_close(
-            dict(model.state_dict()), dict(eager.state_dict())
-        )
-    assert counter.frame_count == 1
+        UpdateRateHook('lr')
 
 
 class Trained(BaseModel):
@@ -139,7 +116,7 @@ def train(folder: Any, steps: int = 8, resume: bool = False) -> Any:
             checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=4)
         ),
         custom_hooks=[
-            dict(type='ws_mm.UpdateRateHook', schedule='both'),
+            dict(type=UpdateRateHook, schedule='both'),
             Watch(seen),
         ],
         resume=resume,

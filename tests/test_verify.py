@@ -1,8 +1,8 @@
 """test.py --verify: what a config expects, and what falls short of it."""
 
 import pytest
+from in_process import load, tools  # noqa: F401
 from mmengine.config import Config
-from test_tools_errors import load, tools  # noqa: F401
 
 
 def config(**expected) -> Config:

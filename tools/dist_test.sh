@@ -11,6 +11,6 @@ CONFIG=$1
 CHECKPOINT=$2
 GPUS=$3
 TOOLS=$(cd "$(dirname "$0")" && pwd)
-source "$TOOLS/torchrun.sh"
+source "$TOOLS/support/torchrun.sh"
 
 torchrun_script "$GPUS" "$TOOLS/test.py" "$CONFIG" "$CHECKPOINT" "${@:4}"

@@ -11,6 +11,6 @@ fi
 CONFIG=$1
 GPUS=$2
 TOOLS=$(cd "$(dirname "$0")" && pwd)
-source "$TOOLS/torchrun.sh"
+source "$TOOLS/support/torchrun.sh"
 
 torchrun_script "$GPUS" "$TOOLS/train.py" "$CONFIG" "${@:3}"

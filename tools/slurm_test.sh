@@ -9,6 +9,6 @@ if [[ $# -lt 4 ]]; then
     exit 2
 fi
 TOOLS=$(cd "$(dirname "$0")" && pwd)
-source "$TOOLS/srun.sh"
+source "$TOOLS/support/srun.sh"
 
 srun_script "$1" "$2" "$TOOLS/test.py" "$3" "$4" "${@:5}"

@@ -9,7 +9,7 @@ if [[ $# -lt 3 ]]; then
     exit 2
 fi
 TOOLS=$(cd "$(dirname "$0")" && pwd)
-source "$TOOLS/srun.sh"
+source "$TOOLS/support/srun.sh"
 
 # bash before 4.4 takes an empty array for an unset variable.
 OPTIONS=("${@:4}")

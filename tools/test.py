@@ -5,13 +5,13 @@ import os
 import sys
 from copy import deepcopy
 
-import checks
-import launch
-from checks import SetupError
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
 from mmengine.runner import Runner
+from support import checkpoints, checks, failures, launch
+from support.checks import SetupError
+from torch import nn
 
 HOOKS = {'mmdet': 'DetVisualizationHook', 'mmseg': 'SegVisualizationHook'}
 VISUALIZERS = {'mmdet': 'DetLocalVisualizer', 'mmseg': 'SegLocalVisualizer'}
@@ -98,6 +98,7 @@ def apply_show(cfg: Config, args: argparse.Namespace) -> None:
         if scope == 'mmdet':
             hook.test_out_dir = folder
         else:
+            hook.interval = 1  # the official one draws every 50th
             visualizer.save_dir = folder
             visualizer.vis_backends = [dict(type='LocalVisBackend')]
 
@@ -105,12 +106,6 @@ def apply_show(cfg: Config, args: argparse.Namespace) -> None:
 def apply_tta(cfg: Config) -> None:
     """Wrap the model and its test pipeline for augmentation."""
     scope = cfg.get('default_scope')
-    if scope == 'mmdet' and _has_masks(cfg.model):
-        raise SetupError(
-            "--tta: mmdet's DetTTAModel merges boxes, not masks. Evaluate the "
-            'boxes alone: --cfg-options model.roi_head.mask_head=None '
-            'model.roi_head.mask_roi_extractor=None test_evaluator.metric=bbox'
-        )
     datasets = launch.innermost_datasets(cfg, 'test_dataloader')
     if 'tta_pipeline' not in cfg:
         pipeline = deepcopy(datasets[0].pipeline)
@@ -142,10 +137,36 @@ def apply_tta(cfg: Config) -> None:
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
 
 
-def _has_masks(model: ConfigDict) -> bool:
-    """Whether the detector predicts instance masks."""
-    heads = (model, model.get('roi_head') or {})
-    return any(head.get('mask_head') for head in heads)
+def check_tta(cfg: Config, model: nn.Module) -> None:
+    """Reject what mmdet cannot merge.
+
+    Args:
+        cfg: the config, with its ``tta_model``.
+        model: the network alone.
+
+    Raises:
+        SetupError: it predicts masks.
+    """
+    if str(cfg.tta_model.type).rpartition('.')[2] != 'DetTTAModel':
+        return
+    heads = [
+        name
+        for name, _ in model.named_modules()
+        if name.rpartition('.')[2] in ('mask_head', 'panoptic_head')
+    ]
+    if not heads:
+        return
+    message = (
+        f"--tta: mmdet's DetTTAModel merges boxes, not masks, and this "
+        f'{type(model).__name__} predicts masks (model.{heads[0]}). '
+    )
+    if heads[0] != 'roi_head.mask_head':
+        raise SetupError(f'{message}Leave --tta out.')
+    raise SetupError(
+        f'{message}Evaluate the boxes alone: --cfg-options '
+        'model.roi_head.mask_head=None model.roi_head.mask_roi_extractor=None '
+        'test_evaluator.metric=bbox'
+    )
 
 
 def dump_predictions(runner: Runner, path: str) -> None:
@@ -197,7 +218,7 @@ def verify(cfg: Config, found: dict[str, float]) -> None:
         if name not in found:
             raise SetupError(
                 f'expected.metrics.{name} is not among the metrics '
-                f'{", ".join(sorted(found))}: mend that name or '
+                f'{", ".join(sorted(found))}: fix that name or '
                 'test_evaluator.'
             )
         line = (
@@ -223,7 +244,7 @@ def main() -> None:
     cfg.resume = False
     checks.check_data(cfg, ('test_dataloader',))
     if checks.is_local(args.checkpoint):
-        checks.read_checkpoint(args.checkpoint)
+        checkpoints.read_checkpoint(args.checkpoint)
     if args.tta:
         apply_tta(cfg)
     checks.check_writable(cfg.work_dir, '--work-dir')
@@ -235,14 +256,21 @@ def main() -> None:
 
     runner = launch.build_runner(cfg)
     if isinstance(runner, Runner):
-        checks.check_weights_fit(args.checkpoint, runner.model)
+        if args.tta:
+            check_tta(cfg, checkpoints.unwrapped(runner.model))
+        checkpoints.check_weights_fit(args.checkpoint, runner.model)
         if not args.allow_missing:
-            checks.check_weights_complete(args.checkpoint, runner.model)
+            checkpoints.check_weights_complete(args.checkpoint, runner.model)
         launch.build_loops(runner, ('test',))
     if args.out:
         dump_predictions(runner, args.out)
     launch.gather_in_work_dir(runner, 'test')
-    metrics = runner.test()
+    try:
+        metrics = runner.test()
+    except (AssertionError, RuntimeError) as error:
+        if reason := failures.known_cause(error, runner, 'Testing'):
+            raise reason from error
+        raise
     if args.verify and is_main_process():
         verify(cfg, metrics)
 

@@ -2,29 +2,38 @@
 
 Importing this package registers its layers in mmengine's root registry,
 so that ``type='ws_mm.BCN'`` works in every config and ``type='BCN'`` with
-``custom_imports``. It needs torch and mmengine, nothing else.
+``custom_imports``. It needs torch and mmengine, which needs OpenCV.
 """
 
-try:
-    import mmengine  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        'ws_mm registers its layers with mmengine, which cannot be imported '
-        f"({error}). Install it with: pip install 'onedl-mmengine>=0.10.12'"
-    ) from error
+from importlib import metadata
 
+# First: it names a version that does not fit, before anything else fails.
+from . import compat  # noqa: F401
+from .baking import bake
+from .checking import check
 from .checkpoint import PretrainedGN
 from .configs import apply_norm
-from .conv import WSConv1d, WSConv2d, WSConv3d
+from .conv import (
+    WSConv1d,
+    WSConv2d,
+    WSConv3d,
+    WSConvTranspose1d,
+    WSConvTranspose2d,
+    WSConvTranspose3d,
+)
+from .conversion import convert
+from .estimates import update_estimates
+from .estimates_hook import UpdateEstimatesHook
 from .functional import batch_channel_norm, standardize_weight
 from .hooks import CheckModelHook, SyncEstimatesHook
 from .norm import BCN
 from .resume import ExactResumeHook
 from .singularities import SingularitiesHook
-from .surgery import bake, check, convert
-from .update_rate import UpdateRateHook
 
-__version__ = '0.1.0'
+try:
+    __version__ = metadata.version('ws-mm')
+except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
+    __version__ = 'unknown'
 
 __all__ = [
     'BCN',
@@ -33,10 +42,13 @@ __all__ = [
     'PretrainedGN',
     'SingularitiesHook',
     'SyncEstimatesHook',
-    'UpdateRateHook',
+    'UpdateEstimatesHook',
     'WSConv1d',
     'WSConv2d',
     'WSConv3d',
+    'WSConvTranspose1d',
+    'WSConvTranspose2d',
+    'WSConvTranspose3d',
     '__version__',
     'apply_norm',
     'bake',
@@ -44,4 +56,5 @@ __all__ = [
     'check',
     'convert',
     'standardize_weight',
+    'update_estimates',
 ]

@@ -1,30 +1,25 @@
-"""What is said about an argument that a layer cannot use.
-
-Configs bring values of any type and names of any spelling, so that every
-message names the argument, what is legal and the key of the config.
-"""
+"""Errors about arguments that a config sets, with the key that fixes them."""
 
 import difflib
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 
-
-def refuse_unknown(
+def reject_unknown(
     layer: str, key: str, unknown: Mapping[str, Any], legal: Collection[str]
 ) -> None:
-    """Refuse arguments that a layer does not have.
+    """Reject arguments that a layer does not have.
 
     Args:
         layer: class name of the layer.
-        key: of the config, 'norm_cfg' or 'conv_cfg'.
+        key: key of the config, 'norm_cfg' or 'conv_cfg', or an argument that
+            takes a dict.
         unknown: arguments left over.
-        legal: the names that the layer takes.
+        legal: names that the layer takes.
 
     Raises:
-        TypeError: there are any; close matches are named.
+        TypeError: there are any; the message names a close match.
     """
     if not unknown:
         return
@@ -35,51 +30,48 @@ def refuse_unknown(
         if close
         else f'it takes {", ".join(sorted(legal))}.'
     )
-    raise TypeError(
-        f'{layer} has no argument {name!r}; {meant} Mend or remove '
-        f'{key}=dict({name}={value!r}); a key left over from the config '
-        'below goes with _delete_=True'
+    message = (
+        f'{layer} has no argument {name!r}; {meant} Fix or remove '
+        f'{key}=dict({name}={value!r})'
     )
+    if key.endswith('_cfg'):
+        message += '; _delete_=True removes the keys of an inherited config'
+    raise TypeError(message)
 
 
-def check_count(name: str, value: Any, key: str) -> None:
-    """Refuse what is no whole number; its size is another question."""
-    if isinstance(value, bool) or not hasattr(value, '__index__'):
-        raise TypeError(
-            f'{name}={value!r} must be a whole number ({key}=dict({name}=...))'
-        )
-
-
-def check_flag(name: str, value: Any, key: str) -> None:
-    """Refuse what is neither True nor False: 'False' would count as true."""
-    if not isinstance(value, bool):
-        raise TypeError(
-            f'{name}={value!r} must be True or False ({key}=dict({name}=...))'
+def check_choice(
+    name: str, value: Any, legal: Collection[str], key: str
+) -> None:
+    """Reject a value that is not one of the legal ones."""
+    if value not in legal:
+        raise ValueError(
+            f'{name}={value!r} must be one of {", ".join(map(repr, legal))} '
+            f'({key}=dict({name}=...))'
         )
 
 
 def check_eps(value: Any, key: str) -> None:
-    """Refuse an eps that is not a finite number of at least 0."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value < math.inf:
-        raise (ValueError if number else TypeError)(
-            f'eps={value!r} must be a number of at least 0, such as 1e-5 '
-            f'({key}=dict(eps=...))'
-        )
+    """Reject an eps that is not a finite number of at least 0."""
+    is_legal = 0 <= _number(value) < math.inf
+    _check_number('eps', value, is_legal, '[0, inf)', key)
 
 
-def check_tensor_options(device: Any, dtype: Any, key: str) -> None:
-    """Refuse a device or a dtype that parameters cannot have."""
-    floats = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-    if dtype is not None and not floats:
-        raise TypeError(
-            f'dtype={dtype!r} must be a floating dtype of torch, such as '
-            f'torch.float32 ({key}=dict(dtype=...))'
-        )
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, TypeError, AssertionError) as error:
+def check_momentum(value: Any, key: str) -> None:
+    """Reject a momentum outside (0, 1]."""
+    is_legal = 0 < _number(value) <= 1
+    _check_number('momentum', value, is_legal, '(0, 1]', key)
+
+
+def _number(value: Any) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number else math.nan
+
+
+def _check_number(
+    name: str, value: Any, is_legal: bool, interval: str, key: str
+) -> None:
+    if not is_legal:
         raise ValueError(
-            f'device={device!r} is no device here ({key}=dict(device=...)): '
-            f'{str(error).splitlines()[0]}'
-        ) from error
+            f'{name}={value!r} must be a number in {interval} '
+            f'({key}=dict({name}=...))'
+        )

@@ -1,53 +1,26 @@
-"""Checkpoints: read without running code, and into layouts that differ."""
+"""Checkpoints of other layouts and formats."""
 
-import os
 import re
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from mmengine.logging import print_log
 from mmengine.model import PretrainedInit
 from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner import CheckpointLoader, load_checkpoint
-from mmengine.runner.checkpoint import get_torch_safe_globals
 from torch import nn
+
+from .compat import weights_only
 
 # The authors' README names the inner normalization bn, their code pbn.
 AUTHORS_INNER = ('pbn.', 'bn.')
-CONVERTER = 'python tools/convert_checkpoint.py OLD NEW --norm bcn'
+CONVERTER = (
+    'python tools/model_converters/convert_checkpoint.py OLD NEW --norm bcn'
+)
 # Version of the state of a standardized convolution. torch writes it into
 # every state dict, so that its filters can be told from plain ones.
 STANDARDIZED = 2
-FORCE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
-
-
-def allow_host_objects() -> None:
-    """Let torch read what the host's own checkpoints hold besides tensors."""
-    dtypes = [getattr(np.dtypes, name) for name in np.dtypes.__all__]
-    torch.serialization.add_safe_globals(get_torch_safe_globals() + dtypes)
-
-
-@contextmanager
-def weights_only() -> Iterator[None]:
-    """Run no code from a file that is loaded meanwhile.
-
-    The host tries ``weights_only=True`` and, where a file holds more than
-    weights, loads it again with code and all. Here it cannot.
-    """
-    before = os.environ.get(FORCE)
-    os.environ[FORCE] = '1'
-    allow_host_objects()
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[FORCE]
-        else:
-            os.environ[FORCE] = before
 
 
 @CheckpointLoader.register_scheme(  # type: ignore[untyped-decorator]
@@ -56,12 +29,7 @@ def weights_only() -> Iterator[None]:
 def load_from_safetensors(
     filename: str, map_location: Any = None
 ) -> dict[str, Any]:
-    """Read a .safetensors file, wherever the host takes a checkpoint.
-
-    Args:
-        filename: a local file.
-        map_location: device of the tensors.
-    """
+    """Read a .safetensors file, wherever mmengine takes a checkpoint."""
     try:
         from safetensors import safe_open
     except ImportError as error:
@@ -69,25 +37,116 @@ def load_from_safetensors(
             f'{filename} needs safetensors. Install it with: pip install '
             'safetensors'
         ) from error
-    state: OrderedDict[str, Any] = OrderedDict()
     with safe_open(filename, 'pt', device='cpu') as file:
-        for name in file.keys():
-            state[name] = file.get_tensor(name)
-            if map_location is not None:
-                state[name] = state[name].to(map_location)
+        state = OrderedDict(
+            (name, file.get_tensor(name).to(map_location or 'cpu'))
+            for name in file.keys()
+        )
         header = file.metadata() or {}
     if 'ws_mm' in header:
         mark_standardized(state)
     return dict(state_dict=state)
 
 
+# File names of releases whose filters were trained standardized, as
+# OpenMMLab and the authors write them: resnet50_gn_ws-15beedd8.pth,
+# R-50-GN-WS.pth.tar, rn50_bcn_ws.pth.
+_RELEASE = r'(?i:[^/]*[_-](gn|bn|bcn)[_-]ws(?=[_.-])[^/]*\.(pth|tar))$'
+
+
+@CheckpointLoader.register_scheme(  # type: ignore[untyped-decorator]
+    prefixes=[
+        r'open-mmlab://jhu/\w+_gn_ws$',
+        r'openmmlab://jhu/\w+_gn_ws$',
+        rf'https?://.*/{_RELEASE}',
+        rf'(.*/)?{_RELEASE}',
+    ],
+    force=True,
+)
+def load_from_release(
+    filename: str, map_location: Any = None
+) -> dict[str, Any]:
+    """Read a release of a GN+WS, BN+WS or BCN+WS network and mark it.
+
+    Args:
+        filename: a path or URL whose name says so.
+        map_location: device of the tensors.
+    """
+    scheme = ''.join(filename.partition('://')[:2])
+    if '://' not in filename:
+        scheme = ''
+    load = CheckpointLoader._get_checkpoint_loader(scheme)
+    content: dict[str, Any] = load(filename, map_location=map_location)
+    key = 'state_dict' if 'state_dict' in content else None
+    state = OrderedDict(content[key] if key else content)
+    mark_standardized(state)
+    return {**content, key: state} if key else state
+
+
 def mark_standardized(state: OrderedDict[str, Any]) -> None:
-    """Say in a state dict that its filters are those of WS convolutions."""
+    """Mark the filters of a state dict as those of WS convolutions."""
     state._metadata = OrderedDict(  # type: ignore[attr-defined]
-        (name.removesuffix('.weight'), dict(version=STANDARDIZED))
+        (
+            name.removeprefix('module.').removesuffix('.weight'),
+            dict(version=STANDARDIZED),
+        )
         for name, values in state.items()
         if name.endswith('.weight') and values.dim() > 2
     )
+
+
+def without_prefix(
+    state: Mapping[str, Any], prefix: str = 'module.'
+) -> OrderedDict[str, Any]:
+    """Copy a state dict without a prefix, with the versions of its layers.
+
+    torch keeps those in an attribute of the dict, which a plain copy loses.
+    """
+    copied = OrderedDict(
+        (name.removeprefix(prefix), values) for name, values in state.items()
+    )
+    versions = getattr(state, '_metadata', None)
+    if versions is not None:
+        copied._metadata = OrderedDict(  # type: ignore[attr-defined]
+            # The entry of a layer has the layer's name, without a dot.
+            (f'{name}.'.removeprefix(prefix)[:-1], version)
+            for name, version in versions.items()
+        )
+    return copied
+
+
+def differing_prefixes(
+    theirs: Iterable[str], ours: Collection[str]
+) -> tuple[str, str]:
+    """Prefixes by which the names of a checkpoint and a model differ.
+
+    Args:
+        theirs: names of a checkpoint, none of which is among ``ours``.
+        ours: names of a model.
+
+    Returns:
+        A prefix of ``theirs`` and one of ``ours``; ('', '') if most names
+        differ in more than that.
+    """
+    theirs = list(theirs)
+    best, extra, part = 1, '', ''
+    tops = {name.partition('.')[0] + '.' for name in ours if '.' in name}
+    for top in ('', *sorted(tops)):
+        inner = {
+            name.removeprefix(top) for name in ours if name.startswith(top)
+        }
+        counts: Counter[str] = Counter()
+        for name in theirs:
+            parts = name.split('.')
+            counts.update(
+                ''.join(f'{each}.' for each in parts[:n])
+                for n in range(len(parts))
+                if '.'.join(parts[n:]) in inner
+            )
+        for prefix, count in counts.most_common(1):
+            if count > max(best, min(len(inner), len(theirs)) // 2):
+                best, extra, part = count, prefix, top
+    return extra, part
 
 
 def to_native_layout(
@@ -97,33 +156,33 @@ def to_native_layout(
     outer_affine: str,
     num_groups: int | None = None,
 ) -> str:
-    """Rename, in place, what a checkpoint holds for one BCN layer.
+    """Rename the entries of one BCN layer in a checkpoint, in place.
 
     ======================================  ============================
-    layout under prefix                     what happens
+    layout under prefix                     action
     ======================================  ============================
-    ``bn_weight``, ``running_mean``, ...    BCN's own: untouched; an outer
+    ``bn_weight``, ``running_mean``, ...    BCN's own: kept; an outer
                                             affine per group is repeated
-                                            per channel, else refused
+                                            per channel, else rejected
     ``pbn.weight``, ``weight`` (1, G, 1)    the authors' BCN: mapped
     ``weight``, ``bias`` alone              GN: exact, with estimates
                                             (0, 1), if the outer affine
-                                            is per channel, else refused
-    ``weight``, ``running_mean``, ...       BN: refused
+                                            is per channel, else rejected
+    ``weight``, ``running_mean``, ...       BN: rejected
     ======================================  ============================
 
     Args:
-        state_dict: the checkpoint.
-        prefix: what the names of the layer's entries begin with.
-        num_features: of the layer.
-        outer_affine: of the layer.
-        num_groups: of the layer; None is not compared.
+        state_dict: state dict of the checkpoint.
+        prefix: prefix of the layer's entries.
+        num_features: channels of the layer.
+        outer_affine: outer_affine of the layer.
+        num_groups: groups of the layer; None is not compared.
 
     Returns:
-        What was mapped, in words; '' where nothing was.
+        A line that says what was mapped; '' if nothing was.
 
     Raises:
-        ValueError: the entries mean something else than the layer does.
+        ValueError: the entries belong to another kind of layer.
     """
     name = prefix[:-1]
 
@@ -188,16 +247,23 @@ def _fit_outer(
     outer = state_dict.get(f'{prefix}weight')
     inner = state_dict[f'{prefix}bn_weight']
     if outer is None or inner.numel() != num_features:
-        return ''  # Other channels: torch and the host say it.
+        return ''  # Other channels: torch reports them.
     found = outer.numel()
     per_channel = outer_affine == 'channel'
     if found == (num_features if per_channel else num_groups or found):
         return ''
     if found == num_features:
-        mend = "norm_cfg=dict(outer_affine='channel')"
-        what = 'an outer affine per channel, this BCN one per group'
+        fix = (
+            "norm_cfg=dict(outer_affine='channel') if it is one per channel, "
+            f'norm_cfg=dict(num_groups={found}) if its groups are of one '
+            'channel each'
+        )
+        what = (
+            f'an outer affine of {found} entries, this BCN of {num_features} '
+            f'channels one of {num_groups}, per group'
+        )
     elif num_groups not in (None, found):
-        mend = f'norm_cfg=dict(num_groups={found})'
+        fix = f'norm_cfg=dict(num_groups={found})'
         what = f'{found} groups here, this BCN {num_groups}'
     else:
         for name in ('weight', 'bias'):
@@ -210,16 +276,16 @@ def _fit_outer(
         )
     raise ValueError(
         f'{prefix[:-1]}: the checkpoint has {what}: it would compute '
-        f'something else. Set {mend}'
+        f'something else. Set {fix}'
     )
 
 
-def refuse_other_name(prefix: str, unexpected: list[str]) -> None:
-    """Refuse a norm that the checkpoint has under the name of a GroupNorm.
+def reject_other_name(prefix: str, unexpected: list[str]) -> None:
+    """Reject a checkpoint that has a GroupNorm under another name.
 
     Args:
-        prefix: of a BCN layer for which the checkpoint has nothing.
-        unexpected: names that its parents have no place for.
+        prefix: prefix of a BCN layer for which the checkpoint has nothing.
+        unexpected: names that the model has no place for.
 
     Raises:
         ValueError: ``gn1`` is there for ``bn1``.
@@ -237,12 +303,6 @@ def refuse_other_name(prefix: str, unexpected: list[str]) -> None:
     )
 
 
-def report(message: str) -> None:
-    """Log what went where."""
-    if message:
-        print_log(message, logger='current')
-
-
 def _map_authors(state_dict: dict[str, Any], inner: str, prefix: str) -> None:
     for name in ('weight', 'bias'):
         state_dict[prefix + name] = state_dict[prefix + name].flatten()
@@ -256,16 +316,16 @@ def _map_authors(state_dict: dict[str, Any], inner: str, prefix: str) -> None:
 def from_batch_norm(
     state_dict: dict[str, Any], prefix: str, outer: torch.Tensor | None
 ) -> None:
-    """Make a BCN of a BatchNorm, in place; another function.
+    """Turn the entries of a BatchNorm into those of a BCN, in place.
 
-    The running statistics become the estimates, the affine the inner one.
-    The normalization over groups that follows is new, with outer affine
-    (1, 0).
+    The result computes another function: the running statistics become the
+    estimates, the affine the inner one, and the normalization over groups
+    is new, with outer affine (1, 0).
 
     Args:
-        state_dict: holds the entries of the BatchNorm.
-        prefix: what the names of these entries begin with.
-        outer: a tensor like the scale of the outer affine; None for a layer
+        state_dict: state dict with the entries of the BatchNorm.
+        prefix: prefix of these entries.
+        outer: tensor of the shape of the outer affine; None for a layer
             without affines.
     """
     for name in ('weight', 'bias'):
@@ -292,27 +352,48 @@ class PretrainedGN(PretrainedInit):
 
     Args:
         checkpoint: path or URL, as in ``init_cfg=dict(type='Pretrained')``.
-        map_location: device that the tensors are loaded to.
-    """
+        prefix: prefix to remove from the names of the checkpoint, such as
+            ``'module.encoder_q.'``.
+        map_location: device of the loaded tensors.
 
-    def __init__(self, checkpoint: str, map_location: str = 'cpu') -> None:
-        super().__init__(checkpoint, map_location=map_location)
+    Raises:
+        ValueError: the checkpoint has no name of the model.
+    """
 
     def __call__(self, module: nn.Module) -> None:
         """Load the checkpoint into ``module``."""
-        # The host initialises the parts after any type but 'Pretrained',
-        # which would overwrite what is loaded.
+        # mmengine initialises the parts after any type but 'Pretrained',
+        # which would overwrite the loaded values.
         for part in module.children():
             if hasattr(part, 'init_weights') and not getattr(
                 part, 'is_init', False
             ):
                 part.init_weights()  # type: ignore[operator]
                 part.is_init = True  # type: ignore[assignment]
+        prefix = self.prefix and f'{self.prefix.rstrip(".")}.'
         with weights_only():
-            load_checkpoint(
+            content = load_checkpoint(
                 module,
                 self.checkpoint,
                 map_location=self.map_location,
                 logger='current',
-                revise_keys=[(r'^module\.', ''), (r'\bgn(\d*)\b', r'bn\1')],
+                revise_keys=[
+                    (rf'^{re.escape(prefix or "module.")}', ''),
+                    (r'\bgn(\d*)\b', r'bn\1'),
+                ],
             )
+        theirs = {
+            re.sub(r'\bgn(\d*)\b', r'bn\1', name)
+            for name in content.get('state_dict', content)
+        }
+        ours = module.state_dict().keys()
+        if any(
+            name.removeprefix(prefix or 'module.') in ours for name in theirs
+        ):
+            return
+        extra, _ = differing_prefixes(theirs, ours)
+        fix = f' Set init_cfg=dict(prefix={extra!r}).' if extra else ''
+        raise ValueError(
+            f'{self.checkpoint} has no name of the model: it has '
+            f'{min(theirs)!r}..., the model {min(ours)!r}....{fix}'
+        )

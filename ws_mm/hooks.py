@@ -1,4 +1,4 @@
-"""What has to happen between training iterations."""
+"""Training hooks: averaging over ranks, and checks of the model."""
 
 import logging
 from functools import cache
@@ -12,19 +12,20 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import nn
 
-from .norm import BCN
-from .surgery import check
+from .checking import check
+from .running_statistics import RunningStatistics
+from .shapes import batch_norms
 
 
 class _FrozenLayersHook(Hook):
-    """Name, once, the BCN layers that are frozen as they were built."""
+    """Warn once of layers that are frozen as they were built."""
 
     _looked = False
 
     def before_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None
     ) -> None:
-        """Look when the first iteration is about to run."""
+        """Look before the first iteration."""
         if not self._looked:
             self._looked = True
             report_frozen(runner.model)
@@ -32,7 +33,10 @@ class _FrozenLayersHook(Hook):
 
 @HOOKS.register_module()
 class SyncEstimatesHook(_FrozenLayersHook):
-    """Average the estimates of all BCN layers over the ranks.
+    """Average running statistics over the ranks.
+
+    It serves BCN in mode 'estimate' and every other layer that is
+    ``estimating``, see :mod:`ws_mm.running_statistics`.
 
     Formula, for each layer, over the ranks r:
         estimate = sum(n_r * estimate_r) / sum(n_r)
@@ -40,21 +44,21 @@ class SyncEstimatesHook(_FrozenLayersHook):
 
     Convention: the estimates move linearly with the batch moments, so ranks
         that started equal then hold what one process would hold after the
-        concatenated batch, unequal batches and ranks with N = 0 included.
-        Of a layer that is called several times per iteration, they are the
-        average of each rank's own sequence of updates instead. Where no
-        rank saw a value, nothing changes. A channel that was infinite or
-        NaN on one rank did not move there and counts as it was.
+        concatenated batch, with unequal batches and N = 0 on some ranks,
+        too. For a layer that is called several times per iteration, they
+        are the average of each rank's own sequence of updates instead.
+        Where no rank saw a value, nothing changes. A channel that was
+        infinite or NaN on one rank did not move there and counts as it was.
     Distributed: one collective per training iteration for the whole model,
         the same on every rank whatever it saw. Without this hook each rank
         trains and validates with its own estimates, and the checkpoint
-        holds those of rank 0. mmengine's ``SyncBuffersHook`` averages at the
-        end of an epoch and before a validation only, without weights, which
-        is after an iter-based loop and EMAHook took their copies; DDP's
+        holds those of rank 0. mmengine's ``SyncBuffersHook`` does not
+        replace it: it averages without weights, at the end of an epoch and
+        before a validation only, after EMAHook took its copies. DDP's
         ``broadcast_buffers=True`` drops what the other ranks have seen.
 
-    In any number of processes it warns of BCN layers that ``frozen_stages``
-    froze before they learned any estimates, see :func:`report_frozen`.
+    With any number of processes it warns of layers that ``frozen_stages``
+    froze as they were built, see :func:`report_frozen`.
     """
 
     # Before EMAHook copies them (NORMAL, or 49 in configs) and CheckpointHook
@@ -67,9 +71,7 @@ class SyncEstimatesHook(_FrozenLayersHook):
         if _world_size() == 1:
             return
         for layer in self._layers:
-            layer.values_seen = layer.running_mean.new_zeros(
-                1, dtype=torch.float64
-            )
+            layer.count_values()
 
     def after_train_iter(
         self,
@@ -84,21 +86,23 @@ class SyncEstimatesHook(_FrozenLayersHook):
 
 @HOOKS.register_module()
 class CheckModelHook(_FrozenLayersHook):
-    """Look for standardized convolutions without a norm before training.
+    """Check before training that a norm follows every WS convolution.
 
-    It also warns of frozen BCN layers, see :func:`report_frozen`, and, after
-    the first iteration, of BCN layers that pyramid levels share.
+    It also warns of layers frozen as built, see :func:`report_frozen`, of
+    batch norms that train on one or two images, see
+    :func:`report_batch_norms`, and, after the first iteration, of running
+    statistics that pyramid levels share.
 
-    It judges by names and order, see :func:`~ws_mm.surgery.check`, which a
-    model with unusual names can mislead; ``tools/check_model.py`` runs the
-    model instead.
+    It judges by names and order, see :func:`~ws_mm.checking.check`, which
+    unusual names can mislead; ``tools/analysis_tools/check_model.py`` runs
+    the model instead.
 
     Args:
         on_mistake: 'raise' to stop before the first step, or 'print'.
 
     Raises:
         ValueError: ``on_mistake`` is unknown; before training, in 'raise',
-            with every mistake and what mends it.
+            with every mistake and its fix.
     """
 
     def __init__(self, on_mistake: str = 'raise') -> None:
@@ -131,6 +135,16 @@ class CheckModelHook(_FrozenLayersHook):
             raise ValueError('\n'.join(lines))
         print_log('\n'.join(lines), logger='current', level=logging.WARNING)
 
+    def before_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        """Look when the first iteration is about to run."""
+        if not self._looked:
+            loader = getattr(runner, 'train_dataloader', None)
+            images = getattr(loader, 'batch_size', None)
+            report_batch_norms(runner.model, images or 0)
+        super().before_train_iter(runner, batch_idx, data_batch)
+
     def after_train_iter(
         self,
         runner: Any,
@@ -138,18 +152,19 @@ class CheckModelHook(_FrozenLayersHook):
         data_batch: Any = None,
         outputs: Any = None,
     ) -> None:
-        """Say, after the first iteration, which layers levels share."""
+        """Warn, after the first iteration, of layers that levels share."""
         if not self._watched:
             return
         for handle in self._watched:
             handle.remove()
         self._watched = []
-        shared = [name for name, seen in self._sizes.items() if len(seen) > 1]
+        shared = [key for key, seen in self._sizes.items() if len(seen) > 1]
         if shared:
-            part = shared[0].split('.')[0]
+            names, (kind, *_) = zip(*shared, strict=True)
+            part = names[0].split('.')[0]
             print_log(
-                f'{len(shared)} BCN layers ran on maps of several sizes in '
-                f'one iteration ({", ".join(shared[:3])}, ...): a head shared '
+                f'{len(shared)} {kind} layers ran on maps of several sizes in '
+                f'one iteration ({", ".join(names[:3])}, ...): a head shared '
                 'over pyramid levels. Their estimates mix the levels and move '
                 'once per level. GN has none: set '
                 f"model.{part}.norm_cfg=dict(type='GN', num_groups=32)",
@@ -158,13 +173,15 @@ class CheckModelHook(_FrozenLayersHook):
             )
 
     def _watch_sizes(self, model: nn.Module, runner: Any) -> None:
-        self._sizes: dict[str, set[torch.Size]] = {}
+        # By name and class name of a layer.
+        self._sizes: dict[tuple[str, str], set[torch.Size]] = {}
         # A compiler would compile the first iteration for its hooks alone.
         if getattr(runner, 'cfg', {}).get('compile'):
             return
         for name, module in model.named_modules():
-            if isinstance(module, BCN):
-                seen = self._sizes.setdefault(name, set())
+            if isinstance(module, RunningStatistics):
+                key = name, type(module).__name__
+                seen = self._sizes.setdefault(key, set())
                 self._watched.append(
                     module.register_forward_pre_hook(
                         lambda _, args, seen=seen: seen.add(args[0].shape[2:])
@@ -173,37 +190,58 @@ class CheckModelHook(_FrozenLayersHook):
 
 
 def report_frozen(model: nn.Module) -> None:
-    """Warn of BCN layers that are frozen as they were built.
+    """Warn of layers whose running statistics are frozen as built.
 
     These are in eval mode in a model that trains, as ``frozen_stages`` of a
-    backbone puts them, with estimates of mean 0 and variance 1 and constant
-    affines. Learned affines are left alone: those are a GN checkpoint's, and
-    such a layer is its GroupNorm.
+    backbone puts them, with the initial statistics and constant affines.
+    Learned affines are left alone: those are a GN checkpoint's, and such a
+    BCN is its GroupNorm.
     """
     inner: Any = model.module if is_model_wrapper(model) else model
-    names = [
-        name
-        for name, module in inner.named_modules()
-        if isinstance(module, BCN)
-        and not module.training
-        and _is_as_built(module)
-    ]
-    if names:
+    names: dict[str, list[str]] = {}
+    for name, module in inner.named_modules():
+        if (
+            isinstance(module, RunningStatistics)
+            and not module.training
+            and module.is_as_built()
+        ):
+            names.setdefault(type(module).__name__, []).append(name)
+    for kind, found in names.items():
         _warn_once(
-            'These BCN layers are in eval mode while the model trains, and '
-            f'have never learned any estimates: {", ".join(names)}. They '
-            'stay at mean 0 and variance 1. Set frozen_stages=-1 in the '
-            'config of this part, or start it from a BCN or GN+WS checkpoint '
-            '(init_cfg)'
+            f'These {kind} layers are in eval mode while the model trains, '
+            f'and have never learned any estimates: {", ".join(found)}. They '
+            'stay as they were built. Set frozen_stages=-1 in the config of '
+            'this part, or start it from a checkpoint that has them, for BCN '
+            'also from a GN+WS one (init_cfg)'
         )
 
 
-def _is_as_built(layer: BCN) -> bool:
-    affines = (layer.weight, layer.bias, layer.bn_weight, layer.bn_bias)
-    constant = [layer.running_mean, layer.running_var - 1] + [
-        values - values[0] for values in affines if values is not None
-    ]
-    return not any(values.any() for values in constant)
+def report_batch_norms(model: nn.Module, images: int) -> None:
+    """Warn of batch norms that train on one or two images.
+
+    Args:
+        model: the model, in its training modes. Batch norms in eval mode,
+            as ``norm_eval=True`` puts them, use no statistics of the batch.
+        images: number per process; 0 if unknown. ``SyncBatchNorm`` counts
+            those of all processes.
+    """
+    few: dict[int, list[str]] = {}
+    for name in batch_norms(model):
+        layer = model.get_submodule(name)
+        together = isinstance(layer, nn.SyncBatchNorm)
+        number = images * (_world_size() if together else 1)
+        if layer.training and 0 < number <= 2:
+            few.setdefault(number, []).append(name.removeprefix('module.'))
+    for number, names in few.items():
+        more = ', ...' if len(names) > 3 else ''
+        _warn_once(
+            f'{len(names)} batch norms train on the statistics of '
+            f'{number} image{"s" if number > 1 else ""}: '
+            f'{", ".join(names[:3])}{more}. '
+            'tools/model_converters/apply_norm.py --remaining replaces them '
+            '(ws_mm.apply_norm(remaining=True)); '
+            'norm_eval=True freezes those of a pretrained backbone'
+        )
 
 
 @cache
@@ -211,42 +249,37 @@ def _warn_once(message: str) -> None:
     print_log(message, logger='current', level=logging.WARNING)
 
 
-def estimating_layers(model: nn.Module) -> list[BCN]:
-    """The BCN layers of a model that are in 'estimate' mode."""
+def estimating_layers(model: nn.Module) -> list[RunningStatistics]:
+    """The layers of a model whose statistics normalize in training."""
     return [
         module
         for module in model.modules()
-        if isinstance(module, BCN) and module.mode == 'estimate'
+        if isinstance(module, RunningStatistics) and module.estimating
     ]
 
 
 @torch.no_grad()
-def average_estimates(layers: list[BCN]) -> None:
+def average_estimates(layers: list[RunningStatistics]) -> None:
     """Average over the ranks, by values seen, in one collective."""
     if not layers or _world_size() == 1:
         return
     weighted = []
     for layer in layers:
         assert layer.values_seen is not None
-        values = layer.values_seen
-        weighted += [
-            values,
-            values * layer.running_mean,
-            values * layer.running_var,
-        ]
+        weighted.append(layer.values_seen)
+        for name in layer.statistics:
+            weighted.append(layer.values_seen * layer.get_buffer(name))
     flat = torch.cat(weighted)
     dist.all_reduce(flat)
     parts = iter(flat.split([part.numel() for part in weighted]))
     for layer in layers:
         assert layer.values_seen is not None
         layer.values_seen.zero_()
-        total, mean, var = next(parts), next(parts), next(parts)
-        for estimate, part in (
-            (layer.running_mean, mean),
-            (layer.running_var, var),
-        ):
-            average = (part / total).to(estimate)
-            estimate.copy_(torch.where(total > 0, average, estimate))
+        total = next(parts)
+        for name in layer.statistics:
+            statistic = layer.get_buffer(name)
+            average = (next(parts) / total).to(statistic)
+            statistic.copy_(torch.where(total > 0, average, statistic))
 
 
 def _world_size() -> int:

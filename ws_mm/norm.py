@@ -1,34 +1,38 @@
 """Batch-Channel Normalization as a layer (arXiv 1911.09738)."""
 
-import logging
+from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from .arguments import (
-    check_count,
+    check_choice,
     check_eps,
-    check_flag,
-    check_tensor_options,
-    refuse_unknown,
+    check_momentum,
+    reject_unknown,
 )
-from .checkpoint import refuse_other_name, report, to_native_layout
-from .functional import batch_channel_norm, check_mode, check_not_symbolic
+from .checkpoint import reject_other_name, to_native_layout
+from .functional import MODES, batch_channel_norm, largest_group_count
+from .running_statistics import (
+    RunningStatistics,
+    channels_of,
+    legal_arguments,
+    measured_moments,
+    report_once,
+)
+from .symbolic import recorded
 
+# Of Group Normalization and of the authors' BCN.
+DEFAULT_GROUPS = 32
 OUTER_AFFINES = ('group', 'channel')
-ARGUMENTS = (
-    *('num_features', 'num_groups', 'eps', 'momentum', 'affine', 'mode'),
-    *('outer_affine', 'strict_groups', 'device', 'dtype'),
-)
 
 
 @MODELS.register_module()
-class BCN(nn.GroupNorm):
+class BCN(RunningStatistics, nn.GroupNorm):
     """Batch-channel normalization, by default from running estimates.
 
     A channel (group) normalization whose input is first normalized per
@@ -39,45 +43,45 @@ class BCN(nn.GroupNorm):
 
     State: parameters ``weight``, ``bias`` (outer affine, one entry per group
         or per channel) and ``bn_weight``, ``bn_bias`` (inner affine, per
-        channel); buffers ``running_mean``, ``running_var`` (per channel,
-        float32 whatever the dtype of the model). In training each forward
-        updates the buffers; the recomputation of activation checkpointing
-        does not, nor does an input that is infinite or NaN in the channels
-        where it is.
+        channel); buffers ``running_mean``, ``running_var``, see
+        :class:`~ws_mm.running_statistics.RunningStatistics`.
     Distributed: mode 'estimate' does not communicate;
         :class:`~ws_mm.hooks.SyncEstimatesHook` averages the estimates after
-        each iteration. Training in several processes without it is said
-        once, by the first rank.
+        each iteration. Rank 0 warns once if the hook is missing.
     Frozen: ``norm_eval=True`` of a backbone does not reach this layer: its
-        estimates go on moving. ``frozen_stages`` puts it into eval mode:
-        estimates and affines stay what the checkpoint made them, and the
-        hooks of ``ws_mm`` warn where no checkpoint did.
+        estimates keep moving. ``frozen_stages`` puts it into eval mode:
+        estimates and affines stay those of the checkpoint, and the hooks of
+        ``ws_mm`` warn if there was none.
 
     Args:
         num_features: channels of the input.
-        num_groups: groups of the channel normalization. Where it does not
-            divide ``num_features``, the largest smaller count that does.
-        eps: added to both variances.
-        momentum: update rate of the running values, in (0, 1]: the share
-            that the newest batch gets. The authors published none for their
-            estimates; 0.01 was best and steadiest at one image where rates
-            from 0.01 to 0.3 were compared (docs/results.md). It takes a few
-            hundred steps to forget the start: a shorter training wants 0.1,
-            as do the batch modes and ``nn.BatchNorm2d``.
+        num_groups: groups of the channel normalization. None means 32, or
+            fewer, so that each group has two channels. A count that does
+            not divide ``num_features`` becomes the largest smaller one that
+            does and leaves two channels per group. As many groups as
+            channels are kept: that is an instance norm, which a warning
+            says once in training.
+        eps: constant added to both variances.
+        momentum: share of the newest batch in the running values, in (0, 1].
+            The authors published none for their estimates; 0.01 was best
+            and steadiest at one image among 0.01 to 0.3 (docs/results.md).
+            It takes a few hundred steps to forget the start: use 0.1 for a
+            shorter training, for the batch modes and as in
+            ``nn.BatchNorm2d``.
         affine: whether both affines are learned.
         mode: 'estimate' for batches of any size down to one image, 'batch'
             for large batches, 'sync_batch' for batches that are large over
             all ranks.
         outer_affine: 'group' as the authors' code, or 'channel' as
             ``nn.GroupNorm``, into which a GN checkpoint maps exactly.
-        strict_groups: refuse a ``num_groups`` that does not divide
-            ``num_features`` instead of lowering it.
-        device: of parameters and buffers.
-        dtype: of the parameters.
-        **unknown: none; a misspelt argument is refused by name.
+        strict_groups: whether to reject a ``num_groups`` that does not
+            divide ``num_features`` instead of lowering it.
+        device: device of parameters and buffers.
+        dtype: dtype of the parameters.
+        **unknown: none; a misspelt argument is rejected by name.
 
     Raises:
-        TypeError: an argument is unknown or of the wrong type.
+        TypeError: an argument is unknown, or ``num_groups`` no whole number.
         ValueError: an argument has an illegal value; the message lists the
             legal ones.
 
@@ -91,22 +95,17 @@ class BCN(nn.GroupNorm):
     # As in torchvision and in the authors' checkpoints: bn1, downsample.1.
     _abbr_ = 'bn'
 
+    statistics: ClassVar = {'running_mean': 0.0, 'running_var': 1.0}
+
     bn_weight: nn.Parameter | None
     bn_bias: nn.Parameter | None
     running_mean: Tensor
     running_var: Tensor
-    # Values per channel that moved the estimates in this iteration, if
-    # SyncEstimatesHook asks for them. No buffer: copies of the model made
-    # before training (EMA) pair buffers by position.
-    values_seen: Tensor | None = None
-    # The rate of this iteration, if UpdateRateHook sets it. A compiler would
-    # take momentum for a constant and compile again whenever it changes.
-    update_rate: Tensor | None = None
 
     def __init__(
         self,
         num_features: int,
-        num_groups: int = 32,
+        num_groups: int | None = None,
         eps: float = 1e-5,
         momentum: float = 0.01,
         affine: bool = True,
@@ -118,29 +117,11 @@ class BCN(nn.GroupNorm):
         dtype: torch.dtype | None = None,
         **unknown: Any,
     ) -> None:
-        refuse_unknown('BCN', 'norm_cfg', unknown, ARGUMENTS)
-        check_count('num_features', num_features, 'norm_cfg')
-        check_count('num_groups', num_groups, 'norm_cfg')
+        reject_unknown('BCN', 'norm_cfg', unknown, legal_arguments(BCN))
         check_eps(eps, 'norm_cfg')
-        check_flag('affine', affine, 'norm_cfg')
-        check_flag('strict_groups', strict_groups, 'norm_cfg')
-        check_tensor_options(device, dtype, 'norm_cfg')
-        check_mode(mode)
-        if outer_affine not in OUTER_AFFINES:
-            raise ValueError(
-                f'outer_affine={outer_affine!r} must be one of '
-                f'{", ".join(map(repr, OUTER_AFFINES))} '
-                '(norm_cfg=dict(outer_affine=...))'
-            )
-        if (
-            isinstance(momentum, bool)
-            or not isinstance(momentum, (int, float))
-            or not 0 < momentum <= 1
-        ):
-            raise ValueError(
-                f'momentum={momentum!r}: the update rate must be a number '
-                'in (0, 1] (norm_cfg=dict(momentum=...))'
-            )
+        check_momentum(momentum, 'norm_cfg')
+        check_choice('mode', mode, MODES, 'norm_cfg')
+        check_choice('outer_affine', outer_affine, OUTER_AFFINES, 'norm_cfg')
         num_groups = fit_num_groups(num_features, num_groups, strict_groups)
         super().__init__(
             num_groups, num_features, eps, False, device=device, dtype=dtype
@@ -161,54 +142,35 @@ class BCN(nn.GroupNorm):
             self.register_parameter(
                 name, nn.Parameter(values) if affine else None
             )
-        for name in ('running_mean', 'running_var'):
-            values = torch.empty(num_features, device=device, dtype=dtype)
-            if values.dtype in (torch.half, torch.bfloat16):
-                values = values.float()
-            self.register_buffer(name, values)
-        self.reset_running_stats()
+        self.register_statistics(num_features, device, dtype)
         self.reset_parameters()
 
-    def reset_running_stats(self) -> None:
-        """Set the estimates to mean 0 and variance 1."""
-        nn.init.zeros_(self.running_mean)
-        nn.init.ones_(self.running_var)
-
     def reset_parameters(self) -> None:
-        """Set both affines to scale 1 and shift 0."""
+        """Set the estimates to (0, 1) and both affines to scale 1, shift 0.
+
+        Builders without memory (FSDP, ``to_empty``) call only this, on every
+        module that has parameters or buffers.
+        """
+        if not self._buffers:  # nn.GroupNorm calls this before they are made
+            return
+        self.reset_running_stats()
         if self.affine:
             for name in ('weight', 'bn_weight'):
                 nn.init.ones_(getattr(self, name))
             for name in ('bias', 'bn_bias'):
                 nn.init.zeros_(getattr(self, name))
 
+    @recorded
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input`` of shape (N, num_features, *)."""
-        check_not_symbolic(input, 'BCN')
         if input.dim() < 2 or input.shape[1] != self.num_features:
             raise ValueError(
                 f'BCN({self.num_features}) takes an input of shape '
                 f'(N, {self.num_features}, *), got {tuple(input.shape)}'
             )
-        if self.running_mean.dtype in (torch.half, torch.bfloat16):
-            # FSDP with a buffer_dtype casts past _apply, once.
-            self.running_mean = self.running_mean.float()
-            self.running_var = self.running_var.float()
-        # Activation checkpointing repeats the forward inside the backward.
-        # A compiler decides itself what it recomputes, and keeps updates out.
-        recomputed = (
-            not torch.compiler.is_compiling()
-            and torch._C._current_graph_task_id() != -1
-        )
-        if self.training and self.mode == 'estimate' and not recomputed:
-            if self.values_seen is None:
-                _report_unsynchronized()
-            else:
-                values = input.shape[0] * input.shape[2:].numel()
-                self.values_seen.add_(values)
-        momentum: Any = None
-        if torch.compiler.is_compiling():
-            momentum = self.update_rate
+        update = self.begin_forward(input)
+        if self.training and self.num_groups == self.num_features > 1:
+            _report_instance_norm(self.num_features)
         return batch_channel_norm(
             input,
             self.num_groups,
@@ -219,14 +181,14 @@ class BCN(nn.GroupNorm):
             self.weight,
             self.bias,
             training=self.training,
-            momentum=self.momentum if momentum is None else momentum,
+            momentum=self.momentum,
             eps=self.eps,
             mode=self.mode,
-            update=not recomputed,
+            update=update,
         )
 
     def extra_repr(self) -> str:
-        """The arguments that make this layer."""
+        """Constructor arguments."""
         return (
             f'{self.num_features}, num_groups={self.num_groups}, '
             f'eps={self.eps}, momentum={self.momentum}, '
@@ -234,17 +196,108 @@ class BCN(nn.GroupNorm):
             f'outer_affine={self.outer_affine!r}'
         )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> 'BCN':
-        exact = {'running_mean': self.running_mean}
-        exact['running_var'] = self.running_var
-        super()._apply(fn, recurse)
-        # model.half() must not round the estimates: a small update rate
-        # would no longer move them.
-        for name, values in exact.items():
-            cast = getattr(self, name)
-            if cast.dtype in (torch.half, torch.bfloat16):
-                setattr(self, name, values.to(cast.device))
-        return self
+    @property
+    def estimating(self) -> bool:
+        """Whether the mode is 'estimate'."""
+        return self.mode == 'estimate'
+
+    @property
+    def synchronizes(self) -> bool:
+        """Whether the mode is 'sync_batch'."""
+        return self.mode == 'sync_batch'
+
+    def measure(self, input: Tensor) -> tuple[float, dict[str, Tensor]]:
+        """Moments of a batch: biased variance for estimates."""
+        return measured_moments(
+            input, self.synchronizes, unbiased=not self.estimating
+        )
+
+    def join(
+        self,
+        first: dict[str, Tensor],
+        second: dict[str, Tensor],
+        share: Tensor,
+    ) -> dict[str, Tensor]:
+        """Moments of two sets of values; estimates count their distance."""
+        joined = super().join(first, second, share)
+        if self.estimating:
+            offset = second['running_mean'] - first['running_mean']
+            var = first['running_var']
+            moved = second['running_var'] - var
+            moved = moved + (1 - share) * offset.square()
+            joined['running_var'] = var + share * moved
+        return joined
+
+    @classmethod
+    def from_norm(
+        cls, norm: Any, arguments: Mapping[str, Any]
+    ) -> 'tuple[BCN, dict[str, Tensor]]':
+        """Make the BCN that takes the place of a norm.
+
+        Convention: a GroupNorm keeps its groups and its affine, which becomes
+            the outer one, with estimates (0, 1): the same function. The
+            statistics and the affine of a BatchNorm become the estimates and
+            the inner affine: another function. eps is that of the norm, or
+            1e-5 where it has 0, since a constant group has no variance.
+        """
+        is_group_norm = isinstance(norm, nn.GroupNorm)
+        # Without one: the constant of DETR's FrozenBatchNorm2d, as torch's.
+        options: dict[str, Any] = dict(
+            eps=float(getattr(norm, 'eps', 1e-5)) or 1e-5,
+            affine=norm.weight is not None,
+        )
+        if is_group_norm:
+            options |= dict(num_groups=norm.num_groups, outer_affine='channel')
+        layer = cls(channels_of(norm), **{**options, **arguments})
+        kind = type(norm).__name__
+        if is_group_norm and layer.num_groups != norm.num_groups:
+            raise ValueError(
+                f'this {kind} has {norm.num_groups} groups, and BCN with '
+                f'norm=dict(num_groups={arguments.get("num_groups")}) has '
+                f'{layer.num_groups}: another function. Leave num_groups out'
+            )
+        if norm.weight is not None and not layer.affine:
+            raise ValueError(
+                f'norm=dict(affine=False) would drop the weight and bias of '
+                f'this {kind}. Leave affine out'
+            )
+        sources: dict[str, Tensor] = {}
+        if not is_group_norm:
+            sources = {name: getattr(norm, name) for name in cls.statistics}
+        for own in ('weight', 'bias'):
+            values = getattr(norm, own)
+            if not layer.affine or values is None:
+                continue
+            if is_group_norm and layer.outer_affine == 'group':
+                rows = values.detach().view(norm.num_groups, -1)
+                if not rows.is_meta and not rows.eq(rows[:, :1]).all():
+                    raise ValueError(
+                        f'the {own} of this {kind} differs within its groups, '
+                        "and norm=dict(outer_affine='group') has one for "
+                        "each. Use norm=dict(outer_affine='channel')"
+                    )
+                values = values[:: rows.shape[1]]
+            sources[own if is_group_norm else f'bn_{own}'] = values
+        return layer, sources
+
+    def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
+        """Split into the first step and the GroupNorm that is the second."""
+        scale = (self.running_var.double() + self.eps).rsqrt()
+        shift = -self.running_mean.double() * scale
+        if self.bn_weight is not None and self.bn_bias is not None:
+            scale = scale * self.bn_weight
+            shift = shift * self.bn_weight + self.bn_bias
+        left = nn.GroupNorm(
+            self.num_groups, self.num_features, self.eps, self.affine
+        )
+        if self.affine:
+            for name in ('weight', 'bias'):
+                values = getattr(self, name)
+                repeats = self.num_features // values.numel()
+                setattr(
+                    left, name, nn.Parameter(values.repeat_interleave(repeats))
+                )
+        return scale, shift, left.train(self.training)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any
@@ -252,7 +305,7 @@ class BCN(nn.GroupNorm):
         if not any(name.startswith(prefix) for name in state_dict):
             # Of (metadata, strict, missing, unexpected, errors): what the
             # modules above have no place for.
-            refuse_other_name(prefix, args[3])
+            reject_other_name(prefix, args[3])
         mapped = to_native_layout(
             state_dict,
             prefix,
@@ -260,69 +313,74 @@ class BCN(nn.GroupNorm):
             self.outer_affine,
             self.num_groups,
         )
-        report(mapped)
+        if mapped:
+            print_log(mapped, logger='current')
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def fit_num_groups(
-    num_channels: int, num_groups: int, strict: bool = False
+    num_channels: int, num_groups: int | None = None, strict: bool = False
 ) -> int:
-    """Return the largest divisor of num_channels up to num_groups.
+    """Number of groups of a layer.
+
+    Args:
+        num_channels: channels of the layer.
+        num_groups: requested count; None means 32, or fewer, so that each
+            group has two channels.
+        strict: whether to reject a count that does not divide num_channels.
+            Otherwise it becomes the largest smaller one that does and leaves
+            two channels per group.
 
     Raises:
+        TypeError: ``num_groups`` is no whole number.
         ValueError: ``num_groups`` is not positive, or does not divide
             ``num_channels`` while ``strict``.
     """
-    if num_channels < 1 or num_groups < 1:
+    asked = DEFAULT_GROUPS if num_groups is None else num_groups
+    if isinstance(asked, bool) or not hasattr(asked, '__index__'):
+        raise TypeError(
+            f'num_groups={num_groups!r} must be a whole number '
+            '(norm_cfg=dict(num_groups=...))'
+        )
+    if num_channels < 1 or asked < 1:
         raise ValueError(
-            f'num_features={num_channels} and num_groups={num_groups} must '
+            f'num_features={num_channels} and num_groups={asked} must '
             'both be at least 1 (norm_cfg=dict(num_groups=...))'
         )
-    if num_channels % num_groups == 0:
-        return num_groups
-    fitting = next(
-        groups
-        for groups in range(min(num_groups, num_channels), 0, -1)
-        if num_channels % groups == 0
-    )
-    if strict:
+    fitting = largest_group_count(num_channels, asked)
+    if num_channels % asked == 0 and (
+        asked < num_channels or num_groups is not None
+    ):
+        return asked
+    if strict and num_channels % asked:
         raise ValueError(
-            f'num_groups={num_groups} does not divide {num_channels} '
+            f'num_groups={asked} does not divide {num_channels} '
             f'channels; the largest count that does is {fitting} '
             '(norm_cfg=dict(num_groups=..., strict_groups=False))'
         )
-    _report_fallback(num_channels, num_groups, fitting)
+    _report_fallback(num_channels, asked, fitting)
     return fitting
 
 
 @cache
 def _report_fallback(channels: int, asked: int, fitting: int) -> None:
+    why = f'do not divide {channels} channels'
+    if asked == channels:
+        why = f'leave one of {channels} channels to each'
     print_log(
-        f'BCN: {asked} groups do not divide {channels} channels; layers of '
-        f'{channels} channels use {fitting} groups',
+        f'BCN: {asked} groups {why}; layers of {channels} channels use '
+        f'{fitting} groups',
         logger='current',
     )
 
 
-_reported: list[str] = []
-
-
 # While it traces, a compiler runs this and puts nothing into its graph.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _report_unsynchronized() -> bool:
-    if _reported or not (dist.is_available() and dist.is_initialized()):
-        return False
-    if dist.get_world_size() == 1 or dist.get_rank() != 0:
-        return False
-    message = (
-        "BCN in mode='estimate' trains in several processes and nothing "
-        'averages their estimates after each iteration: ranks differ, and a '
-        'checkpoint holds those of rank 0. Add to the config: '
-        "custom_hooks = [dict(type='ws_mm.SyncEstimatesHook')] "
-        '(SyncBuffersHook and broadcast_buffers=True do not replace it: the '
-        "one comes after an iteration's checkpoint was saved, the other "
-        'keeps what rank 0 saw)'
+def _report_instance_norm(channels: int) -> bool:
+    fewer = largest_group_count(channels, channels)
+    return report_once(
+        f'BCN: num_groups={channels} of {channels} channels leaves one '
+        'channel per group. That is an instance norm: estimates and inner '
+        f'affine do nothing in it. Set norm_cfg=dict(num_groups={fewer}), '
+        'or leave num_groups out'
     )
-    _reported.append(message)
-    print_log(message, logger='current', level=logging.WARNING)
-    return True

@@ -1,4 +1,4 @@
-"""Make a resumed training equal to one that was never interrupted."""
+"""Exact resume: a resumed training equals an uninterrupted one."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -13,25 +13,25 @@ from mmengine.registry import HOOKS
 
 @HOOKS.register_module()
 class ExactResumeHook(Hook):
-    """Let a run's random numbers depend on where it is, not how it got there.
+    """Seed every iteration and every sample by its place in the training.
 
     mmengine saves no random state: a resumed run starts with the state of a
-    new one, its model and its augmentations draw other numbers than the
-    uninterrupted run would have, and dataloader workers repeat those of the
+    new one. Its model and its augmentations draw other numbers than the
+    uninterrupted run would, and dataloader workers repeat those of the
     start. With this hook there is no state to save.
 
     Formula, for the generators of Python, NumPy and torch:
         before iteration i: state = f(seed, i)
         before sample k of epoch e on rank r: state = f(seed, r, e, k)
-    with k the place in the order of the sampler, so that it makes no
-    difference which worker loads the sample, nor how many there are.
+    with k the place in the order of the sampler. Which worker loads the
+    sample, and how many there are, makes no difference.
 
     Convention: runs with this hook draw other numbers than runs without, so
-        it has to be there from the start. The order of the samples is the
-        host's, which restores it for the same seed. What a transform, a
-        preprocessor or a model carries from one sample to the next outside
-        of its state_dict (CachedMosaic's images, the size that
-        BatchSyncRandomResize drew last) is not restored.
+        use it from the start. mmengine restores the order of the samples
+        for the same seed. The hook does not restore values that a
+        transform, a preprocessor or a model carries from one sample to the
+        next outside of its state_dict (CachedMosaic's images, the last size
+        of BatchSyncRandomResize).
     """
 
     # Before any other hook draws a number for the iteration.
@@ -39,6 +39,11 @@ class ExactResumeHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         """Number the samples and seed before each."""
+        runner.logger.info(
+            'ExactResumeHook seeds every iteration and sample, so that a '
+            'resumed run equals an unbroken one. The random numbers are '
+            'others than without it (tools/train.py --no-exact-resume).'
+        )
         loader = runner.train_loop.dataloader
         self._samples: NumberedSampler | None = None
         sampler = getattr(loader.batch_sampler, 'sampler', None)
@@ -58,7 +63,7 @@ class ExactResumeHook(Hook):
     def before_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None
     ) -> None:
-        """Seed for what the model and the other hooks draw."""
+        """Seed the random numbers of the model and the other hooks."""
         seed_generators(runner.seed, runner.iter)
 
 
@@ -84,7 +89,7 @@ class NumberedSampler:
             sampler.skip = skip_and_count
 
     def __iter__(self) -> Iterator[Any]:
-        """Number the indices that can be; others pass as they are."""
+        """Number integer indices; pass others unchanged."""
         for index in self.sampler:
             number, self.number = self.number, self.number + 1
             if isinstance(index, int):
@@ -97,7 +102,7 @@ class NumberedSampler:
         return len(self.sampler)
 
     def __getattr__(self, name: str) -> Any:
-        """Leave the rest, such as set_epoch and dataset, to the sampler."""
+        """Forward the rest, such as set_epoch and dataset, to the sampler."""
         if name == 'sampler':
             raise AttributeError(name)
         return getattr(self.sampler, name)
@@ -108,8 +113,8 @@ class SeededSamples:
 
     Args:
         dataset: map-style data set.
-        seed: of the run.
-        rank: of the process.
+        seed: seed of the run.
+        rank: rank of the process.
     """
 
     def __init__(self, dataset: Any, seed: int, rank: int) -> None:

@@ -1,16 +1,15 @@
-"""How near the channels in front of each ReLU are to being eliminated.
+"""Elimination singularities: channels that a ReLU makes constant or linear.
 
 A channel that is never, or always, positive before its ReLU is constant or
 linear behind it; a network near such elimination singularities trains slowly
-(arXiv 1911.09738, section 3). Batch normalization keeps away from them; what
-normalizes over channels alone does not.
+(arXiv 1911.09738, section 3). Batch normalization keeps away from them; norms
+over channels alone do not.
 """
 
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +20,11 @@ from mmengine.registry import HOOKS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .restoring import restored
+from .running_statistics import RunningStatistics
+
 THRESHOLDS = (1e-2, 1e-3)
-NORMS = (_NormBase, nn.GroupNorm)
+NORMS = (_NormBase, nn.GroupNorm, RunningStatistics)
 FILE = 'singularities.jsonl'
 
 
@@ -95,8 +97,8 @@ def measure(
         run: calls the model on the images to measure.
 
     Returns:
-        For each such ReLU, by the name of the norm before it, what
-        :meth:`Moments.report` says.
+        :meth:`Moments.report` of each such ReLU, by the name of the norm
+        before it.
     """
     names = {m: name for name, m in model.named_modules()}
     found: dict[str, Moments] = {}
@@ -123,7 +125,8 @@ def measure(
         elif isinstance(module, nn.ReLU):
             handles.append(module.register_forward_pre_hook(before_relu))
     try:
-        with _evaluating(model):
+        with restored(model):
+            model.eval()
             run(model)
     finally:
         for handle in handles:
@@ -131,20 +134,9 @@ def measure(
     return {name: moments.report() for name, moments in found.items()}
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 @HOOKS.register_module()
 class SingularitiesHook(Hook):
-    """Measure a fixed set of images now and then during training.
+    """Measure a fixed set of images at intervals during training.
 
     Writes one line for each measurement to ``singularities.jsonl`` in the
     work dir and the averages over all layers to the runner's visualizer
@@ -153,8 +145,7 @@ class SingularitiesHook(Hook):
     Args:
         interval: iterations between measurements; the start and the end are
             always measured.
-        num_batches: batches of the validation data to measure, always the
-            first ones.
+        num_batches: number of first validation batches to measure.
 
     Raises:
         ValueError: an argument is below 1; or, before training, the config

@@ -1,5 +1,5 @@
-# What the DeepLabs of tools/demo.py share: tiles of 128 px shown at 256, 300
-# steps of one image, mIoU on the held-out tiles.
+# Base of the DeepLabs of tools/demo.py: tiles of 128 pixels, resized to 256,
+# 300 steps of one image, mIoU on the validation tiles.
 _base_ = [
     'models/deeplabv3_r18-d16.py',
     'datasets/nuclei_semantic.py',
@@ -29,7 +29,7 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-# Grey values of the training tiles.
+# Mean and std of the training tiles.
 model = dict(data_preprocessor=dict(mean=[30.4] * 3, std=[23.5] * 3))
 
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=300, val_interval=300)

@@ -1,5 +1,5 @@
-# What the Mask R-CNNs of tools/demo.py share: tiles of 128 px shown at 256,
-# 400 steps of one image, COCO metrics on the held-out tiles.
+# Base of the Mask R-CNNs of tools/demo.py: tiles of 128 pixels, resized to
+# 256, 400 steps of one image, COCO metrics on the validation tiles.
 _base_ = [
     'models/mask-rcnn_r18_fpn64.py',
     'datasets/nuclei_instance.py',
@@ -16,7 +16,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
 test_evaluator = val_evaluator
 
-# Grey values of the training tiles.
+# Mean and std of the training tiles.
 model = dict(data_preprocessor=dict(mean=[30.4] * 3, std=[23.5] * 3))
 
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=400, val_interval=400)

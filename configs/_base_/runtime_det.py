@@ -1,31 +1,12 @@
-# Hooks, logging and environment of every detection config.
+# Runtime of every detection config.
+_base_ = './default_runtime.py'
 default_scope = 'mmdet'
-
 default_hooks = dict(
-    timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=50),
-    param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(
-        type='CheckpointHook',
-        interval=1,
-        # mmengine deletes the oldest before it writes the newest, so keeping
-        # one would leave none while it writes.
-        max_keep_ckpts=2,
-        save_best='coco/bbox_mAP',
-    ),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
+    checkpoint=dict(save_best='coco/bbox_mAP'),
     visualization=dict(type='DetVisualizationHook'),
 )
-env_cfg = dict(
-    cudnn_benchmark=False,
-    mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
-    dist_cfg=dict(backend='nccl'),
-)
-vis_backends = [dict(type='LocalVisBackend')]
 visualizer = dict(
-    type='DetLocalVisualizer', vis_backends=vis_backends, name='visualizer'
+    type='DetLocalVisualizer',
+    vis_backends=_base_.vis_backends,
+    name='visualizer',
 )
-log_processor = dict(type='LogProcessor', window_size=50, by_epoch=True)
-log_level = 'INFO'
-load_from = None
-resume = False

@@ -1,8 +1,10 @@
 # No published row: BCN from estimates has no published VOC result.
-_base_ = './deeplabv3_r101-d16_bcn-sync-ws-all_8xb2-50e_voc12aug-513x513.py'
-norm_cfg = dict(mode='estimate')
+_base_ = './deeplabv3_r50-d16_bcn-ws-all_8xb2-50e_voc12aug-513x513.py'
 model = dict(
-    backbone=dict(norm_cfg=norm_cfg), decode_head=dict(norm_cfg=norm_cfg)
+    backbone=dict(
+        depth=101,
+        init_cfg=dict(
+            checkpoint='https://www.cs.jhu.edu/~syqiao/BatchChannelNormalization/rn101_bcn_ws.pth',
+        ),
+    )
 )
-custom_hooks = [dict(type='ws_mm.SyncEstimatesHook')]
-expected = None  # that of the base is of another batch

@@ -1,4 +1,4 @@
-# GN, weight standardization; no published row: a model for a CPU.
+# GN and WS. No published row: a model for a CPU.
 _base_ = '../_base_/deeplabv3_r18-d16_stardist.py'
 
 conv_cfg = dict(type='ws_mm.WSConv2d')

@@ -1,5 +1,4 @@
-# BCN from estimates, weight standardization; no published row: a model for
-# a CPU.
+# BCN from estimates and WS. No published row: a model for a CPU.
 _base_ = [
     '../_base_/models/deeplabv3_r18-w32-d8.py',
     '../_base_/datasets/nuclei_semantic.py',

@@ -1,5 +1,5 @@
-# BN over the one image of each step in the backbone; GN in the head, whose
-# image pooling leaves one value per channel, for which BN has no variance.
+# BN over the one image of a step in the backbone. GN in the head: its pooled
+# branch has one value per channel, of which BN has no variance.
 # No published row: a model for a CPU.
 _base_ = [
     '../_base_/models/deeplabv3_r18-w32-d8.py',

@@ -1,4 +1,4 @@
-# GN; no published row: a model for a CPU.
+# GN. No published row: a model for a CPU.
 _base_ = [
     '../_base_/models/deeplabv3_r18-w32-d8.py',
     '../_base_/datasets/nuclei_semantic.py',

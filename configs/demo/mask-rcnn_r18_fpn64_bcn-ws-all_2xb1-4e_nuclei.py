@@ -1,5 +1,4 @@
-# BCN from estimates, weight standardization; no published row: a model for
-# a CPU.
+# BCN from estimates and WS. No published row: a model for a CPU.
 _base_ = [
     '../_base_/models/mask-rcnn_r18_fpn64.py',
     '../_base_/datasets/nuclei_instance.py',
@@ -8,7 +7,7 @@ _base_ = [
 ]
 
 conv_cfg = dict(type='ws_mm.WSConv2d')
-# On these images 0.1 is ahead of the default rate, see docs/results.md.
+# On these images 0.1 is better than the default, see docs/results.md.
 norm_cfg = dict(type='ws_mm.BCN', num_groups=16, momentum=0.1)
 model = dict(
     backbone=dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg),

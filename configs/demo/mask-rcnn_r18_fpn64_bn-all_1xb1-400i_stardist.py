@@ -1,4 +1,4 @@
-# BN over the one image of each step; no published row: a model for a CPU.
+# BN over the one image of a step. No published row: a model for a CPU.
 _base_ = '../_base_/mask-rcnn_r18_fpn64_stardist.py'
 
 norm_cfg = dict(type='BN', requires_grad=True)

@@ -1,4 +1,4 @@
-# GN; no published row: a model for a CPU.
+# GN. No published row: a model for a CPU.
 _base_ = [
     '../_base_/models/mask-rcnn_r18_fpn64.py',
     '../_base_/datasets/nuclei_instance.py',

@@ -1,4 +1,4 @@
-# GN, weight standardization; no published row: a model for a CPU.
+# GN and WS. No published row: a model for a CPU.
 _base_ = '../_base_/mask-rcnn_r18_fpn64_stardist.py'
 
 conv_cfg = dict(type='ws_mm.WSConv2d')

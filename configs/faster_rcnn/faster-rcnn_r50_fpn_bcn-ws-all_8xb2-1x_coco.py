@@ -9,8 +9,8 @@ conv_cfg = dict(type='ws_mm.WSConv2d')
 norm_cfg = dict(type='ws_mm.BCN', num_groups=32, mode='estimate')
 model = dict(
     backbone=dict(
-        # The authors trained these weights with eps inside the root and one
-        # outer affine for each group.
+        # The authors trained these weights with eps inside the root and an
+        # outer affine per group.
         conv_cfg=dict(type='ws_mm.WSConv2d', eps_mode='inside'),
         norm_cfg=dict(outer_affine='group', **norm_cfg),
         init_cfg=dict(

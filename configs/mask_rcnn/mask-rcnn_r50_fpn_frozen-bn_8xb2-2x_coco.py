@@ -11,11 +11,11 @@ _base_ = [
 ]
 model = dict(
     backbone=dict(
-        # Wholly frozen; the published row still learns scale and shift.
+        # All frozen; the published row trains scale and shift.
         norm_cfg=dict(type='BN', requires_grad=False),
         norm_eval=True,
         init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet50'),
     ),
-    # Nothing to freeze in a head that starts from scratch: mmdet's own one.
+    # The head starts from scratch and has no norm: MMDetection's own.
     roi_head=dict(bbox_head=dict(type='Shared2FCBBoxHead')),
 )

@@ -11,7 +11,7 @@ _base_ = [
 ]
 norm_cfg = dict(type='GN', num_groups=32)
 model = dict(
-    # Detectron's weights take BGR with the mean subtracted and no scaling.
+    # Detectron's weights expect BGR minus the mean, without scaling.
     data_preprocessor=dict(
         mean=[103.53, 116.28, 123.675],
         std=[1.0, 1.0, 1.0],

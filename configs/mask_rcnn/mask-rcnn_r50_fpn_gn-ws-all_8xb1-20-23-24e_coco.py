@@ -4,6 +4,8 @@ expected = dict(
     metrics={'coco/bbox_mAP': 0.4081, 'coco/segm_mAP': 0.3651},
     tolerance=0.005,
 )
-_base_ = './mask-rcnn_r50_fpn_gn-ws-all_8xb1-2x_coco.py'
-param_scheduler = _base_.param_scheduler
-param_scheduler[1].milestones = [20, 23]
+_base_ = './mask-rcnn_r50_fpn_gn-ws-all_8xb2-20-23-24e_coco.py'
+train_dataloader = dict(batch_size=1)
+# Linear rule: 0.02 at 16 images, 8 here.
+optim_wrapper = dict(optimizer=dict(lr=0.01))
+auto_scale_lr = dict(base_batch_size=8)

@@ -6,9 +6,9 @@ model = dict(
         depth=101,
         groups=32,
         base_width=4,
-        # There is no BCN release of X101. A GN+WS one has eps outside the
-        # root and an affine for each channel; its estimates start at (0, 1),
-        # where BCN is that GN, and the frozen layers stay there.
+        # The authors released no BCN X101. The GN+WS one has eps outside the
+        # root and an affine per channel. The running statistics start at
+        # (0, 1), where BCN equals that GN; frozen layers stay there.
         conv_cfg=dict(eps_mode='outside'),
         norm_cfg=dict(outer_affine='channel'),
         init_cfg=dict(

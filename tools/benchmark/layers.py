@@ -9,15 +9,19 @@ of ours say how far the fused implementation is from the plain one there, in
 outputs, gradients and statistics. A first look: --rounds 3 --only layer2.
 """
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from agreement import agreement
-from race import Row, race, saved_bytes
-from result import Suite, arguments, run
 from torch import Tensor, nn
 
-from peers import norms, standardizers  # isort: skip
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmark.agreement import agreement
+from benchmark.implementations import norms, standardizers
+from benchmark.race import Row, race, saved_bytes
+from benchmark.result import Suite, arguments, run
 
 # Activations of a ResNet-50 FPN at 800 x 1333, of DeepLab at 513 and 512 with
 # output stride 16 and 8, RoIs, and what global pooling leaves.
@@ -82,7 +86,9 @@ def time_norms(
             layers[name] = layer.train(training)
         # Native norms take a half-precision input and float32 parameters
         # on every device only where those are cast.
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        if dtype == torch.float32:
+            return layers[name](x)
+        with torch.autocast(device, dtype):
             return layers[name](x)
 
     def step(name: str) -> Callable[[], None]:

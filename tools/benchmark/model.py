@@ -10,24 +10,26 @@ ends before the boxes are selected, which random weights would make unequal.
 """
 
 import logging
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from race import Row, race, saved_bytes
-from result import ROOT, Suite, arguments, run
 from torch import Tensor, nn
 
-import sys  # isort: skip
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-sys.path.insert(0, str(ROOT / 'tools'))
-from models import build_model
+from benchmark.race import Row, race, saved_bytes
+from benchmark.result import Suite, arguments, run
+from support import ROOT
+from support.models import build_model
 
 import ws_mm
 
-MASK_RCNN = 'configs/mask_rcnn/mask-rcnn_r50_fpn_{}_8xb1-2x_coco.py'
-DEEPLAB = 'configs/deeplabv3/deeplabv3_r50-d16_{}_8xb1-50e_voc12aug-513x513.py'
+MASK_RCNN = 'configs/mask_rcnn/mask-rcnn_r50_fpn_{}_8xb2-2x_coco.py'
+DEEPLAB = 'configs/deeplabv3/deeplabv3_r50-d16_{}_8xb2-50e_voc12aug-513x513.py'
 # Which config a contender is, and the changes that no config of ours makes.
 # SyncBN of one process is BN; scaling.py has it over several.
 MODELS: dict[str, tuple[str, dict[str, str]]] = {

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 Row = dict[str, Any]
 WARM_UP = 2
+# How long a GPU sleeps before timed work; what waits for it needs no more.
+SLEEP_MS, MOST_SLEEP_MS, CYCLES_PER_MS = 2, 30, 2_000_000
 VARIABLE = 'WS_MM_KERNELS'
 
 
@@ -31,22 +33,28 @@ def race(
     """Run all contenders in every round; one row for each.
 
     A contender whose name ends in ' plain' runs with the plain
-    implementation.
+    implementation, others with what the environment names; on a GPU 'auto'
+    is forced, so that kernels that cannot run are an error row.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     peaks: dict[str, int] = {}
+    hosts: dict[str, float] = {}
     errors: dict[str, str] = {}
     own = os.environ.get(VARIABLE, 'auto')
+    chosen = own
+    if own == 'auto' and device == 'cuda':
+        chosen = forced(True)
     for turn in range(rounds + warm_up):
         order = [name for name in contenders if name not in errors]
         random.shuffle(order)
         for name in order:
             plain = name.endswith(' plain')
-            os.environ[VARIABLE] = 'plain' if plain else own
+            os.environ[VARIABLE] = 'plain' if plain else chosen
             try:
-                took = clock(contenders[name], device)
                 if turn == 0 and device == 'cuda':
                     peaks[name] = peak_bytes(contenders[name])
+                    hosts[name] = host_ms(contenders[name])
+                took = clock(contenders[name], device)
             except Exception as error:
                 first = (str(error).splitlines() or [''])[0]
                 errors[name] = f'{type(error).__name__}: {first}'
@@ -66,6 +74,7 @@ def race(
                 row |= spread('ratio', [a / b for a, b in pairs])
         if name in peaks:
             row['peak_bytes'] = peaks[name]
+            row['host_ms'] = hosts.get(name)
         rows.append(row)
     return rows
 
@@ -81,20 +90,47 @@ def spread(name: str, values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def forced(gpu: bool) -> str:
+    """The choice that takes fused kernels, or raises on a GPU."""
+    return 'triton' if gpu else 'fused'
+
+
 def clock(contender: Callable[[], object], device: str) -> float:
-    """Milliseconds of one run, by the device's own clock on a GPU."""
+    """Milliseconds of one run, on a GPU of the device alone.
+
+    The device sleeps until the host has handed over all work. Else small
+    work would be timed by how fast the host is; see :func:`host_ms`.
+    """
     if device != 'cuda':
         start = time.perf_counter()
         contender()
         return (time.perf_counter() - start) * 1e3
     start_event = torch.cuda.Event(enable_timing=True)
     end_event = torch.cuda.Event(enable_timing=True)
+    ahead = SLEEP_MS
+    while True:
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(ahead * CYCLES_PER_MS))
+        start_event.record()
+        contender()
+        end_event.record()
+        behind = start_event.query()  # the device has not waited for us
+        torch.cuda.synchronize()
+        if not behind or ahead > MOST_SLEEP_MS:
+            return start_event.elapsed_time(end_event)
+        ahead *= 4
+
+
+def host_ms(contender: Callable[[], object]) -> float:
+    """Milliseconds until the host has handed all work to a GPU."""
+    found = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        contender()
+        found.append((time.perf_counter() - start) * 1e3)
     torch.cuda.synchronize()
-    start_event.record()
-    contender()
-    end_event.record()
-    torch.cuda.synchronize()
-    return start_event.elapsed_time(end_event)
+    return median(found)
 
 
 def peak_bytes(contender: Callable[[], object]) -> int:

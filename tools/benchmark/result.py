@@ -1,4 +1,4 @@
-"""What a result of a benchmark holds: environment, schema, file and plot."""
+"""Result of a benchmark: environment, schema, file and plot."""
 
 import argparse
 import json
@@ -6,17 +6,14 @@ import math
 import os
 import platform
 import random
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from race import Row
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from benchmark.race import Row
+from support.environment import versions
+from support.files import write_text
 
 SCHEMA = 2
 TIMES = {'ms', 'ms_p20', 'ms_p80'}
@@ -105,12 +102,12 @@ def run(
     """Run the chosen cases and write the result and its plot.
 
     Args:
-        name: of the suite, and so of its script and its files.
-        what: what a time is the time of.
-        suite: for each case its baseline and what measures its rows.
+        name: Name of the suite, of its script and of its files.
+        what: Description of a time.
+        suite: Baseline and measuring function of each case.
         options: see :func:`arguments`.
-        derive: what else the result says of all cases together.
-        draw: makes the plot.
+        derive: Function of all cases that adds keys to the result.
+        draw: Function that makes the plot.
     """
     chosen = {k: v for k, v in suite.items() if options.only in k}
     if not chosen:
@@ -141,7 +138,7 @@ def run(
         result |= derive(cases)
     check(result)
     stem = options.out_dir / f'{name}--{options.device}'
-    write(stem.with_suffix('.json'), json.dumps(result, indent=1) + '\n')
+    write_text(stem.with_suffix('.json'), json.dumps(result, indent=1) + '\n')
     if len(cases) > 1:
         draw(result, stem.with_suffix('.png'))
 
@@ -156,18 +153,10 @@ def brief(row: Row) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What a reader has to know to judge the figures."""
-    import mmcv
-    import timm
-
-    import ws_mm
-
+    """Return versions and machine, which the figures depend on."""
     gpu = torch.cuda.is_available()
     return {
-        'torch': torch.__version__,
-        'mmcv': mmcv.__version__,
-        'timm': timm.__version__,
-        'ws_mm': ws_mm.__version__,
+        **versions('torch', 'triton', 'mmcv', 'timm', 'ws_mm'),
         'python': platform.python_version(),
         'device': torch.cuda.get_device_name() if gpu else cpu_name(),
         'threads': torch.get_num_threads(),
@@ -184,7 +173,7 @@ def cpu_name() -> str:
 
 
 def check(result: dict[str, Any]) -> None:
-    """Refuse a result that does not describe itself.
+    """Reject a result that does not describe itself.
 
     Raises:
         ValueError: something is missing; the message names it.
@@ -205,13 +194,3 @@ def check(result: dict[str, Any]) -> None:
         for row in case['rows']:
             if 'error' not in row and not set(row) >= TIMES:
                 raise ValueError(f'a row of {case["name"]!r} lacks a time')
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    with tempfile.NamedTemporaryFile(
-        'w', dir=path.parent, delete=False
-    ) as file:
-        file.write(text)
-    os.replace(file.name, path)
-    path.chmod(0o644)

@@ -1,4 +1,4 @@
-"""How the cost of a norm grows with pixels, channels, images and ranks.
+"""Time norms over pixels, channels, images and ranks.
 
     python tools/benchmark/scaling.py OUT_DIR [--rounds 7] [--seed 0]
 
@@ -10,11 +10,9 @@ share the cores of this machine, so compare the contenders there, not the
 sizes. Collectives are those of the norms; DDP's own are not counted.
 """
 
-import json
 import math
 import random
-import socket
-import tempfile
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,11 +22,14 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from layers import time_norms
-from race import Row, race
-from result import Suite, arguments, run
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmark.layers import time_norms
+from benchmark.race import Row, race
+from benchmark.result import Suite, arguments, run
+from support.ranks import in_ranks
 
 import ws_mm
 from ws_mm.hooks import average_estimates, estimating_layers
@@ -122,34 +123,18 @@ def rank_steps(device: str) -> dict[str, Callable[[], None]]:
     return {name: step(name) for name in NORMS}
 
 
-def work(
-    rank: int, world: int, port: int, rounds: int, seed: int, out: str
-) -> None:
-    """One rank: all race the same contenders in the same order."""
+def race_ranks(rank: int, rounds: int, seed: int) -> list[Row]:
+    """Race the same contenders in the same order on every rank."""
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if device == 'cuda':
-        torch.cuda.set_device(rank)
-    else:
-        torch.set_num_threads(1)
-    dist.init_process_group(
-        'nccl' if device == 'cuda' else 'gloo',
-        init_method=f'tcp://127.0.0.1:{port}',
-        rank=rank,
-        world_size=world,
-    )
-    try:
-        random.seed(seed)
-        steps = rank_steps(device)
-        rows = race(steps, 'GroupNorm', rounds, device)
-        for row in rows:
-            if 'error' not in row:
-                with counted() as count:
-                    steps[row['contender']]()
-                row['collectives'] = count[0]
-        if rank == 0:
-            Path(out).write_text(json.dumps(rows))
-    finally:
-        dist.destroy_process_group()
+    random.seed(seed)
+    steps = rank_steps(device)
+    rows = race(steps, 'GroupNorm', rounds, device)
+    for row in rows:
+        if 'error' not in row:
+            with counted() as count:
+                steps[row['contender']]()
+            row['collectives'] = count[0]
+    return rows
 
 
 def time_ranks(world: int, rounds: int, seed: int) -> list[Row]:
@@ -159,13 +144,12 @@ def time_ranks(world: int, rounds: int, seed: int) -> list[Row]:
             {'contender': name, 'error': f'needs {world} GPUs'}
             for name in NORMS
         ]
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        out = f'{folder}/rows.json'
-        mp.spawn(work, (world, port, rounds, seed, out), nprocs=world)
-        rows: list[Row] = json.loads(Path(out).read_text())
+    rows: list[Row] = in_ranks(
+        *(race_ranks, rounds, seed),
+        size=world,
+        start_method='spawn',
+        backend='nccl' if torch.cuda.is_available() else 'gloo',
+    )[0]
     return rows
 
 

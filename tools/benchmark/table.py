@@ -5,10 +5,13 @@ python tools/benchmark/table.py tools/benchmark/results/layers--cpu.json
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from result import brief, check
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmark.result import brief, check
 
 
 def table(result: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ SHOWN = 10
 
 
 def source(root: Path, archive: str) -> str:
-    """How to get an archive of the data set into the tree."""
+    """Describe how to get an archive of the data set into the tree."""
     name = Path(archive).name
     if (root / name).is_file():
         return f'unpack it there: unzip -q {root / name} -d {root}'

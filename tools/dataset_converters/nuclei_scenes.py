@@ -114,7 +114,7 @@ def generated_scene(seed: int = 0) -> Scene:
     """Draw shapes as dim, as dense and as noisy as the real nuclei.
 
     Args:
-        seed: of positions, outlines and noise; a seed gives one image.
+        seed: Seed of positions, outlines and noise.
     """
     random = np.random.default_rng(seed)
     side = 512

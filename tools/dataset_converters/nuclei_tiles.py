@@ -14,15 +14,18 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from nuclei_scenes import (
+from PIL import Image
+from pycocotools import mask as rle
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset_converters.nuclei_scenes import (
     DownloadError,
     Scene,
     cache_dir,
     generated_scene,
     stardist_scene,
 )
-from PIL import Image
-from pycocotools import mask as rle
 
 LAYOUT = 1  # raise it when the files change
 NO_DOWNLOAD = 3  # exit status that lets a caller fall back
@@ -38,7 +41,7 @@ def write_dataset(scene: Scene, target: Path) -> bool:
     """Write the tiles of a scene, whole or not at all.
 
     Args:
-        scene: what to cut.
+        scene: Image to cut.
         target: folder of the data set; one of this tool is replaced where it
             differs.
 
@@ -105,7 +108,7 @@ def write_part(scene: Scene, name: str, folder: Path) -> set[int]:
     """Write one part's images, masks and annotations.
 
     Args:
-        scene: what to cut.
+        scene: Image to cut.
         name: 'train' or 'val'.
         folder: root of the data set.
 

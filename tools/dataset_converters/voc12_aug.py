@@ -29,6 +29,10 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from support.files import replacing, write_text
+
 try:
     from scipy.io import loadmat
 except ImportError:
@@ -42,6 +46,7 @@ SBD_SOURCE = (
     'from http://www.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/'
     'semantic_contours/benchmark.tgz'
 )
+LABELS = {*range(21), 255}
 OFFICIAL = {'train': 1464, 'val': 1449, 'aug': 9118, 'trainaug': 10582}
 SHOWN = 10
 
@@ -70,15 +75,8 @@ def read_names(path: Path) -> list[str]:
     return path.read_text().split()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Let a text file appear only when it is whole."""
-    part = path.with_name(f'{path.name}.part')
-    part.write_text(text)
-    os.replace(part, path)
-
-
 def is_whole(path: Path, size: tuple[int, int]) -> bool:
-    """Whether a label image can be read and has the size of its photo."""
+    """Return whether a label image is readable and as large as its photo."""
     try:
         with Image.open(path) as labels:
             labels.load()
@@ -93,7 +91,7 @@ def convert(
     """Write the label image of one photo.
 
     Args:
-        name: of the image, without folder and suffix.
+        name: Name of the image, without folder and suffix.
         voc: the VOC2012 folder.
         sbd: the folder that holds ``dataset``.
         own: names that VOC itself labels.
@@ -118,7 +116,13 @@ def convert(
             return None
         if name in own:
             with Image.open(labelled) as image:
-                labels = np.array(image)
+                mode, labels = image.mode, np.array(image)
+            if mode not in ('P', 'L'):
+                return (
+                    f'{labelled} is of mode {mode}: labels are one channel of '
+                    "class indices, as VOC's own PNGs with a palette are (P) "
+                    f'or gray ones (L). Unpack it anew {VOC_SOURCE}'
+                )
         else:
             truth = loadmat(labelled)['GTcls'][0, 0]
             labels = truth['Segmentation'].astype(np.uint8)
@@ -129,10 +133,15 @@ def convert(
             f'{labelled} is {labels.shape[1]}x{labels.shape[0]}, but {photo} '
             f'is {size[0]}x{size[1]}'
         )
+    wrong = set(np.unique(labels).tolist()) - LABELS
+    if wrong:
+        return (
+            f'{labelled} holds the label {min(wrong)}: those of VOC are 0 to '
+            '20, and 255 where nothing counts'
+        )
     # A process may be killed at any point: only whole files get their name.
-    part = target.with_suffix('.part')
-    Image.fromarray(labels).save(part, 'PNG')
-    os.replace(part, target)
+    with replacing(target) as part:
+        Image.fromarray(labels).save(part)
     return None
 
 
@@ -184,7 +193,7 @@ def prepare(voc: Path, sbd: Path, nproc: int) -> list[str]:
     if problems:
         return sorted(problems)
     for split, split_names in names.items():
-        write_atomically(sets / f'{split}.txt', '\n'.join(split_names) + '\n')
+        write_text(sets / f'{split}.txt', '\n'.join(split_names) + '\n')
     counts = {k: len(v) for k, v in names.items()}
     counts |= {'train': len(train), 'val': len(val)}
     for split, count in counts.items():

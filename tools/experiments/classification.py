@@ -27,7 +27,7 @@ class ClassFolders(ImageFolder):
     """Images in one folder for each class, 32 pixels wide.
 
     Args:
-        data_root: holds the folders.
+        data_root: Parent of the folders.
         augment: shift by up to 4 pixels and mirror.
     """
 
@@ -96,9 +96,9 @@ class Classifier(BaseModel):
     """Features, their mean over the image, and a linear layer.
 
     Args:
-        layers: of the features, in their order.
-        channels: of the last layer.
-        num_classes: of the classifier.
+        layers: Layers of the features, in their order.
+        channels: Channels of the last layer.
+        num_classes: Classes of the classifier.
         standardize: give every image zero mean and unit variance first.
     """
 
@@ -140,9 +140,9 @@ class CifarResNet(Classifier):
     Args:
         blocks: n, blocks in each of the three stages.
         width: channels of the first stage, doubled in each of the others.
-        num_classes: of the classifier.
-        conv_cfg: of every convolution.
-        norm_cfg: of every norm.
+        num_classes: Classes of the classifier.
+        conv_cfg: Config of every convolution.
+        norm_cfg: Config of every norm.
         standardize: give every image zero mean and unit variance first.
     """
 
@@ -174,9 +174,9 @@ class CifarVGG(Classifier):
     Args:
         stages: convolutions in each stage; a 2x2 max pooling ends it.
         width: channels of the first stage, doubled up to eight times it.
-        num_classes: of the classifier.
-        conv_cfg: of every convolution.
-        norm_cfg: of every norm.
+        num_classes: Classes of the classifier.
+        conv_cfg: Config of every convolution.
+        norm_cfg: Config of every norm.
         standardize: give every image zero mean and unit variance first.
     """
 

@@ -1,4 +1,4 @@
-"""How results depend on the contrast of an image: its deviation of values."""
+"""Contrast of an image (its std): transforms and metrics by contrast."""
 
 from collections.abc import Sequence
 from statistics import mean

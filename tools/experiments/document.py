@@ -61,7 +61,7 @@ def rendered(text: str, figures: bool = True) -> str:
     """The document with its tables as they should be.
 
     Args:
-        text: of the document.
+        text: Text of the document.
         figures: draw them, too.
     """
 

@@ -58,7 +58,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """What tables call it."""
+        """Name in tables."""
         return self.name or self.norm
 
     @property
@@ -245,6 +245,7 @@ def config_of(cell: Cell, task: dict[str, Any]) -> Config:
         'imports': [
             *(cfg.get('custom_imports') or {}).get('imports', []),
             'experiments.hooks',
+            'experiments.update_rate',
             'experiments.variants',
         ],
         'allow_failed_imports': False,

@@ -1,6 +1,5 @@
-"""What experiments watch or change while a run goes on."""
+"""Hooks of the experiments."""
 
-import itertools
 import json
 import os
 import re
@@ -14,7 +13,8 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
-from ws_mm import BCN
+from ws_mm import update_estimates
+from ws_mm.running_statistics import RunningStatistics
 from ws_mm.singularities import NORMS
 
 DIVERGED = 'diverged.json'
@@ -82,10 +82,10 @@ class TrainModeGapHook(Hook):
 class RecalibratedHook(Hook):
     """Evaluate once more at the end, with other estimates.
 
-    The estimates of every BCN are replaced by means over training images,
-    the weights left as they are. The metrics get the prefix
-    ``recalibrated/``; what the norms keep is put back afterwards. A model
-    without estimates is not evaluated.
+    The running statistics are replaced by means over training images, see
+    ``ws_mm.update_estimates``, the weights left as they are. The metrics get
+    the prefix ``recalibrated/``; what the norms keep is put back afterwards.
+    A model without estimates is not evaluated.
 
     Args:
         num_batches: training batches to average over.
@@ -97,30 +97,21 @@ class RecalibratedHook(Hook):
     def after_train(self, runner: Any) -> None:
         """Average the moments of training images, then evaluate."""
         model = runner.model
-        norms = {m: m.momentum for m in model.modules() if isinstance(m, BCN)}
-        if not norms:
+        if not any(
+            isinstance(module, RunningStatistics) for module in model.modules()
+        ):
             return
         with kept(model):
-            model.eval()
-            for norm in norms:
-                norm.training = True
-            batches = itertools.islice(
-                runner.train_dataloader, self.num_batches
+            update_estimates(
+                model, runner.train_dataloader, num_batches=self.num_batches
             )
-            for count, batch in enumerate(batches):
-                for norm in norms:
-                    norm.momentum = 1 / (count + 1)
-                with torch.no_grad():
-                    losses(model, batch)
-            for norm, momentum in norms.items():
-                norm.training = False
-                norm.momentum = momentum
+            model.eval()
             evaluate(runner, 'recalibrated')
 
 
 @HOOKS.register_module()
 class SmoothnessHook(Hook):
-    """How much the gradient turns over one step of the optimizer.
+    """Measure how much the gradient turns over one optimizer step.
 
     Formula, with g and g' the gradients of one batch before and after the
     step that moved the parameters by d:
@@ -188,7 +179,7 @@ def evaluate(runner: Any, prefix: str) -> None:
 
 
 def losses(model: Any, batch: Batch) -> Any:
-    """What the model says of a training batch."""
+    """Return the losses of a training batch."""
     data = model.data_preprocessor(batch, True)
     if isinstance(data, dict):
         return model(**data, mode='loss')

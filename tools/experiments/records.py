@@ -1,10 +1,10 @@
 """One file for each finished run: what it was and what came out."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from support.files import write_text
 
 SCHEMA = 1
 STATUSES = ('done', 'diverged', 'impossible')
@@ -26,18 +26,7 @@ KEYS = {
 
 def write(path: Path, record: dict[str, Any]) -> None:
     """Write a record whole or not at all."""
-    replace(path, json.dumps(record, indent=1) + '\n')
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        'w', dir=path.parent, suffix='.part', delete=False
-    ) as file:
-        file.write(text)
-    os.replace(file.name, path)
-    path.chmod(0o644)
+    write_text(path, json.dumps(record, indent=1) + '\n')
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -90,7 +79,7 @@ def read_all(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 def collect(records: list[dict[str, Any]], path: Path) -> None:
     """Write many records into one file, a line for each."""
     lines = ',\n'.join(json.dumps(shorten(record)) for record in records)
-    replace(path, f'[\n{lines}\n]\n')
+    write_text(path, f'[\n{lines}\n]\n')
 
 
 def shorten(value: Any) -> Any:

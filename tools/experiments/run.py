@@ -34,10 +34,15 @@ from experiments import records  # noqa: E402
 from experiments.grid import Cell, Grid, GridError, config_of  # noqa: E402
 from experiments.grid import load as load_grid  # noqa: E402
 from experiments.hooks import DIVERGED, IMPOSSIBLE  # noqa: E402
+from support import environment  # noqa: E402
+from support.files import read_scalars, write_text  # noqa: E402
 
 from ws_mm.singularities import FILE as SINGULARITIES  # noqa: E402
 
-FAILURE = re.compile(f'ValueError: ({IMPOSSIBLE.pattern})')
+# In a traceback, or in the message of train.py, which knows the error.
+FAILURE = re.compile(
+    rf'(?:ValueError: |Training stopped \()({IMPOSSIBLE.pattern})'
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,7 +99,7 @@ def alone(folder: Path) -> Any:
 
 
 def has_record(cell: Cell, task: dict[str, Any], out_dir: Path) -> bool:
-    """Whether a run is done; a record that is not whole does not count.
+    """Return whether a run is done; a record must be whole to count.
 
     Raises:
         SystemExit: the record is of a task with other settings.
@@ -159,7 +164,7 @@ def run_all(
 
 
 def brief(record: dict[str, Any] | None) -> str:
-    """What became of a run, in a few words."""
+    """Describe the result of a run in a few words."""
     if record is None:
         return 'failed'
     if record['status'] == 'done':
@@ -241,9 +246,9 @@ def attempts_of(work_dir: Path) -> list[dict[str, float]]:
 
 
 def write_attempts(work_dir: Path, attempts: list[dict[str, float]]) -> None:
-    """What :func:`attempts_of` reads."""
+    """Write the file that :func:`attempts_of` reads."""
     lines = ''.join(json.dumps(attempt) + '\n' for attempt in attempts)
-    records.replace(work_dir / 'attempts.jsonl', lines)
+    write_text(work_dir / 'attempts.jsonl', lines)
 
 
 def outcome(
@@ -266,7 +271,7 @@ def outcome(
     elif not metrics or task['metric'] not in metrics[-1]:
         known = ', '.join(metrics[-1]) if metrics else 'none'
         print(
-            f'{cell.key}: no metric {task["metric"]!r} among {known}: mend '
+            f'{cell.key}: no metric {task["metric"]!r} among {known}: fix '
             f'tasks.{cell.task}.metric of the grid',
             flush=True,
         )
@@ -300,23 +305,18 @@ def read_curves(
     """
     losses: dict[int, float] = {}
     metrics: dict[int, dict[str, float]] = {}
-    for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
-        for line in path.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:  # killed while it was written
-                continue
-            if 'loss' in entry:
-                losses[entry['step']] = entry['loss']
-            else:
-                metrics.setdefault(entry['step'], {}).update(entry)
+    for entry in read_scalars(work_dir):
+        if 'loss' in entry:
+            losses[entry['step']] = entry['loss']
+        else:
+            metrics.setdefault(entry['step'], {}).update(entry)
     return [[i, losses[i]] for i in sorted(losses)], [
         metrics[i] for i in sorted(metrics)
     ]
 
 
 def last_layers(work_dir: Path) -> dict[str, dict[str, float]]:
-    """What SingularitiesHook measured last, layer by layer."""
+    """Return the last measurement of SingularitiesHook, by layer."""
     path = work_dir / SINGULARITIES
     if not path.exists():
         return {}
@@ -324,14 +324,7 @@ def last_layers(work_dir: Path) -> dict[str, dict[str, float]]:
 
 
 def versions() -> dict[str, str]:
-    """What a reader needs to repeat a run."""
-    import mmcv
-    import mmdet
-    import mmseg
-    import torch
-
-    import ws_mm
-
+    """Return commit and versions, to repeat a run."""
     git = shutil.which('git')
     commit = ''
     if git:
@@ -344,11 +337,7 @@ def versions() -> dict[str, str]:
         commit = done.stdout.strip()
     return {
         'commit': commit,
-        'torch': torch.__version__,
-        'mmcv': mmcv.__version__,
-        'mmdet': mmdet.__version__,
-        'mmseg': mmseg.__version__,
-        'ws_mm': ws_mm.__version__,
+        **environment.versions('torch', 'mmcv', 'mmdet', 'mmseg', 'ws_mm'),
     }
 
 

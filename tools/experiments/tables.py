@@ -19,7 +19,7 @@ def column_of(record: dict[str, Any]) -> tuple[tuple[int, int], float]:
 
 
 def batch(update: tuple[int, int]) -> str:
-    """How many images an update has, in words."""
+    """Return the number of images of an update, in words."""
     steps, images = update
     return f'{images} per step' + (f', {steps} steps' if steps > 1 else '')
 

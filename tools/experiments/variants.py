@@ -23,11 +23,11 @@ class VariantBCN(BCN):
     Convention: a blend is taken in training and in evaluation.
 
     Args:
-        *args: of ``BCN``.
+        *args: Arguments of ``BCN``.
         centering: subtract the mean.
         scaling: divide by the standard deviation.
         blend: share of the image's own moments, in [0, 1].
-        **kwargs: of ``BCN``.
+        **kwargs: Arguments of ``BCN``.
 
     Raises:
         ValueError: ``blend`` is outside [0, 1], or ``mode`` not 'estimate'.

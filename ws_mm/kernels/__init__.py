@@ -1,45 +1,70 @@
-"""Fused implementations behind :mod:`ws_mm.functional`, and when they run.
+"""Backends behind :mod:`ws_mm.functional`, and which of them runs.
 
-The functions decide, callers never do. Everything here computes what the
-plain implementation computes, within rounding. ``WS_MM_KERNELS`` in the
-environment forces one: 'plain' the composed operations; 'fused' what is fused
-for the device, where 'auto' takes it only if it pays; 'triton' the Triton
-kernels, which then raise where they cannot run.
+:mod:`.plain`, :mod:`.cpu` and :mod:`.cuda` have the same two functions,
+``standardize_weight`` and ``batch_channel_norm``, with one signature each,
+documented in :mod:`.plain`. They compute the same within rounding. What a
+fused backend does not take, it hands to :mod:`.plain`.
+
+``WS_MM_KERNELS`` in the environment forces one: 'plain' the eager operations;
+'fused' what is fused for the device, where 'auto' takes it only if it is
+faster; 'triton' the Triton kernels, which then raise where they cannot run;
+'check' compares every result of theirs with eager operations in float64, see
+:mod:`.self_check`.
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import TypeVar
 
 import torch
+from mmengine.dist import get_rank
 from mmengine.logging import print_log
 from torch import Tensor
 
-from . import cpu
+from .. import compat
+from . import cpu, plain
 
 VARIABLE = 'WS_MM_KERNELS'
-CHOICES = ('auto', 'plain', 'fused', 'triton')
+CHOICES = ('auto', 'plain', 'fused', 'triton', 'check')
 
 Result = TypeVar('Result')
 
 
-def fused(input: Tensor, pays: bool = True) -> ModuleType | None:
-    """The fused implementation for this tensor: cpu, cuda or none.
+def for_weight(weight: Tensor) -> ModuleType:
+    """The backend that standardizes these filters."""
+    # Of two entries, the gradient is what cancellation leaves: no closed form.
+    return choose(weight) if math.prod(weight.shape[1:]) > 2 else plain
 
-    Compilers and exporters get the plain operations: they fuse those
+
+def for_activations(input: Tensor) -> ModuleType:
+    """The backend that normalizes this input."""
+    return choose(input, cpu.is_faster)
+
+
+def choose(
+    input: Tensor, is_faster: Callable[[Tensor], bool] = lambda _: True
+) -> ModuleType:
+    """The backend for a tensor: cpu, cuda or plain.
+
+    Compilers and exporters get the eager operations: they fuse those
     themselves, and cannot look into an autograd function. So do the
-    transforms of ``torch.func``, and devices other than a CPU or a GPU.
+    transforms of ``torch.func``, forward derivatives, and devices other than
+    a CPU or a GPU.
 
     Args:
-        input: the weight or the activations.
-        pays: whether the CPU's form is faster than the plain one.
+        input: weight or activations.
+        is_faster: whether the CPU's closed form is faster than plain.
 
     Raises:
         ValueError: the environment variable has no legal value, or asks for
             Triton kernels on a CPU without Triton's interpreter.
     """
+    if compat.is_compiling():
+        return plain  # first: a compiler cannot read the environment
     choice = os.environ.get(VARIABLE, 'auto')
     if choice not in CHOICES:
         raise ValueError(
@@ -49,59 +74,71 @@ def fused(input: Tensor, pays: bool = True) -> ModuleType | None:
     if (
         choice == 'plain'
         or input.numel() == 0
-        or torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
+        or compat.is_tracing()
+        or compat.is_transformed()
+        or compat.is_forward_ad()
         or type(input) not in (Tensor, torch.nn.Parameter)
     ):
-        return None
+        return plain
     device = input.device.type
-    if device == 'cuda':
-        return attempt(_cuda)
-    if device != 'cpu':
-        return None
-    if choice != 'triton':
-        return cpu if pays or choice == 'fused' else None
-    if os.environ.get('TRITON_INTERPRET') != '1':
+    if device == 'cpu' and choice not in ('triton', 'check'):
+        return cpu if choice == 'fused' or is_faster(input) else plain
+    if device == 'cpu' and os.environ.get('TRITON_INTERPRET') != '1':
         raise ValueError(
-            f"{VARIABLE}='triton' needs a GPU. Set TRITON_INTERPRET=1 before "
-            'Python starts to interpret the kernels on a CPU (slow), or '
-            f'{VARIABLE}=auto'
+            f'{VARIABLE}={choice!r} needs a GPU. Set TRITON_INTERPRET=1 '
+            'before Python starts to interpret the kernels on a CPU (slow), '
+            f'or {VARIABLE}=auto'
         )
-    return _cuda()
+    if device in ('cpu', 'cuda'):
+        return attempt(_cuda) or plain
+    return plain
 
 
+class CannotLaunch(Exception):
+    """A kernel did not start, so nothing was computed; see its cause."""
+
+
+@cache
 def _cuda() -> ModuleType:
-    from . import cuda  # needs Triton, which not every torch brings along
-
+    try:
+        compat.check_triton()
+        from . import cuda
+    except ImportError as error:
+        raise CannotLaunch from error
     return cuda
 
 
-_failed: list[Exception] = []
+_failed: list[BaseException] = []
+
+
+def _forced() -> bool:
+    return os.environ.get(VARIABLE) == 'triton'
 
 
 def attempt(function: Callable[..., Result], *args: object) -> Result | None:
-    """Call what may not run here; None if it does not, which is said once.
+    """Call a function that launches kernels; None if one cannot be launched.
 
-    After the first failure nothing is attempted any more.
+    Errors of the device, of the caller's tensors and of hooks that run inside
+    the function are not caught. After the first failure no kernel is launched
+    any more, and one warning names the process.
     """
-    forced = os.environ.get(VARIABLE) == 'triton'
-    if _failed and not forced:
+    if _failed and not _forced():
         return None
     try:
         return function(*args)
-    except torch.cuda.OutOfMemoryError:
-        raise  # of the caller's tensors, and the plain one needs more
-    except Exception as error:
-        if forced:
-            raise
-        _failed.append(error)
+    except CannotLaunch as failure:
+        cause = failure.__cause__ or failure
+        if _forced():
+            raise cause from None
+        _failed.append(cause)
         print_log(
-            'The Triton kernels of ws_mm cannot run here; WS and BCN run on '
-            'composed operations instead: same results, slower. Install '
-            f'what is missing, or set {VARIABLE}=plain to drop this message; '
-            f'{VARIABLE}=triton shows the whole error. It begins: '
-            f'{type(error).__name__}: {error!s:.300}',
+            f'The Triton kernels of ws_mm cannot run on rank {get_rank()}; '
+            'its WS and BCN run on eager operations instead: same '
+            'results, slower. Other ranks of the same machine and packages '
+            'do the same. Install what is missing, or set '
+            f'{VARIABLE}=plain to drop this message; {VARIABLE}=triton shows '
+            f'the whole error. It begins: {type(cause).__name__}: '
+            f'{cause!s:.300}',
             logger='current',
             level=logging.WARNING,
         )

@@ -1,10 +1,9 @@
 """WS and BCN on a CPU: closed-form gradients on ATen's vectorized kernels.
 
-On a CPU the price of a normalization is the number of passes over memory
-and, above all, of new tensors of the size of the activations. Both functions
-need one reduction and one affine pass each way, and allocate their result
-only. The reductions are entry points of ATen that were made for something
-else; what they return here is written beside each.
+On a CPU a normalization costs passes over memory and, above all, new tensors
+of the size of the activations. Both functions need one reduction and one
+affine pass each way, and allocate only their result. The reductions are entry
+points of ATen for other purposes; a comment says what each returns here.
 """
 
 import math
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import has_half_batch_norm
 from . import plain
 
 aten = torch.ops.aten
@@ -21,11 +21,50 @@ aten = torch.ops.aten
 def standardize_weight(
     weight: Tensor, eps: float, inside: bool, dtype: torch.dtype
 ) -> Tensor:
-    """Standardize filters in at least float32, into dtype."""
-    if weight.dtype in (torch.half, torch.bfloat16):
-        weight = weight.float()
-    standardized: Tensor = StandardizeWeight.apply(weight, eps, inside)
+    """See :func:`.plain.standardize_weight`."""
+    standardized: Tensor = StandardizeWeight.apply(
+        plain.at_least_float32(weight), eps, inside
+    )
     return standardized.to(dtype)
+
+
+def batch_channel_norm(
+    input: Tensor,
+    num_groups: int,
+    running: tuple[Tensor, Tensor],
+    affines: plain.Affines,
+    momentum: float,
+    eps: float,
+    source: str,
+    update: bool,
+) -> Tensor:
+    """See :func:`.plain.batch_channel_norm`."""
+    if source == 'ranks' or not is_supported(input):
+        return plain.batch_channel_norm(
+            *(input, num_groups, running, affines),
+            *(momentum, eps, source, update),
+        )
+    means, variances = instance_moments(input.detach())
+
+    def moments(around: Tensor | None) -> tuple[Tensor, Tensor]:
+        mean = means.mean(0)
+        deviation = means - (mean if around is None else around)
+        return mean, (variances + deviation.square()).mean(0)
+
+    of_batch = source == 'batch'
+    used = plain.statistics(
+        input, running, momentum, of_batch, update, moments
+    )
+    output: Tensor = BatchChannelNorm.apply(
+        input,
+        *plain.widened(affines, means.dtype),
+        (means, variances),
+        *(values.to(means.dtype) for values in used),
+        num_groups,
+        eps,
+        of_batch,
+    )
+    return output
 
 
 class StandardizeWeight(torch.autograd.Function):
@@ -65,11 +104,12 @@ class StandardizeWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         weight, output, denominator, ratio = ctx.saved_tensors
-        if torch.is_grad_enabled():  # someone differentiates twice
+        if torch.is_grad_enabled():  # for second derivatives
             eps, inside = ctx.settings
-            mode = 'inside' if inside else 'outside'
             (again,) = plain.gradients(
-                lambda weight: plain.standardize_weight(weight, eps, mode),
+                lambda weight: plain.standardize_weight(
+                    weight, eps, inside, weight.dtype
+                ),
                 [weight],
                 [True],
                 grad,
@@ -99,9 +139,9 @@ class StandardizeWeight(torch.autograd.Function):
 def _in_memory_order(
     values: Tensor, weight: Tensor, back: bool = False
 ) -> Tensor:
-    """Move the channels last where the weight's memory has them there.
+    """Permute to the order of the weight's memory, which saves a copy.
 
-    The order within a filter does not matter, copies do.
+    The statistics do not depend on the order within a filter.
     """
     if weight.dim() != 4 or weight.is_contiguous():
         return values
@@ -109,17 +149,19 @@ def _in_memory_order(
 
 
 def _reshape(output: Tensor, shape: torch.Size) -> Tensor:
-    """Like view, but to autograd a new tensor.
+    """View as a shape, as a new tensor to autograd.
 
-    A view that leaves a function could not be changed in place, as the ReLU
-    after a normalization does.
+    The ReLU after a normalization may change it in place, which autograd
+    forbids for a view that a function returns.
     """
     reshaped: Tensor = aten._unsafe_view(output, shape)
     return reshaped
 
 
-def takes_rows(input: Tensor) -> bool:
-    """Whether :func:`as_rows` can view the input."""
+def is_supported(input: Tensor) -> bool:
+    """Whether :func:`as_rows` can view the input, and ATen takes it."""
+    if input.dtype == torch.half and not has_half_batch_norm():
+        return False
     return input.is_contiguous() or (
         input.shape[0] == 1
         and input.dim() == 4
@@ -134,37 +176,38 @@ def as_rows(input: Tensor) -> Tensor:
     return input.view(1, input.shape[0] * input.shape[1], -1)
 
 
-# Of fewer values, BCN's forward and backward are faster composed: the closed
-# form is some 60 operations on one number per channel, half a millisecond.
-# It saves new tensors of the size of the input, of which the composed form
-# makes twice as many, and whose pages cost only once they are large.
-FEWEST = 1 << 19
+# Below this size the eager form is faster: the closed form takes some 60
+# operations on one number per channel, half a millisecond. It makes half as
+# many new tensors of the size of the input, whose pages cost time only where
+# they are large.
+MIN_NUMEL = 1 << 19
 
 
-def pays(input: Tensor) -> bool:
-    """Whether BCN's closed form is the faster one.
+def is_faster(input: Tensor) -> bool:
+    """Whether BCN's closed form is faster than the eager one.
 
-    It is for the sake of the backward. Without one, GroupNorm's own kernel
-    is, but for half precision, which the composed form copies to float32.
+    It saves work in the backward. Without a backward, GroupNorm's own kernel
+    is faster, except in half precision, which the eager form copies to
+    float32.
     """
-    if input.numel() < FEWEST:
+    if input.numel() < MIN_NUMEL:
         return False
     half = input.dtype in (torch.half, torch.bfloat16)
     return half or torch.is_grad_enabled()
 
 
-# Temporaries of this many bytes to a thread stay in the cache. Smaller ones
-# would make more parallel regions, each of which waits for the last thread:
-# where other processes take a core's time, that is what BCN waits for.
+# Bytes of temporaries per thread, which stay in the cache. Smaller ones make
+# more parallel regions, each of which waits for the last thread: a long wait
+# where other processes use the cores.
 CHUNK = 1 << 22
 
 
 def _chunks(
     rows: Tensor, temporaries: int = 1
 ) -> tuple[int, list[tuple[int, int]]]:
-    """A dimension, and starts and lengths along it of parts in cache.
+    """A dimension, and (start, length) along it of parts that fit the cache.
 
-    Whole rows, or lines of pixels where channels come last.
+    Parts are whole rows, or lines of pixels in channels_last.
     """
     dim = 1 if rows.is_contiguous() else 2
     length = rows.shape[dim]
@@ -178,14 +221,14 @@ def _chunks(
 def instance_moments(input: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each (sample, channel), both (N, C).
 
-    In two passes, the second around the mean of the first: sums of squares
-    would cancel where the mean is large. In float32 or float64, of which
-    nothing of the size of the input is made.
+    Two passes, the second around the mean of the first: sums of squares
+    would cancel where the mean is large. Computes in float32 or float64, in
+    parts, without a copy of the whole input.
     """
     rows = as_rows(input)
     spatial = tuple(range(2, rows.dim()))
     size = input.shape[2:].numel()
-    dtype = plain.accumulation_dtype(input)
+    dtype = torch.promote_types(input.dtype, torch.float32)
     dim, chunks = _chunks(rows)
     parts = [rows.narrow(dim, *chunk) for chunk in chunks]
     if dim == 1:
@@ -212,8 +255,8 @@ def instance_moments(input: Tensor) -> tuple[Tensor, Tensor]:
 def _sums(grad: Tensor, rows: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Per row, sum(grad * (rows - mean)) and sum(grad), in one pass.
 
-    They are what batch norm's backward returns as the gradients of its
-    scale and shift when the reciprocal standard deviation is 1.
+    Batch norm's backward returns them as the gradients of its scale and
+    shift when the reciprocal standard deviation is 1.
     """
     one = torch.ones_like(mean)
     _, product, total = aten.native_batch_norm_backward(
@@ -299,9 +342,9 @@ class BatchChannelNorm(torch.autograd.Function):
     and if mean and var are those of the batch, less the part of a dy_i along
     1 and along input - mean, whose sums follow from s, t, m and v.
 
-    Saves input and otherwise one number per sample and channel. Those are
-    (N, groups, channels of a group) here, and what is one number per group
-    or per channel broadcasts: on small maps such operations are the price.
+    Saves input and otherwise one number per sample and channel. Those have
+    the shape (N, groups, channels of a group); numbers per group or per
+    channel broadcast. On small maps these operations are the main cost.
     """
 
     @staticmethod
@@ -344,9 +387,9 @@ class BatchChannelNorm(torch.autograd.Function):
         input, bn_weight, bn_bias, weight, bias, *saved = ctx.saved_tensors
         m, v, mean, var, middle, r = saved
         num_groups, eps, of_batch = ctx.settings
-        if torch.is_grad_enabled():  # someone differentiates twice
+        if torch.is_grad_enabled():  # for second derivatives
             gradients = plain.gradients(
-                lambda x, a, b, c, d: plain.batch_channel_norm(
+                lambda x, a, b, c, d: plain.normalize(
                     x.to(mean.dtype),
                     *(a, b, c, d),
                     *(mean, var),
@@ -373,16 +416,18 @@ class BatchChannelNorm(torch.autograd.Function):
 
         # sum(g * normalized), per i
         direction = torch.addcmul(a * t, u, s).mul_(r)
-        along_1, along_y = s, direction
+        minus_mean_dy, minus_mean_dy_y = s, direction
         p = r
         if weight is not None:
             w = weight.view(num_groups, -1)
-            along_1, along_y, p = s * w, direction * w, r * w
+            minus_mean_dy, minus_mean_dy_y, p = s * w, direction * w, r * w
         # dy = p g + q (input - m) + z
-        along_1 = along_1.sum(2, keepdim=True).mul_(r).div_(-group)
-        along_y = along_y.sum(2, keepdim=True).mul_(r).mul_(r).div_(-group)
-        q = a * along_y
-        z = torch.addcmul(along_1, u, along_y)
+        minus_mean_dy = minus_mean_dy.sum(2, keepdim=True).mul_(r).div_(-group)
+        minus_mean_dy_y = (
+            minus_mean_dy_y.sum(2, keepdim=True).mul_(r).mul_(r).div_(-group)
+        )
+        q = a * minus_mean_dy_y
+        z = torch.addcmul(minus_mean_dy, u, minus_mean_dy_y)
 
         sum_dy = torch.add(p * s, z, alpha=size)
         sum_dy_x = torch.add(p * t, q * v, alpha=size)
@@ -428,7 +473,7 @@ def _levels(
 
 
 def _fold(gradient: Tensor, affine: Tensor | None) -> Tensor | None:
-    """Gradient per channel to one per entry of the affine."""
+    """Sum a gradient per channel to one per entry of the affine."""
     if affine is None:
         return None
     return gradient.view(affine.numel(), -1).sum(-1)

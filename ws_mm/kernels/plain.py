@@ -1,4 +1,4 @@
-"""WS and BCN in composed operations: what compilers and exporters get."""
+"""WS and BCN in eager operations: what compilers and exporters get."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,27 +7,120 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..distributed import synchronized_moments
 
-def accumulation_dtype(input: Tensor) -> torch.dtype:
-    """Of sums over a tensor, and of what is computed from them."""
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
+# bn_weight, bn_bias, weight, bias
+Affines = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+# Mean and biased variance per channel, around a given mean or their own.
+Moments = Callable[[Tensor | None], tuple[Tensor, Tensor]]
 
 
-def standardize_weight(weight: Tensor, eps: float, eps_mode: str) -> Tensor:
-    """See :func:`~ws_mm.functional.standardize_weight`."""
+def standardize_weight(
+    weight: Tensor, eps: float, inside: bool, dtype: torch.dtype
+) -> Tensor:
+    """See :func:`~ws_mm.functional.standardize_weight`.
+
+    Args:
+        weight: raw filters.
+        eps: added to the standard deviation or the variance.
+        inside: whether to add eps inside the square root.
+        dtype: output dtype.
+    """
+    weight = at_least_float32(weight)
     dims = tuple(range(1, weight.dim()))
-    fan_in = weight.shape[1:].numel()
+    fan_in = math.prod(weight.shape[1:])
     # Written as sums and products: the gradients of a mean, a difference and
     # a quotient each pass over all filters once more.
     centered = weight + weight.sum(dims, keepdim=True) * (-1 / fan_in)
     # vector_norm has a zero gradient at zero, where sqrt has an infinite one.
     norm = torch.linalg.vector_norm(centered, dim=dims, keepdim=True)
-    if eps_mode == 'outside':
-        denominator = norm / math.sqrt(fan_in - 1) + eps
-    else:
+    if inside:
         denominator = (norm.square() / (fan_in - 1) + eps).sqrt()
+    else:
+        denominator = norm / math.sqrt(fan_in - 1) + eps
     standardized: Tensor = centered * denominator.reciprocal()
-    return standardized
+    return standardized.to(dtype)
+
+
+def batch_channel_norm(
+    input: Tensor,
+    num_groups: int,
+    running: tuple[Tensor, Tensor],
+    affines: Affines,
+    momentum: float,
+    eps: float,
+    source: str,
+    update: bool,
+) -> Tensor:
+    """See :func:`~ws_mm.functional.batch_channel_norm`.
+
+    Args:
+        input: activations.
+        num_groups: groups of the second step.
+        running: means and variances, updated in place.
+        affines: bn_weight, bn_bias, weight and bias.
+        momentum: share of the newest batch.
+        eps: added to both variances.
+        source: statistics of the first step: 'running', 'batch', or 'ranks'
+            for those of the batches of all ranks.
+        update: whether to move the running values; of source 'running',
+            before they are used.
+    """
+    x = at_least_float32(input)
+    affines = widened(affines, x.dtype)
+    if source == 'ranks':
+        y = _synchronized_batch_norm(
+            x, running, affines[:2], momentum, eps, update
+        )
+        return channel_norm(y, num_groups, *affines[2:], eps).to(input.dtype)
+
+    def moments(around: Tensor | None) -> tuple[Tensor, Tensor]:
+        return batch_moments(x.detach(), around)
+
+    of_batch = source == 'batch'
+    used = statistics(x, running, momentum, of_batch, update, moments)
+    mean, var = used[0].to(x.dtype), used[1].to(x.dtype)
+    output = normalize(x, *affines, mean, var, num_groups, eps, of_batch)
+    return output.to(input.dtype)
+
+
+def normalize(
+    input: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    num_groups: int,
+    eps: float,
+    of_batch: bool,
+) -> Tensor:
+    """Both steps of ``batch_channel_norm``, with given statistics.
+
+    Args:
+        input: activations.
+        bn_weight: inner scale.
+        bn_bias: inner shift.
+        weight: outer scale.
+        bias: outer shift.
+        mean: constants of the first step, unless of_batch.
+        var: constants of the first step, unless of_batch.
+        num_groups: groups of the second step.
+        eps: added to both variances.
+        of_batch: whether the statistics of the first step are those of
+            input, and gradients flow through them.
+    """
+    y = F.batch_norm(
+        input,
+        None if of_batch else mean,
+        None if of_batch else var,
+        bn_weight,
+        bn_bias,
+        training=of_batch,
+        eps=eps,
+    )
+    return channel_norm(y, num_groups, weight, bias, eps)
 
 
 def channel_norm(
@@ -47,43 +140,105 @@ def channel_norm(
     return F.group_norm(input, num_groups, weight, bias, eps)
 
 
-def batch_channel_norm(
-    input: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    num_groups: int,
-    eps: float,
+@torch.no_grad()
+def statistics(
+    x: Tensor,
+    running: tuple[Tensor, Tensor],
+    momentum: float,
     of_batch: bool,
-) -> Tensor:
-    """See :func:`~ws_mm.functional.batch_channel_norm`.
+    update: bool,
+    moments: Moments,
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the first step; moves the running values.
 
     Args:
-        input: the activations.
-        bn_weight: inner scale.
-        bn_bias: inner shift.
-        weight: outer scale.
-        bias: outer shift.
-        mean: constants of the first step, unless of_batch.
-        var: constants of the first step, unless of_batch.
-        num_groups: of the second step.
-        eps: of both.
-        of_batch: whether the statistics of the first step are those of
-            input, and gradients flow through them.
+        x: activations.
+        running: means and variances, updated in place.
+        momentum: share of the newest batch.
+        of_batch: whether the statistics are those of this batch.
+        update: whether to move the running values.
+        moments: function that returns the moments of x.
     """
-    y = F.batch_norm(
-        input,
-        None if of_batch else mean,
-        None if of_batch else var,
-        bn_weight,
-        bn_bias,
-        training=of_batch,
-        eps=eps,
-    )
-    return channel_norm(y, num_groups, weight, bias, eps)
+    if of_batch:
+        mean, var = moments(None)
+        if update:
+            _move(running, mean, var, x.numel() / x.shape[1], momentum)
+    elif update and x.numel():
+        mean, var = moved(running, moments(running[0]), momentum)
+        running[0].copy_(mean)
+        running[1].copy_(var)
+    else:
+        # The buffers change in later calls; what backward keeps must not.
+        mean, var = running[0].clone(), running[1].clone()
+    return mean, var
+
+
+def batch_moments(x: Tensor, around: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean per channel and biased variance around a given mean or its own."""
+    dims = (0, *range(2, x.dim()))
+    if around is None:
+        var, mean = torch.var_mean(x, dims, correction=0)
+        return mean, var
+    deviation = x - _per_channel(around, x)
+    return x.mean(dims), deviation.square_().mean(dims)
+
+
+def moved(
+    running: Sequence[Tensor], batch: Sequence[Tensor], momentum: float
+) -> list[Tensor]:
+    """Running values after a batch, in channels where that is finite.
+
+    Formula:
+        (1 - momentum) * running + momentum * batch
+    """
+    # By number: the compiler of torch 2.1 knows no strict zip.
+    numbers = range(len(running))
+    new = [
+        torch.lerp(running[i], batch[i].to(running[i]), momentum)
+        for i in numbers
+    ]
+    total = new[0]
+    for values in new[1:]:
+        total = total + values
+    finite = total.abs() < math.inf
+    return [torch.where(finite, new[i], running[i]) for i in numbers]
+
+
+def _move(
+    running: tuple[Tensor, Tensor],
+    mean: Tensor,
+    var: Tensor,
+    count: float,
+    momentum: float,
+) -> None:
+    """Move running values as ``nn.BatchNorm2d`` does: variance unbiased."""
+    unbiased = var * (count / (count - 1))
+    new = moved(running, (mean, unbiased), momentum)
+    running[0].copy_(new[0])
+    running[1].copy_(new[1])
+
+
+def _synchronized_batch_norm(
+    x: Tensor,
+    running: tuple[Tensor, Tensor],
+    affines: tuple[Tensor | None, Tensor | None],
+    momentum: float,
+    eps: float,
+    update: bool,
+) -> Tensor:
+    mean, var, count = synchronized_moments(x)
+    if count == 1:
+        raise ValueError(one_value_message(x, 'sync_batch'))
+    if update and count > 0:
+        with torch.no_grad():
+            # Without tangents, too, which no_grad leaves.
+            _move(running, mean.detach(), var.detach(), count, momentum)
+    scale = torch.rsqrt(var + eps)
+    weight, bias = affines
+    if weight is not None:
+        scale = scale * weight
+    y = (x - _per_channel(mean, x)) * _per_channel(scale, x)
+    return y if bias is None else y + _per_channel(bias, x)
 
 
 def gradients(
@@ -92,15 +247,15 @@ def gradients(
     needed: Sequence[bool],
     grad: Tensor,
 ) -> list[Tensor | None]:
-    """Gradients of a composed function, in a fused function's backward.
+    """Gradients of an eager function, in a fused function's backward.
 
     They are differentiable if the backward is.
 
     Args:
-        function: of all inputs.
+        function: function of all inputs.
         inputs: saved ones; None where there are none.
         needed: which gradients to compute, None for the others.
-        grad: the gradient of the output.
+        grad: gradient of the output.
     """
     twice = torch.is_grad_enabled()
     wanted = [
@@ -114,3 +269,27 @@ def gradients(
             torch.autograd.grad(output, wanted, grad, create_graph=twice)
         )
     return [next(found) if need else None for need in needed]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Widen half precision, in which nothing is accumulated."""
+    return x.float() if x.dtype in (torch.half, torch.bfloat16) else x
+
+
+def widened(affines: Affines, dtype: torch.dtype) -> Affines:
+    """Affines in the dtype of the computation."""
+    a, b, c, d = [None if x is None else x.to(dtype) for x in affines]
+    return a, b, c, d
+
+
+def one_value_message(x: Tensor, mode: str) -> str:
+    """The error of a batch mode with a single value per channel."""
+    return (
+        f'mode={mode!r} needs more than one value per channel in training, '
+        f'got an input of shape {tuple(x.shape)}. Use '
+        "norm_cfg=dict(mode='estimate'), which has no such limit"
+    )
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    return values.to(x.dtype).view(-1, *[1] * (x.dim() - 2))

@@ -5,19 +5,31 @@ masked at the edges. A row is a filter (WS) or a channel of a sample (BCN).
 Arithmetic is float32 whatever the type in memory. No two programs write to
 the same place, so equal inputs give equal bits. Offsets into activations are
 64 bits wide; row and column numbers are 32, which :mod:`.cuda` checks.
+
+What BCN keeps between launches lies in three float32 buffers, given by their
+base pointers. With one number per row, or per channel (C), or per entry of
+the outer affine (E), they hold
+    kept: means, variances, scales, shifts, used_mean (C), used_var (C)
+    scratch: sums of grad, of grad * (input - mean), along, constants
+    grads: bn_weight (C), bn_bias (C), weight (E), bias (E)
+and kept and scratch after that, from parts_at on, the moments and sums of
+each split, if there are several. Else parts_at is 0.
 """
 
 import triton
 import triton.language as tl
+
+# Sizes that change with the image. A kernel compiled for the kind of number
+# that one of them is would be compiled again for nearly every image.
+SIZES = ['rows', 'units', 'length', 'splits', 'blocks', 'span', 'parts_at']
+GROUP_SIZES = [*SIZES, 'samples', 'channels', 'group_size', 'num_groups']
 
 
 @triton.jit
 def standardize(
     weight,
     output,
-    means,
-    rests,
-    stds,
+    kept,
     rows,
     fan_in,
     eps,
@@ -26,7 +38,7 @@ def standardize(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Standardize filters; keep their means and standard deviations.
+    """Standardize filters; keep their means, rests and deviations.
 
     With WHOLE a filter fits into a block and is read once. The mean is the
     sum of two numbers, means and what that leaves, rests: filters with a mean
@@ -66,9 +78,9 @@ def standardize(
         # The rest, a rounding error of the mean, has no digit in its square.
         variance = squares / (fan_in - 1)
     std = tl.sqrt(variance)
-    tl.store(means + row, mean, mask=row_mask)
-    tl.store(rests + row, rest, mask=row_mask)
-    tl.store(stds + row, std, mask=row_mask)
+    tl.store(kept + row, mean, mask=row_mask)
+    tl.store(kept + rows + row, rest, mask=row_mask)
+    tl.store(kept + 2 * rows + row, std, mask=row_mask)
     if INSIDE:
         factor = 1.0 / tl.sqrt(variance + eps)
     else:
@@ -92,9 +104,7 @@ def standardize(
 def standardize_backward(
     grad,
     weight,
-    means,
-    rests,
-    stds,
+    kept,
     output,
     rows,
     fan_in,
@@ -113,9 +123,9 @@ def standardize_backward(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = row < rows
     start = row.to(tl.int64)[:, None] * fan_in
-    mean = tl.load(means + row, mask=row_mask, other=0.0)[:, None]
-    rest = tl.load(rests + row, mask=row_mask, other=0.0)[:, None]
-    std = tl.load(stds + row, mask=row_mask, other=1.0)
+    mean = tl.load(kept + row, mask=row_mask, other=0.0)[:, None]
+    rest = tl.load(kept + rows + row, mask=row_mask, other=0.0)[:, None]
+    std = tl.load(kept + 2 * rows + row, mask=row_mask, other=1.0)
     if WHOLE:
         column = tl.arange(0, BLOCK)[None, :]
         mask = row_mask[:, None] & (column < fan_in)
@@ -177,128 +187,90 @@ def _tile(
     span,
     CHANNELS_LAST: tl.constexpr,
     ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Split, rows and first column of this program.
+    """Split, rows, their mask and the first column of this program.
 
-    And where they start: one offset for all, and one each. Programs that run
-    side by side read side by side.
+    And where its first block lies: one offset for all, and one for each
+    value. Programs that run side by side read side by side. In channels_last
+    the rows of a program are channels of one sample.
     """
     program = tl.program_id(0)
+    inside = tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)[None, :]
     if CHANNELS_LAST:
-        row_tiles = tl.cdiv(rows, ROWS)
-        split = program // row_tiles
-        row = program % row_tiles * ROWS + tl.arange(0, ROWS)
+        across = tl.cdiv(channels, ROWS)
+        tiles = rows // channels * across
+        split = program // tiles
+        sample = program % tiles // across
+        channel = program % tiles % across * ROWS
         first = split * span
-        base = first.to(tl.int64) * channels
-        sample = (row // channels).to(tl.int64)
-        start = sample * channels * length + row % channels
+        row = sample * channels + channel + inside
+        row_mask = channel + inside < channels
+        base = (sample.to(tl.int64) * length + first) * channels + channel
+        offset = inside[:, None] + column * channels
     else:
         split = program % splits
         top = program // splits * ROWS
-        row = top + tl.arange(0, ROWS)
         first = split * span
+        row = top + inside
+        row_mask = row < rows
         base = top.to(tl.int64) * length + first
-        # Several rows have no more than a tile of values.
-        start = tl.arange(0, ROWS) * length
-    return split, row, first, base, start[:, None]
+        offset = inside[:, None] * length + column
+    return split, row, row_mask, first, base, offset
 
 
-@triton.jit
-def _offsets(
-    start, done, channels, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Columns after the first, and their offsets after the base."""
-    column = done + tl.arange(0, BLOCK)[None, :]
-    if CHANNELS_LAST:
-        offset = start + column.to(tl.int64) * channels
-    else:
-        offset = start + column
-    return column, offset
-
-
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def moments(
     input,
-    means,
-    variances,
+    kept,
     rows,
-    length,
+    units,
     channels,
     splits,
-    span,
+    blocks,
+    parts_at,
+    UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Mean and biased variance of each row over one split of its columns.
 
-    Each block around its own mean, blocks joined by Chan's formula: sums of
-    squares would cancel where the mean is large.
+    Sums are taken around the mean of the split's first block. The share of
+    that block in the split bounds what cancels: no more than the number of
+    blocks times a rounding error.
     """
-    split, row, first, base, start = _tile(
-        rows, length, channels, splits, span, CHANNELS_LAST, ROWS
+    length = units * UNIT
+    span = blocks * BLOCK
+    split, row, row_mask, first, base, offset = _tile(
+        rows, length, channels, splits, span, CHANNELS_LAST, ROWS, BLOCK
     )
-    row_mask = row < rows
-    mean = tl.full((ROWS,), 0.0, tl.float32)
-    squares = tl.full((ROWS,), 0.0, tl.float32)
-    for done in range(0, span, BLOCK):
-        column, offset = _offsets(start, done, channels, CHANNELS_LAST, BLOCK)
-        mask = row_mask[:, None] & (column < length - first)
+    step = BLOCK * channels if CHANNELS_LAST else BLOCK
+    size = tl.minimum(length - first, span)
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = row_mask[:, None] & (column < size)
+    values = tl.load(input + base + offset, mask=mask, other=0.0)
+    values = values.to(tl.float32)
+    pivot = tl.sum(values, 1) / tl.minimum(size, BLOCK)
+    deviation = tl.where(mask, values - pivot[:, None], 0.0)
+    sums_1 = deviation
+    sums_2 = deviation * deviation
+    for done in range(BLOCK, size, BLOCK):
+        base += step
+        mask = row_mask[:, None] & (column < size - done)
         values = tl.load(input + base + offset, mask=mask, other=0.0)
         values = values.to(tl.float32)
-        # The last split may end before its last block begins.
-        count = tl.minimum(tl.maximum(length - first - done, 0), BLOCK)
-        count = count.to(tl.float32)
-        block_mean = tl.sum(values, 1) / tl.maximum(count, 1.0)
-        deviation = tl.where(mask, values - block_mean[:, None], 0.0)
-        squares += tl.sum(deviation * deviation, 1)
-        share = count / (done + tl.maximum(count, 1.0))
-        delta = block_mean - mean
-        squares += delta * delta * done * share
-        mean += delta * share
-    total = tl.minimum(length - first, span)
-    place = split.to(tl.int64) * rows + row
-    tl.store(means + place, mean, mask=row_mask)
-    tl.store(variances + place, squares / total, mask=row_mask)
-
-
-@triton.jit
-def join_moments(
-    split_means,
-    split_variances,
-    means,
-    variances,
-    rows,
-    length,
-    splits,
-    span,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Moments of whole rows from those of their splits."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    mean = tl.full((ROWS,), 0.0, tl.float32)
-    for first in range(0, splits, BLOCK):
-        split = first + tl.arange(0, BLOCK)[None, :]
-        mask = (row < rows) & (split < splits)
-        share = tl.minimum(length - split * span, span).to(tl.float32) / length
-        place = split.to(tl.int64) * rows + row
-        part = tl.load(split_means + place, mask=mask, other=0.0)
-        mean += tl.sum(tl.where(mask, part * share, 0.0), 1)
-    variance = tl.full((ROWS,), 0.0, tl.float32)
-    for first in range(0, splits, BLOCK):
-        split = first + tl.arange(0, BLOCK)[None, :]
-        mask = (row < rows) & (split < splits)
-        share = tl.minimum(length - split * span, span).to(tl.float32) / length
-        place = split.to(tl.int64) * rows + row
-        part = tl.load(split_means + place, mask=mask, other=0.0)
-        inner = tl.load(split_variances + place, mask=mask, other=0.0)
-        delta = part - mean[:, None]
-        spread = (inner + delta * delta) * share
-        variance += tl.sum(tl.where(mask, spread, 0.0), 1)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tl.store(means + row, mean, mask=row < rows)
-    tl.store(variances + row, variance, mask=row < rows)
+        deviation = tl.where(mask, values - pivot[:, None], 0.0)
+        sums_1 += deviation
+        sums_2 += deviation * deviation
+    off = tl.sum(sums_1, 1) / size
+    variance = tl.sum(sums_2, 1) / size - off * off
+    # Unlike maximum(), this keeps the NaN of values that are not finite.
+    variance = tl.where(variance < 0.0, 0.0, variance)
+    place = kept + parts_at + split * rows + row
+    tl.store(place, pivot + off, mask=row_mask)
+    tl.store(place + splits * rows, variance, mask=row_mask)
 
 
 @triton.jit
@@ -333,32 +305,31 @@ def _affines(
 @triton.jit
 def _levels(m, v, mean, a, bn_shift, mask, group_size, eps):
     """Of :class:`.cpu.BatchChannelNorm`: u - U and r of some samples."""
-    u = a * (m - mean) + bn_shift
+    u = tl.where(mask, a * (m - mean) + bn_shift, 0.0)
     u = u - (tl.sum(u, 1) / group_size)[:, None]
     spread = tl.where(mask, a * a * v + u * u, 0.0)
     r = 1.0 / tl.sqrt(tl.sum(spread, 1) / group_size + eps)
     return u, r[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GROUP_SIZES)
 def coefficients(
-    means,
-    variances,
+    kept,
     running_mean,
     running_var,
     bn_weight,
     bn_bias,
     weight,
     bias,
-    used_mean,
-    used_var,
-    scales,
-    shifts,
+    momentum,
     samples,
     channels,
     group_size,
+    length,
+    splits,
+    span,
+    parts_at,
     unbias,
-    momentum,
     eps,
     OF_BATCH: tl.constexpr,
     UPDATE: tl.constexpr,
@@ -368,17 +339,48 @@ def coefficients(
 ):
     """Statistics of one group, and the affine that normalizes its rows.
 
-    The output is (input - means) * scales + shifts. Every program has a
-    group to itself and goes through all samples, twice.
+    The output is (input - mean) * scale + shift, row by row. Every program
+    has a group to itself and goes through all samples, twice. Moments of
+    several splits are joined first.
 
     With UPDATE the running values move: towards the batch, and then they are
     the mean and variance used; or, with OF_BATCH, as those of a BatchNorm,
     and those of the batch are used. unbias is n / (n - 1) of its n values.
     """
+    rows = samples * channels
+    means = kept
+    variances = means + rows
+    scales = variances + rows
+    shifts = scales + rows
+    used_mean = shifts + rows
+    used_var = used_mean + channels
     group = tl.program_id(0)
     inside = tl.arange(0, CHANNELS)[None, :]
     channel = group * group_size + inside
     channel_mask = inside < group_size
+    if splits > 1:
+        for first in range(0, samples, SAMPLES):
+            sample = first + tl.arange(0, SAMPLES)[:, None]
+            mask = (sample < samples) & channel_mask
+            place = sample * channels + channel
+            part = kept + parts_at + place
+            mean = tl.full((SAMPLES, CHANNELS), 0.0, tl.float32)
+            for split in range(0, splits):
+                size = tl.minimum(length - split * span, span)
+                m = tl.load(part + split * rows, mask=mask, other=0.0)
+                mean += m * (size.to(tl.float32) / length)
+            part += splits * rows
+            variance = tl.full((SAMPLES, CHANNELS), 0.0, tl.float32)
+            for split in range(0, splits):
+                size = tl.minimum(length - split * span, span)
+                m = kept + parts_at + place + split * rows
+                m = tl.load(m, mask=mask, other=0.0) - mean
+                v = tl.load(part + split * rows, mask=mask, other=0.0)
+                variance += (v + m * m) * (size.to(tl.float32) / length)
+            tl.store(means + place, mean, mask=mask)
+            tl.store(variances + place, variance, mask=mask)
+        # Other threads of this program read what these have written.
+        tl.debug_barrier()
     mean = tl.load(running_mean + channel, mask=channel_mask, other=0.0)
     var = tl.load(running_var + channel, mask=channel_mask, other=1.0)
     bn_scale, bn_shift, scale, shift = _affines(
@@ -426,6 +428,8 @@ def coefficients(
         else:
             mean, var = new_mean, new_var
         if UPDATE:
+            # Several threads have loaded a value that one of them replaces.
+            tl.debug_barrier()
             tl.store(running_mean + channel, new_mean, mask=channel_mask)
             tl.store(running_var + channel, new_var, mask=channel_mask)
     tl.store(used_mean + channel, mean, mask=channel_mask)
@@ -442,82 +446,83 @@ def coefficients(
         tl.store(shifts + place, r * u * scale + shift, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def affine(
     input,
-    means,
-    scales,
-    shifts,
+    kept,
     output,
     rows,
-    length,
+    units,
     channels,
     splits,
-    span,
+    UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Per row, (input - mean) * scale + shift."""
-    _, row, first, base, start = _tile(
-        rows, length, channels, splits, span, CHANNELS_LAST, ROWS
+    length = units * UNIT
+    _, row, row_mask, first, base, offset = _tile(
+        rows, length, channels, splits, BLOCK, CHANNELS_LAST, ROWS, BLOCK
     )
-    row_mask = row < rows
-    mean = tl.load(means + row, mask=row_mask, other=0.0)[:, None]
-    scale = tl.load(scales + row, mask=row_mask, other=0.0)[:, None]
-    shift = tl.load(shifts + row, mask=row_mask, other=0.0)[:, None]
-    column, offset = _offsets(start, 0, channels, CHANNELS_LAST, BLOCK)
+    column = tl.arange(0, BLOCK)[None, :]
     mask = row_mask[:, None] & (column < length - first)
-    values = tl.load(input + base + offset, mask=mask, other=0.0).to(
-        tl.float32
-    )
-    values = (values - mean) * scale + shift
+    values = tl.load(input + base + offset, mask=mask, other=0.0)
+    row = kept + row
+    mean = tl.load(row, mask=row_mask, other=0.0)
+    scale = tl.load(row + 2 * rows, mask=row_mask, other=0.0)
+    shift = tl.load(row + 3 * rows, mask=row_mask, other=0.0)
+    values = values.to(tl.float32) - mean[:, None]
+    values = values * scale[:, None] + shift[:, None]
     tl.store(
         output + base + offset, values.to(output.dtype.element_ty), mask=mask
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sums(
     grad,
     input,
-    means,
-    totals,
-    products,
+    kept,
+    scratch,
     rows,
-    length,
+    units,
     channels,
     splits,
-    span,
+    blocks,
+    parts_at,
+    UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Per row and split, sum(grad) and sum(grad * (input - mean))."""
-    split, row, first, base, start = _tile(
-        rows, length, channels, splits, span, CHANNELS_LAST, ROWS
+    length = units * UNIT
+    span = blocks * BLOCK
+    split, row, row_mask, first, base, offset = _tile(
+        rows, length, channels, splits, span, CHANNELS_LAST, ROWS, BLOCK
     )
-    row_mask = row < rows
-    mean = tl.load(means + row, mask=row_mask, other=0.0)[:, None]
-    total = tl.full((ROWS,), 0.0, tl.float32)
-    product = tl.full((ROWS,), 0.0, tl.float32)
-    for done in range(0, span, BLOCK):
-        column, offset = _offsets(start, done, channels, CHANNELS_LAST, BLOCK)
-        mask = row_mask[:, None] & (column < length - first)
+    step = BLOCK * channels if CHANNELS_LAST else BLOCK
+    column = tl.arange(0, BLOCK)[None, :]
+    mean = tl.load(kept + row, mask=row_mask, other=0.0)[:, None]
+    size = tl.minimum(length - first, span)
+    total = tl.full((ROWS, BLOCK), 0.0, tl.float32)
+    product = tl.full((ROWS, BLOCK), 0.0, tl.float32)
+    for done in range(0, size, BLOCK):
+        mask = row_mask[:, None] & (column < size - done)
         g = tl.load(grad + base + offset, mask=mask, other=0.0).to(tl.float32)
-        values = tl.load(input + base + offset, mask=mask, other=0.0).to(
-            tl.float32
-        )
-        total += tl.sum(g, 1)
-        product += tl.sum(g * (values - mean), 1)
-    place = split.to(tl.int64) * rows + row
-    tl.store(totals + place, total, mask=row_mask)
-    tl.store(products + place, product, mask=row_mask)
+        values = tl.load(input + base + offset, mask=mask, other=0.0)
+        total += g
+        product += g * (values.to(tl.float32) - mean)
+        base += step
+    place = scratch + parts_at + split * rows + row
+    tl.store(place, tl.sum(total, 1), mask=row_mask)
+    tl.store(place + splits * rows, tl.sum(product, 1), mask=row_mask)
 
 
 @triton.jit
 def _slopes(s, t, m, v, mean, a, bn_shift, scale, mask, size, group_size, eps):
-    """Direction, p, q, z and the sums of dy and dy x of some samples.
+    """Direction, q, z and the sums of dy and dy x of some samples.
 
     Names and formulas are those of :class:`.cpu.BatchChannelNorm`; size is
     the number of values of a row, as a float.
@@ -535,7 +540,6 @@ def _slopes(s, t, m, v, mean, a, bn_shift, scale, mask, size, group_size, eps):
     sum_dy_x = p * (t + offset * s) + (q * v + z * offset) * size
     return (
         direction,
-        p,
         q,
         z,
         tl.where(mask, sum_dy, 0.0),
@@ -543,27 +547,20 @@ def _slopes(s, t, m, v, mean, a, bn_shift, scale, mask, size, group_size, eps):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GROUP_SIZES)
 def slopes(
-    totals,
-    products,
-    means,
-    variances,
-    used_mean,
-    used_var,
+    kept,
+    scratch,
+    grads,
     bn_weight,
     bn_bias,
     weight,
-    along_grad,
-    along_input,
-    constants,
-    grad_bn_weight,
-    grad_bn_bias,
-    grad_weight,
-    grad_bias,
     samples,
     channels,
     group_size,
+    num_groups,
+    splits,
+    parts_at,
     size,
     eps,
     OF_BATCH: tl.constexpr,
@@ -573,14 +570,43 @@ def slopes(
 ):
     """Gradients of one group's affines, and the affine that is dinput.
 
-    dinput is grad * along_grad + (input - means) * along_input + constants,
-    row by row. Every program goes through all samples of its group, twice:
-    sums over samples must be complete before constants follow from them.
+    dinput is grad * scale + (input - mean) * along + constant, row by row,
+    with the scale of the forward. Every program goes through all samples of
+    its group, twice: sums over samples must be complete before constants
+    follow from them. Sums of several splits are joined first.
     """
+    rows = samples * channels
+    means = kept
+    variances = means + rows
+    used_mean = kept + 4 * rows
+    used_var = used_mean + channels
+    totals = scratch
+    products = totals + rows
+    along_input = products + rows
+    constants = along_input + rows
+    grad_bn_weight = grads
+    grad_bn_bias = grad_bn_weight + channels
+    grad_weight = grad_bn_bias + channels
     group = tl.program_id(0)
     inside = tl.arange(0, CHANNELS)[None, :]
     channel = group * group_size + inside
     channel_mask = inside < group_size
+    if splits > 1:
+        for first in range(0, samples, SAMPLES):
+            sample = first + tl.arange(0, SAMPLES)[:, None]
+            mask = (sample < samples) & channel_mask
+            place = sample * channels + channel
+            part = scratch + parts_at + place
+            s = tl.full((SAMPLES, CHANNELS), 0.0, tl.float32)
+            t = tl.full((SAMPLES, CHANNELS), 0.0, tl.float32)
+            for _split in range(0, splits):
+                s += tl.load(part, mask=mask, other=0.0)
+                t += tl.load(part + splits * rows, mask=mask, other=0.0)
+                part += rows
+            tl.store(totals + place, s, mask=mask)
+            tl.store(products + place, t, mask=mask)
+        # Other threads of this program read what these have written.
+        tl.debug_barrier()
     mean = tl.load(used_mean + channel, mask=channel_mask, other=0.0)
     var = tl.load(used_var + channel, mask=channel_mask, other=1.0)
     bn_scale, bn_shift, scale, _shift = _affines(
@@ -608,23 +634,21 @@ def slopes(
         t = tl.load(products + place, mask=mask, other=0.0)
         m = tl.load(means + place, mask=mask, other=0.0)
         v = tl.load(variances + place, mask=mask, other=0.0)
-        direction, p, q, z, dy, dy_x = _slopes(
+        direction, _q, _z, dy, dy_x = _slopes(
             s, t, m, v, mean, a, bn_shift, scale, mask, size, group_size, eps
         )
         sum_s += tl.sum(s, 0)[None, :]
         sum_direction += tl.sum(direction, 0)[None, :]
         sum_dy += tl.sum(dy, 0)[None, :]
         sum_dy_x += tl.sum(dy_x, 0)[None, :]
-    if bn_weight is not None:
-        tl.store(
-            grad_bn_weight + channel, inverse * sum_dy_x, mask=channel_mask
-        )
-    if bn_bias is not None:
-        tl.store(grad_bn_bias + channel, sum_dy, mask=channel_mask)
+    tl.store(grad_bn_weight + channel, inverse * sum_dy_x, mask=channel_mask)
+    tl.store(grad_bn_bias + channel, sum_dy, mask=channel_mask)
     if PER_CHANNEL:
+        grad_bias = grad_weight + channels
         tl.store(grad_weight + channel, sum_direction, mask=channel_mask)
         tl.store(grad_bias + channel, sum_s, mask=channel_mask)
     else:
+        grad_bias = grad_weight + num_groups
         tl.store(grad_weight + group, tl.sum(sum_direction))
         tl.store(grad_bias + group, tl.sum(sum_s))
     for first in range(0, samples, SAMPLES):
@@ -635,7 +659,7 @@ def slopes(
         t = tl.load(products + place, mask=mask, other=0.0)
         m = tl.load(means + place, mask=mask, other=0.0)
         v = tl.load(variances + place, mask=mask, other=0.0)
-        direction, p, q, z, dy, dy_x = _slopes(
+        _direction, q, z, _dy, _dy_x = _slopes(
             s, t, m, v, mean, a, bn_shift, scale, mask, size, group_size, eps
         )
         if OF_BATCH:
@@ -643,45 +667,42 @@ def slopes(
             slope = inverse * inverse * sum_dy_x / (size * samples)
             q -= slope
             z -= sum_dy / (size * samples) + slope * (m - mean)
-        tl.store(along_grad + place, a * p, mask=mask)
         tl.store(along_input + place, a * q, mask=mask)
         tl.store(constants + place, a * z, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def affine_backward(
     grad,
     input,
-    means,
-    along_grad,
-    along_input,
-    constants,
+    kept,
+    scratch,
     output,
     rows,
-    length,
+    units,
     channels,
     splits,
-    span,
+    UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Per row, grad * P + (input - mean) * Q + R."""
-    _, row, first, base, start = _tile(
-        rows, length, channels, splits, span, CHANNELS_LAST, ROWS
+    """Per row, grad * scale + (input - mean) * along + constant."""
+    length = units * UNIT
+    _, row, row_mask, first, base, offset = _tile(
+        rows, length, channels, splits, BLOCK, CHANNELS_LAST, ROWS, BLOCK
     )
-    row_mask = row < rows
-    mean = tl.load(means + row, mask=row_mask, other=0.0)[:, None]
-    p = tl.load(along_grad + row, mask=row_mask, other=0.0)[:, None]
-    q = tl.load(along_input + row, mask=row_mask, other=0.0)[:, None]
-    r = tl.load(constants + row, mask=row_mask, other=0.0)[:, None]
-    column, offset = _offsets(start, 0, channels, CHANNELS_LAST, BLOCK)
+    column = tl.arange(0, BLOCK)[None, :]
     mask = row_mask[:, None] & (column < length - first)
     g = tl.load(grad + base + offset, mask=mask, other=0.0).to(tl.float32)
-    values = tl.load(input + base + offset, mask=mask, other=0.0).to(
-        tl.float32
-    )
-    values = g * p + ((values - mean) * q + r)
+    values = tl.load(input + base + offset, mask=mask, other=0.0)
+    mean = tl.load(kept + row, mask=row_mask, other=0.0)
+    scale = tl.load(kept + 2 * rows + row, mask=row_mask, other=0.0)
+    along = tl.load(scratch + 2 * rows + row, mask=row_mask, other=0.0)
+    constant = tl.load(scratch + 3 * rows + row, mask=row_mask, other=0.0)
+    values = values.to(tl.float32) - mean[:, None]
+    values = values * along[:, None] + constant[:, None]
+    values = g * scale[:, None] + values
     tl.store(
         output + base + offset, values.to(output.dtype.element_ty), mask=mask
     )

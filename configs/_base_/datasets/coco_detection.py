@@ -1,5 +1,4 @@
-# COCO 2017 boxes, the longer side at most 1333 and the shorter 800.
-# Leaves set the images per GPU.
+# COCO 2017 boxes; the longer side is at most 1333 and the shorter 800.
 dataset_type = 'CocoDataset'
 data_root = 'data/coco/'
 

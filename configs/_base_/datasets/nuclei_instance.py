@@ -1,5 +1,5 @@
 # Nuclei in microscopy images (2018 Data Science Bowl, stage 1), as COCO
-# instances of one class, shown at 256x256.
+# instances of one class, resized to 256x256.
 dataset_type = 'CocoDataset'
 data_root = 'data/dsb2018_nuclei/'
 metainfo = dict(classes=('nucleus',), palette=[(220, 20, 60)])

@@ -10,8 +10,8 @@ crop_size = (256, 256)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
-    # Magnification and staining vary more between images than within them:
-    # without both augmentations dim nuclei are missed.
+    # Magnification and staining differ between images more than within one.
+    # Without both augmentations the model misses dim nuclei.
     dict(
         type='RandomResize',
         scale=(256, 256),

@@ -1,11 +1,11 @@
 # PASCAL VOC 2012 segmentation, train + SBD (10582 images), crops of 513,
-# evaluated at a single scale. Leaves set the images per GPU.
+# evaluated at a single scale.
 dataset_type = 'PascalVOCDataset'
 data_root = 'data/VOCdevkit/VOC2012'
 crop_size = (513, 513)
 
-# Half to double the size, uniform in the logarithm: 17 factors stand for the
-# authors' continuous draw, which mmcv has no transform for.
+# Scale by 0.5 to 2, uniform in the logarithm. mmcv has no transform for the
+# authors' continuous scale; 17 factors replace it.
 random_scale = dict(
     type='RandomChoice',
     transforms=[
@@ -21,7 +21,7 @@ train_pipeline = [
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackSegInputs'),
 ]
-# No resize: the data preprocessor pads each image to one crop.
+# No resize: the data preprocessor pads each image to the crop size.
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),

@@ -1,6 +1,6 @@
-# DeepLabV3 small enough to learn on a CPU: ResNet-18 with deep stem, output
-# stride 16, ASPP of 128 channels, from scratch, no auxiliary head. Leaves
-# put conv_cfg and norm_cfg into backbone and decode_head.
+# DeepLabV3 that trains on a CPU: ResNet-18 with deep stem, output stride 16,
+# ASPP of 128 channels, from scratch, no auxiliary head. Each config sets
+# conv_cfg and norm_cfg of backbone and decode_head.
 model = dict(
     type='EncoderDecoder',
     data_preprocessor=dict(

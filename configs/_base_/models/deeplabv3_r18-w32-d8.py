@@ -1,4 +1,4 @@
-# The small DeepLabV3 at half its width and twice its resolution, for small
+# The small DeepLabV3 with half the channels and output stride 8, for small
 # objects.
 _base_ = './deeplabv3_r18-d16.py'
 

@@ -1,7 +1,7 @@
 # DeepLabV3 as the authors of WS and BCN trained it on VOC: output stride 16,
-# ASPP of 256 channels at rates 6, 12, 18, no auxiliary head, no dropout. What
-# differs is mmseg's ASPPHead: it fuses its branches by a 3x3 conv, theirs by
-# a 1x1. Leaves say how it is normalized.
+# ASPP of 256 channels at rates 6, 12, 18, no auxiliary head, no dropout. One
+# difference: MMSegmentation's ASPPHead fuses its branches by a 3x3 conv, the
+# authors' by a 1x1. Each config sets conv_cfg and norm_cfg.
 model = dict(
     type='EncoderDecoder',
     data_preprocessor=dict(
@@ -9,25 +9,25 @@ model = dict(
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
         bgr_to_rgb=True,
-        # Padding follows normalization: 0 is the mean colour.
+        # Padding comes after normalization, so 0 is the mean colour.
         pad_val=0,
         seg_pad_val=255,
         size=(513, 513),
-        # VOC images have at most 500 pixels a side.
+        # VOC images have at most 500 pixels per side.
         test_cfg=dict(size=(513, 513)),
     ),
     backbone=dict(
-        # The 7x7 stem: the pretrained weights have no deep one (ResNetV1c).
+        # 7x7 stem: the pretrained weights have no deep stem (ResNetV1c).
         type='ResNet',
         depth=50,
         num_stages=4,
         out_indices=(0, 1, 2, 3),
         strides=(1, 2, 2, 1),
         dilations=(1, 1, 1, 2),
-        # The first block of layer4 keeps dilation 1, as the authors' does.
+        # The first block of layer4 has dilation 1, as in the authors' code.
         contract_dilation=True,
-        # Multi-grid (1, 1, 1). mmseg's multi_grid replaces the dilations
-        # instead of multiplying them, so (1, 1, 1) would undo them.
+        # The authors' multi-grid (1, 1, 1) multiplies the dilations by 1.
+        # MMSegmentation's option replaces them, so (1, 1, 1) would undo them.
         multi_grid=None,
         frozen_stages=-1,
         norm_eval=False,
@@ -46,8 +46,7 @@ model = dict(
             type='CrossEntropyLoss',
             use_sigmoid=False,
             loss_weight=1.0,
-            # The mean over labelled pixels, as torch's: padding does not
-            # count.
+            # Mean over labelled pixels, as in torch: padding does not count.
             avg_non_ignore=True,
         ),
     ),

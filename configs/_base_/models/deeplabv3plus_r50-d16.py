@@ -1,5 +1,4 @@
-# DeepLabV3+: the DeepLabV3 with a separable ASPP and the decoder that joins
-# it with layer1.
+# DeepLabV3 with a separable ASPP and a decoder that joins it with layer1.
 _base_ = './deeplabv3_r50-d16.py'
 model = dict(
     decode_head=dict(

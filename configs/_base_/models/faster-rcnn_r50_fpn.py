@@ -1,12 +1,11 @@
-# Faster R-CNN with ResNet-50 and FPN, COCO classes, the settings of mmdet.
-# Leaves say how it is normalized: conv_cfg, norm_cfg and the weights that
-# the backbone starts from.
+# Faster R-CNN with ResNet-50 and FPN, COCO classes, the settings of
+# MMDetection. Each config sets conv_cfg, norm_cfg and pretrained weights.
 model = dict(
     type='FasterRCNN',
     data_preprocessor=dict(
         type='DetDataPreprocessor',
-        # ImageNet's RGB mean and deviation: every checkpoint named in these
-        # configs was trained on them, but for Detectron's GN ones.
+        # RGB mean and std of ImageNet. Every checkpoint in these configs was
+        # trained with them, except Detectron's GN ones.
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
         bgr_to_rgb=True,
@@ -17,12 +16,13 @@ model = dict(
         depth=50,
         num_stages=4,
         out_indices=(0, 1, 2, 3),
-        # Stem and layer1 keep their pretrained weights and, being in eval
-        # mode, their pretrained estimates, as in the authors' code.
+        # Stem and layer1 keep their pretrained weights. They are in eval
+        # mode, so they keep their running statistics, too, as in the
+        # authors' code.
         frozen_stages=1,
-        # mmdet's own default is True: SyncBN would stop learning its
-        # statistics, and so would any norm that derives from BatchNorm. BCN
-        # does not, but whoever reads the config should not have to know.
+        # MMDetection's default, True, would freeze the running statistics of
+        # SyncBN and of every norm that inherits from BatchNorm. It does not
+        # reach BCN; the value is here so that no reader needs to know that.
         norm_eval=False,
         style='pytorch',
     ),
@@ -61,7 +61,8 @@ model = dict(
             featmap_strides=[4, 8, 16, 32],
         ),
         bbox_head=dict(
-            # Four convs and one fc: a head that can be normalized at all.
+            # Four convs and one fc: MMDetection's default has no convs to
+            # normalize.
             type='Shared4Conv1FCBBoxHead',
             in_channels=256,
             conv_out_channels=256,

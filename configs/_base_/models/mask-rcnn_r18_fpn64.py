@@ -1,6 +1,6 @@
-# Mask R-CNN small enough to learn on a CPU: ResNet-18, FPN and heads of 64
-# channels, from scratch. Leaves put conv_cfg and norm_cfg into its four
-# parts; the RPN has neither, as in the authors' code.
+# Mask R-CNN that trains on a CPU: ResNet-18, FPN and heads of 64 channels,
+# from scratch. Each config sets conv_cfg and norm_cfg of four parts; the RPN
+# has neither, as in the authors' code.
 model = dict(
     type='MaskRCNN',
     data_preprocessor=dict(

@@ -1,5 +1,5 @@
-# 1000 steps of one image, polynomial decay after a short warm-up; logged and
-# saved by iteration, which is why it builds on the runtime.
+# 1000 steps of one image, polynomial decay after a short warm-up. It inherits
+# from the runtime, because it logs and saves by iteration.
 _base_ = '../runtime_seg.py'
 
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=1000, val_interval=1000)

@@ -1,5 +1,5 @@
-# Four passes over the nuclei, learning rate for 2 images per step; cosine to
-# zero after a short warm-up.
+# Four epochs of the nuclei, learning rate for 2 images per step, cosine decay
+# to zero after a short warm-up.
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=4, val_interval=4)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

@@ -1,6 +1,5 @@
-# 12 epochs, the rate falling tenfold after epochs 8 and 11, at 16 images in
-# total. Leaves with another total set lr by the linear rule, 0.02 / 16 for
-# each image, and base_batch_size with it.
+# 12 epochs with 16 images per step; the learning rate falls tenfold after
+# epochs 8 and 11. For another number of images, it is 0.02 / 16 per image.
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=1)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
@@ -22,5 +21,5 @@ optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-4),
 )
-# For --auto-scale-lr: the total batch that lr is meant for.
+# The images per step that lr is for; read by --auto-scale-lr.
 auto_scale_lr = dict(enable=False, base_batch_size=16)

@@ -1,6 +1,6 @@
-# 50 epochs of polynomial decay at 16 images in total: the authors' VOC
-# recipe, 662 iterations an epoch and 33100 in all. Leaves with another
-# total set lr by the linear rule, 0.007 / 16 for each image.
+# 50 epochs of polynomial decay with 16 images per step, as the authors trained
+# on VOC: 662 iterations per epoch, 33100 in total. For another number of
+# images, the learning rate is 0.007 / 16 per image.
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=50, val_interval=1)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
@@ -13,7 +13,7 @@ param_scheduler = [
         begin=0,
         end=50,
         by_epoch=True,
-        # The rate falls with every iteration, not in 50 steps.
+        # The rate decays per iteration, not per epoch.
         convert_to_iter_based=True,
     )
 ]
@@ -21,5 +21,5 @@ optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='SGD', lr=0.007, momentum=0.9, weight_decay=1e-4),
 )
-# For --auto-scale-lr: the total batch that lr is meant for.
+# The images per step that lr is for; read by --auto-scale-lr.
 auto_scale_lr = dict(enable=False, base_batch_size=16)

@@ -2,7 +2,7 @@
 
 On nuclei, from dim fluorescence to bright stains: without distortion of the
 brightness in training, with each image standardized, and, for instances,
-with what could mend the published form. On photographs with and without
+with what could fix the published form. On photographs with and without
 standardization.
 """
 

@@ -1,6 +1,0 @@
-# No published row: BCN has no published COCO result.
-_base_ = './mask-rcnn_r50_fpn_bcn-ws-all_8xb2-2x_coco.py'
-train_dataloader = dict(batch_size=1)
-# Linear rule: 0.02 at 16 images, 8 here.
-optim_wrapper = dict(optimizer=dict(lr=0.01))
-auto_scale_lr = dict(base_batch_size=8)

@@ -1,6 +1,0 @@
-# No published row: a SyncBN baseline of the same placement.
-_base_ = './mask-rcnn_r50_fpn_syncbn-all_8xb2-2x_coco.py'
-train_dataloader = dict(batch_size=1)
-# Linear rule: 0.02 at 16 images, 8 here.
-optim_wrapper = dict(optimizer=dict(lr=0.01))
-auto_scale_lr = dict(base_batch_size=8)

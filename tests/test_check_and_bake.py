@@ -1,0 +1,625 @@
+"""What is found in models, and whether rebuilt ones compute the same."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from comparison import relative_error
+from mmengine.registry import HOOKS
+from torch import nn
+
+from ws_mm import BCN, WSConv2d, bake, check, convert
+
+IMAGE = (2, 3, 12, 12)
+
+
+class Net(nn.Module):
+    """Misleading on purpose: bn1 and bn2 are run in the other order."""
+
+    def __init__(self, conv=WSConv2d, norm=lambda c: BCN(c, 4)):
+        super().__init__()
+        self.conv1 = conv(3, 8, 3, bias=True, padding=1)
+        self.bn1 = norm(8)
+        self.conv2 = conv(8, 8, 3, groups=2, padding_mode='reflect', padding=1)
+        self.bn2 = norm(8)
+        self.logits = nn.Conv2d(8, 2, 1)
+        self.auxiliary = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = F.relu(self.bn2(self.conv1(x)))
+        return self.logits(F.relu(self.bn1(self.conv2(x))))
+
+
+class Run(nn.Module):
+    """Any layers, run by any function of them and the image."""
+
+    def __init__(self, run, **layers):
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def randomize(model):
+    for name, values in model.state_dict().items():
+        if values.is_floating_point():
+            values.copy_(torch.randn(values.shape))
+            if name.endswith('running_var'):
+                values.copy_(torch.rand(values.shape) + 0.2)
+    return model
+
+
+def image(dtype=torch.float32):
+    return torch.randn(IMAGE, dtype=dtype)
+
+
+def norms_of(report):
+    return {conv.name: (conv.norms, conv.how) for conv in report}
+
+
+def test_execution_is_believed_over_names():
+    report = check(Net(), image())
+    assert norms_of(report) == {
+        'conv1': (('bn2',), 'proven'),
+        'conv2': (('bn1',), 'proven'),
+        'logits': ((), 'proven'),
+        'auxiliary': ((), 'guessed'),
+    }
+    assert [conv.standardized for conv in report] == [True, True, False, False]
+    assert not report.mistakes
+    assert 'bn2 (BCN)' in str(report).splitlines()[1]
+
+
+def test_names_are_believed_without_inputs():
+    assert norms_of(check(Net()))['conv1'] == (('bn1',), 'guessed')
+
+
+def test_guess_wants_fitting_channels_and_order():
+    first, second = nn.Sequential(), nn.Sequential()
+    first.conv, first.norm = WSConv2d(3, 8, 1), nn.GroupNorm(2, 6)
+    second.norm, second.conv = nn.GroupNorm(2, 8), WSConv2d(8, 8, 1)
+    third = nn.Sequential(WSConv2d(8, 8, 1), nn.Sequential(nn.ReLU()))
+    third.append(nn.BatchNorm2d(8))
+    fourth = nn.Sequential(WSConv2d(8, 8, 1), nn.ReLU(), nn.BatchNorm2d(8))
+    fifth = nn.Sequential(WSConv2d(8, 8, 1), nn.BatchNorm2d(8))
+    fifth.order = ('norm', 'act', 'conv')
+    report = check(nn.Sequential(first, second, third, fourth, fifth))
+    assert [len(conv.norms) for conv in report] == [0, 0, 0, 1, 0]
+    assert len(report.mistakes) == 4
+
+
+def test_check_leaves_the_model_as_it_was():
+    model = randomize(Net()).train()
+    model.bn1.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    check(model, {'x': image()})
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert model.training
+    assert not model.bn1.training
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def layers(**more):
+    return dict(conv=WSConv2d(3, 8, 1), bn=BCN(8, 4), **more)
+
+
+def test_scale_keeping_operations_are_seen_through():
+    def run(m, x):
+        y = F.relu(m.conv(x), inplace=True)
+        return m.bn(F.max_pool2d(F.interpolate(y, scale_factor=2), 2) + y)
+
+    (report,) = check(Run(run, **layers()), image())
+    assert report.norms == ('bn',)
+    assert report.via == (
+        'relu',
+        'upsample_nearest2d',
+        'max_pool2d_with_indices',
+        'add',
+    )
+    assert not report.mistake
+
+
+@pytest.mark.parametrize(
+    ('run', 'found'),
+    [
+        (lambda m, x: m.conv(x), 'no normalization.*output of the model'),
+        (lambda m, x: m.bn(m.conv(x).sigmoid()), 'sigmoid'),
+        (
+            lambda m, x: [m.bn(y := m.conv(x)), y],
+            'not everywhere.*output of the model',
+        ),
+        (lambda m, x: m.bn(y := m.conv(x)) * y, 'not everywhere.*mul'),
+        (lambda m, x: F.relu(m.conv(x), True).exp_(), 'exp_'),
+        (
+            lambda m, x: m.logits(m.conv(x)),
+            r'no normalization.*convolution in logits',
+        ),
+    ],
+)
+def test_unnormalized_ws_conv_is_a_mistake(run, found):
+    model = Run(run, **layers(logits=nn.Conv2d(8, 2, 1)))
+    (mistake,) = check(model, image()).mistakes
+    assert re.search(found, mistake)
+    assert 'make it a plain convolution' in mistake
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.half])
+@pytest.mark.parametrize('eps_mode', ['outside', 'inside'])
+def test_baked_weight_is_bit_identical(dtype, eps_mode, monkeypatch):
+    conv = randomize(WSConv2d(4, 6, 3, eps=0.1, eps_mode=eps_mode)).to(dtype)
+    seen = {}
+    monkeypatch.setattr(
+        nn.Conv2d,
+        '_conv_forward',
+        lambda self, x, weight, bias: seen.setdefault('weight', weight),
+    )
+    conv(torch.ones(1, 4, 3, 3, dtype=dtype))
+    baked = bake(conv)
+    assert type(baked) is nn.Conv2d
+    assert torch.equal(baked.weight, seen['weight'])
+    assert isinstance(conv, WSConv2d)
+    assert not torch.equal(conv.weight, baked.weight)
+
+
+@pytest.mark.parametrize('fold', [False, True])
+@pytest.mark.parametrize('outer_affine', ['group', 'channel'])
+@pytest.mark.parametrize(
+    ('dtype', 'tolerance'), [(torch.float32, 2e-6), (torch.float64, 1e-12)]
+)
+def test_baked_model_computes_the_same(fold, outer_affine, dtype, tolerance):
+    net = Net(norm=lambda c: BCN(c, 4, outer_affine=outer_affine, eps=0.1))
+    net = randomize(net).to(dtype).eval()
+    baked = bake(net, image(dtype), fold_estimates=fold)
+    assert type(baked.conv1) is nn.Conv2d
+    assert type(baked.bn1) is (nn.GroupNorm if fold else BCN)
+    x = image(dtype)
+    # Sharing parameters with the copy would make them equal in any case.
+    expected = net(x)
+    randomize(net)
+    assert relative_error(baked(x), expected) <= tolerance
+    keys, own = set(baked.state_dict()), set(net.state_dict())
+    assert keys - own == ({'conv2.bias'} - own if fold else set())
+    assert all('running' in k or '.bn_' in k for k in own - keys)
+    host = Net(nn.Conv2d, lambda c: nn.GroupNorm(4, c, 0.1)).to(dtype).eval()
+    host.conv1.bias.data.zero_()
+    if fold:
+        host.load_state_dict(baked.state_dict())
+        assert relative_error(host(x), expected) <= tolerance
+
+
+@pytest.mark.parametrize('fold', [False, True])
+def test_filters_that_layers_share_are_baked_for_each(fold):
+    def run(m, x):
+        ws = m.bn(m.conv(x)) + m.other(m.twin(x))
+        return ws + m.third(m.raw(x)) + m.plain(x)
+
+    more = dict(twin=WSConv2d(3, 8, 1), other=BCN(8, 4))
+    more |= dict(raw=nn.Conv2d(3, 8, 1), third=BCN(8, 4))
+    model = randomize(Run(run, **layers(plain=nn.Conv2d(3, 8, 1), **more)))
+    for twin in (model.twin, model.raw, model.plain):
+        twin.weight = model.conv.weight
+    x = image()
+    baked = bake(model.eval(), x, fold_estimates=fold)
+    assert relative_error(baked(x), model(x)) <= 2e-6
+
+
+def test_fold_without_affines():
+    net = Net(norm=lambda c: BCN(c, 4, affine=False)).double()
+    randomize(net).eval()
+    x = image(torch.float64)
+    baked = bake(net, x, fold_estimates=True)
+    assert relative_error(baked(x), net(x)) <= 1e-12
+
+
+def twice(m, x):
+    return m.bn(m.conv(x)), m.bn(m.conv(2 * x))
+
+
+def test_a_pair_run_twice_is_folded():
+    model = randomize(Run(twice, **layers()))
+    model.alias = model.conv
+    x = image()
+    baked = bake(model.eval(), x, fold_estimates=True)
+    assert baked.alias is baked.conv
+    for actual, expected in zip(baked(x), model(x), strict=True):
+        assert relative_error(actual, expected) <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ('run', 'why'),
+    [
+        (
+            lambda m, x: m.bn(y := m.conv(x)) + m.other(y),
+            'conv feeds bn and other',
+        ),
+        (
+            lambda m, x: m.other(m.conv(x)) + m.bn(m.bn(m.plain(x))),
+            'bn does not follow',
+        ),
+        (
+            lambda m, x: m.bn(m.conv(x)) + m.bn(m.plain(x)),
+            'bn is shared by conv and plain',
+        ),
+        (
+            lambda m, x: m.bn(y := m.conv(x)) + y.exp(),
+            'conv feeds bn and exp in the model itself',
+        ),
+        (lambda m, x: m.bn(m.conv(x)), 'other is not reached'),
+        (
+            lambda m, x: m.bn(F.relu(m.conv(x), True)),
+            'bn does not follow',
+        ),
+    ],
+)
+def test_fold_refuses_what_it_cannot_prove(run, why):
+    model = Run(run, **layers(other=BCN(8, 4), plain=nn.Conv2d(3, 8, 1)))
+    with pytest.raises(ValueError, match=why):
+        bake(model, image(), fold_estimates=True)
+    with pytest.raises(ValueError, match='inputs='):
+        bake(model, fold_estimates=True)
+
+
+class ConvWS2d(nn.Conv2d):
+    """Named as mmcv's."""
+
+
+def test_foreign_ws_is_seen_and_not_baked():
+    model = nn.Sequential(ConvWS2d(3, 8, 1))
+    assert 'ConvWS2d' in check(model).mistakes[0]
+    with pytest.raises(ValueError, match="0: only.*type='ws_mm.WSConv2d'"):
+        bake(model)
+
+
+def test_convert_replaces_proven_pairs_only():
+    source = Net(nn.Conv2d, nn.BatchNorm2d)
+    del source.auxiliary
+    randomize(source).eval()
+    new = convert(source, dict(eps_mode='inside'), {}, inputs=image())
+    kinds = {name: type(module) for name, module in new.named_children()}
+    assert kinds == {
+        'conv1': WSConv2d,
+        'bn1': BCN,
+        'conv2': WSConv2d,
+        'bn2': BCN,
+        'logits': nn.Conv2d,
+    }
+    assert new.conv1.eps_mode == 'inside'
+    assert type(source.conv1) is nn.Conv2d
+    assert type(source.bn1) is nn.BatchNorm2d
+    assert not check(new, image()).mistakes
+    y = torch.randn(2, 8, 5, 5)
+    inner = F.batch_norm(
+        y, new.bn1.running_mean, new.bn1.running_var,
+        new.bn1.bn_weight, new.bn1.bn_bias,
+    )  # fmt: skip
+    torch.testing.assert_close(inner, source.bn1(y), rtol=0, atol=0)
+    assert torch.equal(new.bn1.weight, torch.ones(4))
+
+
+def test_convert_gn_to_bcn_is_exact():
+    source = Net(nn.Conv2d, lambda c: nn.GroupNorm(4, c)).double()
+    del source.auxiliary
+    randomize(source)
+    x = image(torch.float64)
+    new = convert(source, norm={})
+    assert type(new.conv1) is nn.Conv2d
+    assert type(new.bn1) is BCN
+    new.eval()
+    # The estimates' variance is 1, to which BCN adds its eps.
+    assert relative_error(new(x), source(x)) <= 1e-4
+    # An affine per channel is the GroupNorm's own, as are its groups.
+    assert repr(convert(source, norm={})) == repr(new)
+    per_group = dict(outer_affine='group')
+    with pytest.raises(ValueError, match=r"bn1: .*outer_affine='channel'"):
+        convert(source, norm=per_group)
+    with pytest.raises(ValueError, match='bn1: .*4 groups, .* has 2: another'):
+        convert(source, norm=dict(num_groups=2))
+    with pytest.raises(ValueError, match='bn1: .*would drop the weight'):
+        convert(source, norm=dict(affine=False))
+    for bn in (source.bn1, source.bn2):
+        for values in (bn.weight, bn.bias):
+            values.data = values[:4].repeat_interleave(2).detach()
+    new = convert(source, norm=per_group).eval()
+    assert new.bn1.weight.shape == (4,)
+    assert relative_error(new(x), source(x)) <= 1e-4
+
+
+class NormAct(nn.BatchNorm2d):
+    def __init__(self, channels):
+        super().__init__(channels)
+        # As a residual branch begins: its output hides the activation.
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+class Renamed(nn.GroupNorm):
+    def forward(self, x):
+        return F.group_norm(
+            x, self.num_groups, self.weight, self.bias, self.eps
+        )
+
+
+class Signed(Renamed):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+class Line(nn.BatchNorm1d):
+    pass
+
+
+class Map(nn.BatchNorm2d):
+    pass
+
+
+class Volume(nn.BatchNorm3d):
+    pass
+
+
+@pytest.mark.parametrize(
+    ('norm', 'why'),
+    [
+        (NormAct(8), 'NormAct computes something else than a norm'),
+        (Signed(2, 8), 'Signed computes something else than a norm'),
+        (
+            nn.BatchNorm2d(8, track_running_stats=False),
+            'BatchNorm2d keeps no statistics',
+        ),
+        (
+            nn.InstanceNorm2d(8, track_running_stats=True),
+            'InstanceNorm2d is no BatchNorm or GroupNorm',
+        ),
+    ],
+)
+def test_norms_that_are_more_than_norms_are_refused(norm, why):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), norm)
+    with pytest.raises(ValueError, match=rf'{why}: 1 layer \(1\)'):
+        convert(model, norm=dict(outer_affine='channel'), inputs=image())
+
+
+@pytest.mark.parametrize(
+    ('conv', 'norm', 'base'),
+    [
+        (nn.Conv1d, Line, nn.BatchNorm1d),
+        (nn.Conv2d, Map, nn.BatchNorm2d),
+        (nn.Conv3d, Volume, nn.BatchNorm3d),
+    ],
+)
+def test_norms_of_another_name_are_known(conv, norm, base):
+    x = torch.randn(2, 3, *[5] * (1 + '123'.index(conv.__name__[4])))
+    model = randomize(nn.Sequential(conv(3, 8, 1), norm(8)))
+    assert isinstance(norm(8), base)
+    new = convert(model, norm={}, inputs=x)
+    assert torch.equal(new[1].running_var, model[1].running_var)
+
+
+def test_norms_of_timm():
+    layers = pytest.importorskip('timm.layers')
+    options = dict(norm=dict(outer_affine='channel'), inputs=image())
+    gn = nn.Sequential(nn.Conv2d(3, 8, 1), layers.GroupNorm(8, 4)).eval()
+    randomize(gn)
+    x = image()
+    new = convert(gn, **options)
+    assert type(new[1]) is BCN
+    assert relative_error(new(x), gn(x)) <= 1e-4
+
+
+def test_batch_norm_without_affine_becomes_bcn_with_one():
+    norm = randomize(nn.BatchNorm2d(8, affine=False))
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), norm)
+    new = convert(model, norm=dict(affine=True), inputs=image())[1]
+    assert torch.equal(new.bn_weight, torch.ones(8))
+    assert not new.bn_bias.any()
+    assert torch.equal(new.running_var, norm.running_var)
+
+
+def test_norms_without_an_affine_become_bcn():
+    for norm in (
+        nn.BatchNorm2d(8, affine=False),
+        nn.GroupNorm(4, 8, affine=False),
+    ):
+        new = convert(randomize(nn.Sequential(norm)), norm={})[0]
+        assert type(new) is BCN
+        assert not new.affine
+
+
+@pytest.mark.parametrize(
+    ('run', 'standardized', 'why'),
+    [
+        (lambda m, x: m.bn(F.relu(m.conv(x))), True, ''),
+        (lambda m, x: m.bn(y := m.conv(x)) + m.other(y), True, ''),
+        (
+            lambda m, x: m.bn(torch.cat([m.conv(x), x], 1)[:, :8]),
+            True,
+            '',
+        ),
+        (
+            lambda m, x: m.gn(torch.cat([m.conv(x), x], 1)[:, :8]),
+            False,
+            'mixed',
+        ),
+        (lambda m, x: m.bn(m.conv(x) + x[:, :1]), False, 'mixed'),
+        (lambda m, x: m.bn(m.conv(x)) + m.conv(x), False, 'something else'),
+        (lambda m, x: m.bn(m.conv(x).sigmoid()), False, ''),
+    ],
+)
+def test_a_filter_whose_scale_is_seen_stays(
+    run, standardized, why, monkeypatch
+):
+    said = []
+    monkeypatch.setattr(
+        'ws_mm.conversion.print_log', lambda line, **_: said.append(line)
+    )
+    more = dict(other=nn.BatchNorm2d(8), gn=nn.GroupNorm(4, 8))
+    model = Run(run, conv=nn.Conv2d(3, 8, 1), bn=nn.BatchNorm2d(8), **more)
+    new = convert(model, {}, {}, inputs=image())
+    assert (type(new.conv) is WSConv2d) == standardized
+    assert type(new.bn) is BCN
+    assert not check(new, image()).mistakes
+    assert why in said[0]
+    assert ('Left as they are' in said[0]) == bool(why)
+
+
+def test_nothing_to_convert_is_said():
+    bare = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+    with pytest.raises(ValueError, match=r'no convolution .* any other norm'):
+        convert(bare, {}, inputs=image())
+    with pytest.raises(ValueError, match='give conv={}, norm={} or both'):
+        convert(bare)
+    norm = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+    with pytest.raises(ValueError, match='nothing to convert: no BatchNorm'):
+        convert(norm, norm={}, parts='0')
+    with pytest.raises(ValueError, match='nothing to convert: no BatchNorm'):
+        convert(norm, norm={}, skip=['1'])
+    foreign = nn.Sequential(ConvWS2d(3, 8, 1), nn.BatchNorm2d(8))
+    with pytest.raises(ValueError, match=r'ConvWS2d standardizes .* \(0\)'):
+        convert(foreign, {}, inputs=image())
+    assert type(convert(foreign, {}, {}, inputs=image())[0]) is ConvWS2d
+
+
+def test_convert_refuses_what_it_cannot_prove():
+    source = Net(nn.Conv2d, nn.BatchNorm2d)
+    with pytest.raises(ValueError, match=r"reached.*skip=\['auxiliary'\]"):
+        convert(source, {}, inputs=image())
+    with pytest.raises(ValueError, match='give inputs='):
+        convert(source, {})
+    part = convert(source, {}, inputs=image(), parts=['conv1'])
+    assert type(part.conv2) is nn.Conv2d
+    assert type(part.conv1) is WSConv2d
+    most = convert(source, {}, inputs=image(), skip=['auxiliary', 'conv1'])
+    assert type(most.conv2) is WSConv2d
+    assert type(most.conv1) is nn.Conv2d
+    with pytest.raises(ValueError, match="parts='neck'.*conv1, bn1"):
+        convert(source, {}, inputs=image(), parts=['neck'])
+    with pytest.raises(ValueError, match="skip='neck'.*conv1, bn1"):
+        convert(source, norm={}, skip=['neck'])
+
+
+@pytest.mark.parametrize(
+    ('options', 'error', 'said'),
+    [
+        (dict(conv=dict(epss=1)), TypeError, "did you mean 'eps'"),
+        (dict(conv=dict(stride=2)), TypeError, r'conv=dict\(stride=2\)'),
+        (dict(conv=dict(eps_mode='in')), ValueError, r'conv=dict\(eps_mode='),
+        (dict(conv=dict(eps=-1)), ValueError, r'conv=dict\(eps='),
+        (dict(conv=True), TypeError, 'conv=True must be a dict'),
+        (dict(conv=dict(type='Conv2d')), ValueError, 'makes WSConv1d'),
+        (dict(norm=dict(momentun=1)), TypeError, "did you mean 'momentum'"),
+        (dict(norm=dict(num_features=8)), TypeError, 'num_features=8'),
+        (dict(norm=dict(momentum=2)), ValueError, r'norm=dict\(momentum='),
+        (dict(norm=dict(mode='x')), ValueError, r'norm=dict\(mode='),
+        (dict(norm=dict(num_groups='8')), TypeError, r'norm=dict\(num_group'),
+        (dict(norm=dict(type='BN')), ValueError, 'makes BCN'),
+        (
+            dict(norm=dict(num_groups=5, strict_groups=True)),
+            ValueError,
+            r'bn1: num_groups=5 .*norm=dict\(',
+        ),
+    ],
+)
+def test_arguments_of_convert_are_refused_in_its_words(options, error, said):
+    source = Net(nn.Conv2d, nn.BatchNorm2d)
+    with pytest.raises(error, match=said) as caught:
+        convert(source, **options, inputs=image())
+    for word in ('_cfg', 'config', 'checkpoint', '_delete_'):
+        assert word not in str(caught.value)
+    named = dict(type='ws_mm.WSConv2d'), dict(type=BCN)
+    convert(source, *named, inputs=image(), skip=['auxiliary'])
+
+
+def test_converted_layers_are_what_their_holders_hold():
+    def run(m, x):
+        return m.held[1](m.held[0](x))
+
+    model = Run(run, conv=nn.Conv2d(3, 8, 1), bn=nn.BatchNorm2d(8))
+    model.held = [model.conv, model.bn]  # torch does not see these
+    model.seen = []
+    model.bn.register_forward_hook(lambda *_: None)
+    model.bn.weight.requires_grad_(False)
+    new = convert(model, {}, {}, inputs=image())
+    assert [type(layer) for layer in new.held] == [WSConv2d, BCN]
+    assert new.held[1] is new.bn
+    assert len(new.bn._forward_hooks) == 1
+    assert not any(p.requires_grad for p in new.bn.parameters())
+    assert new.conv.weight.requires_grad
+
+
+def test_layers_that_only_run_in_training_are_reached():
+    def run(m, x):
+        y = m.bn(m.conv(x))
+        return (y, m.aux_bn(m.aux(y))) if m.training else y
+
+    more = dict(aux=nn.Conv2d(8, 8, 1), aux_bn=nn.BatchNorm2d(8))
+    model = Run(run, conv=nn.Conv2d(3, 8, 1), bn=nn.BatchNorm2d(8), **more)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r'lambda model: model\.train'):
+        convert(model.eval(), {}, inputs=image())
+    new = convert(model, {}, {}, inputs=lambda m: m.train()(image()))
+    assert type(new.aux) is WSConv2d
+    assert not model.training
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(new.bn.running_var, before['bn.running_var'])
+
+
+def test_filters_of_one_entry_stay():
+    depthwise = nn.Conv2d(3, 3, 1, groups=3)
+    model = nn.Sequential(depthwise, nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1))
+    new = convert(model.append(nn.BatchNorm2d(4)), {}, {}, inputs=image())
+    assert [type(layer) for layer in new] == [nn.Conv2d, BCN, WSConv2d, BCN]
+
+
+def test_a_weight_that_is_computed_stays():
+    from torch.nn.utils.parametrizations import spectral_norm
+
+    conv = spectral_norm(nn.Conv2d(3, 8, 1))
+    model = nn.Sequential(conv, nn.BatchNorm2d(8))
+    new = convert(model, {}, {}, inputs=image())
+    assert type(new[0]) is type(conv)
+    assert type(new[1]) is BCN
+
+
+def test_hook_stops_before_training():
+    bad = SimpleNamespace(model=nn.Sequential(WSConv2d(3, 8, 1), nn.ReLU()))
+    good = SimpleNamespace(model=Net())
+    hook = HOOKS.build(dict(type='ws_mm.CheckModelHook'))
+    hook.before_train(good)
+    with pytest.raises(ValueError, match='0 .WSConv2d.*conv_cfg=None'):
+        hook.before_train(bad)
+    HOOKS.build(dict(type='CheckModelHook', on_mistake='print')).before_train(
+        bad
+    )
+    with pytest.raises(ValueError, match="on_mistake='x'"):
+        HOOKS.build(dict(type='CheckModelHook', on_mistake='x'))
+
+
+def test_hook_names_what_levels_share(monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        'ws_mm.hooks.print_log', lambda text, **_: said.append(text)
+    )
+    head = nn.ModuleDict(dict(bbox_head=nn.Sequential(BCN(8), BCN(8))))
+    runner = SimpleNamespace(model=head, cfg={})
+    levels = [torch.randn(1, 8, size, size) for size in (8, 4, 2)]
+    hook = HOOKS.build(dict(type='ws_mm.CheckModelHook'))
+    for compiled, sizes, count in ((True, 3, 0), (False, 1, 0), (False, 3, 1)):
+        runner.cfg = dict(compile=compiled)
+        hook.before_train(runner)
+        for x in levels[:sizes]:
+            head['bbox_head'](x)
+            head['bbox_head'](x)
+        hook.after_train_iter(runner, 0)
+        assert len(said) == count
+        # It looks once and leaves nothing behind.
+        assert not head['bbox_head'][0]._forward_pre_hooks
+    assert said[0].startswith('2 BCN layers ran on maps of several sizes')
+    assert 'bbox_head.0, bbox_head.1' in said[0]
+    assert 'model.bbox_head.norm_cfg=dict(' in said[0]

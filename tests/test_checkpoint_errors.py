@@ -1,0 +1,252 @@
+"""Files that are no checkpoint, or not of the model: a clear message."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from in_process import (  # noqa: F401
+    Script,
+    backbone_weights,
+    load,
+    tools,
+    write_bad_checkpoint,
+)
+from mmengine.config import Config
+from mmengine.logging import MessageHub
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import Runner
+from tiny_runs import SEG, write_config, write_data
+
+import ws_mm
+
+pytest.importorskip('mmdet')
+pytest.importorskip('mmseg')
+
+
+@pytest.mark.parametrize(
+    ('kind', 'match'),
+    [
+        ('text', r'w\.pth is not a checkpoint: torch\.save did not write'),
+        ('empty', r'w\.pth is not a checkpoint: torch\.save did not write'),
+        ('list', 'it holds a list'),
+        ('no state_dict', "no state_dict; it holds 'epoch'"),
+        ('state_dict of a list', 'it has no state_dict'),
+        ('code', r'holds a \w+\.mkdir, which only running code'),
+        ('old code', r'holds a \w+\.mkdir, which only running code'),
+        ('truncated', r'w\.pth is truncated'),
+        ('old truncated', r'w\.pth is not a checkpoint'),
+    ],
+)
+def test_checkpoint_that_is_none(
+    refuses: Script, config: Path, tmp_path: Path, kind: str, match: str
+) -> None:
+    path = tmp_path / 'w.pth'
+    write_bad_checkpoint(kind, path)
+    work = ('--work-dir', tmp_path / 'work')
+    refuses(match, 'test', config, path, *work)
+    refuses(match, 'train', config, *work, '--resume', path)
+    init_cfg = dict(type='Pretrained', checkpoint=str(path))
+    refuses(
+        f'^load_from: .*{match}',
+        *('train', config, *work, '--cfg-options', f'load_from={path}'),
+    )
+    with config.open('a') as file:
+        file.write(f'model["backbone"]["init_cfg"] = [{init_cfg}]\n')
+    key = r'model\.backbone\.init_cfg\.0\.checkpoint'
+    refuses(f'{key}: .*{match}', 'train', config, *work)
+    assert not (tmp_path / 'ran').exists()
+    assert not (tmp_path / 'work').exists()
+
+
+def test_checkpoint_of_the_host_is_read(tmp_path: Path) -> None:
+    hub = MessageHub('tools')
+    hub.update_scalar('train/loss', 1.5)
+    hub.update_info('seen', np.float32(0.5))
+    content = dict(state_dict=dict(a=torch.ones(1)))
+    content['message_hub'] = hub.state_dict()
+    torch.save(content, tmp_path / 'w.pth')
+    found = load('checkpoints').read_checkpoint(tmp_path / 'w.pth')
+    assert found['message_hub']['runtime_info']['seen'] == 0.5
+
+
+def test_checkpoints_elsewhere_are_left_to_the_host() -> None:
+    checkpoints = load('checkpoints')
+    init_cfg = dict(type='Pretrained', checkpoint='torchvision://resnet18')
+    url = 'https://host/w.pth'
+    model = dict(backbone=dict(init_cfg=init_cfg))
+    checkpoints.check_checkpoints(Config(dict(model=model, load_from=url)))
+    checkpoints.check_weights_fit(url, torch.nn.Linear(1, 1))
+    checkpoints.check_weights_fit(None, torch.nn.Linear(1, 1))
+
+
+def test_prefixes_of_wrappers_are_no_difference(tmp_path: Path) -> None:
+    checkpoints = load('checkpoints')
+    plain = torch.nn.Linear(1, 1)
+    wrapped = torch.nn.ModuleDict({'module': plain})
+    twice = torch.nn.ModuleDict({'module': wrapped})
+    for index, saved in enumerate((plain, wrapped)):
+        path = str(tmp_path / f'{index}.pth')
+        torch.save(dict(state_dict=saved.state_dict()), path)
+        for model in (plain, wrapped, twice):
+            checkpoints.check_weights_fit(path, model)
+
+
+def test_half_a_checkpoint_is_not_evaluated(
+    refuses: Script,
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cfg = Config.fromfile(config)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        state = MODELS.build(cfg.model).state_dict()
+    half = {k: v for k, v in state.items() if 'mask_head' not in k}
+    path = tmp_path / 'half.pth'
+    torch.save(dict(state_dict=half), path)
+    refuses(
+        rf'lacks {len(state) - len(half)} of {len(state)} tensors of the '
+        r'model, such as roi_head\.mask_head\..*--allow-missing',
+        *('test', config, path, '--work-dir', tmp_path / 'work'),
+    )
+
+    def evaluate(runner: Runner) -> None:
+        raise load('test').SetupError('evaluated')
+
+    monkeypatch.setattr(Runner, 'test', evaluate)
+    refuses(
+        '^evaluated$',
+        *('test', config, path, '--work-dir', tmp_path / 'work'),
+        '--allow-missing',
+    )
+
+
+def test_what_is_missing_is_said_after_the_layers_have_mapped_it(
+    tmp_path: Path,
+) -> None:
+    checkpoints = load('checkpoints')
+    norm = torch.nn.Sequential(ws_mm.BCN(64), torch.nn.BatchNorm2d(3))
+    wrapped = torch.nn.ModuleDict({'module': norm})
+    path = str(tmp_path / 'norm.pth')
+    theirs = dict(torch.nn.BatchNorm2d(64).state_dict(prefix='0.pbn.'))
+    theirs['0.weight'] = theirs['0.bias'] = torch.rand(1, 32, 1)
+    theirs.update(norm[1].state_dict(prefix='1.'))
+    del theirs['1.num_batches_tracked']
+    for prefix in ('', 'module.'):
+        state = {prefix + name: values for name, values in theirs.items()}
+        torch.save(dict(state_dict=state), path)
+        for model in (norm, wrapped):
+            checkpoints.check_weights_complete(path, model)
+        del state[f'{prefix}1.running_mean']
+        torch.save(state, path)
+        for model in (norm, wrapped):
+            with pytest.raises(checkpoints.SetupError, match='lacks 1 of 11'):
+                checkpoints.check_weights_complete(path, model)
+    # Wrong shapes are the host's to report, addresses its to read.
+    torch.save({'1.weight': torch.ones(5)}, path)
+    checkpoints.check_weights_complete(path, norm)
+    checkpoints.check_weights_complete('https://host/weights.pth', norm)
+
+
+def test_checkpoint_with_a_typo(
+    refuses: Script, config: Path, weights: Path
+) -> None:
+    wrong = weights.with_name('wieghts.pth')
+    refuses(
+        rf'No checkpoint file {wrong}\. Did you mean {weights}\?',
+        *('test', config, wrong),
+    )
+
+
+def test_checkpoint_of_another_model(
+    refuses: Script, config: Path, weights: Path, tmp_path: Path
+) -> None:
+    work = ('--work-dir', tmp_path / 'work')
+    refuses(
+        "shares no parameter with the model: it has 'some.weight'",
+        *('test', config, weights, *work),
+    )
+    refuses(
+        "shares no parameter with the model: it has 'some.weight'",
+        *('train', config, *work, '--cfg-options', f'load_from={weights}'),
+    )
+
+
+def test_checkpoint_with_a_prefix_too_many(
+    refuses: Script, config: Path, tmp_path: Path
+) -> None:
+    state = backbone_weights(config)
+    path = tmp_path / 'moco.pth'
+    theirs = {f'module.encoder_q.{name}': state[name] for name in state}
+    theirs['module.queue'] = torch.ones(3)
+    torch.save(dict(state_dict=theirs), path)
+    work = ('--work-dir', tmp_path / 'work', '--cfg-options')
+    right = (
+        r"model\.backbone\.init_cfg=dict\(type='Pretrained', checkpoint="
+        rf"'{path}', prefix='module\.encoder_q\.'\)"
+    )
+    refuses(
+        r"Behind 'module\.encoder_q\.' in its names and 'backbone\.' in those "
+        rf'of the model they are the same\..*{right} in place of load_from',
+        *('train', config, *work, f'load_from={path}'),
+    )
+    refuses(right, 'test', config, path, *work[:2])
+    # A backbone alone, without a prefix.
+    torch.save(dict(state_dict=state), tmp_path / 'bare.pth')
+    refuses(
+        rf"set model\.backbone\.init_cfg=dict\(type='Pretrained', "
+        rf"checkpoint='{tmp_path}/bare\.pth'\) in place",
+        *('train', config, *work, f'load_from={tmp_path}/bare.pth'),
+    )
+    own = dict(type='Pretrained', checkpoint=str(path))
+    text = config.read_text()
+    key = r'model\.backbone\.init_cfg'
+    for init_cfg, match in (
+        (own, rf"^{key}: checkpoint .* Set {key}\.prefix='module\.encoder_q"),
+        ([own], rf"Set {key}\.0\.prefix='module\.encoder_q\.'\.$"),
+        (own | dict(prefix='encoder_q'), rf"Set {key}\.prefix='module\."),
+    ):
+        config.write_text(
+            f'{text}model["backbone"]["init_cfg"] = {init_cfg}\n'
+        )
+        refuses(match, 'train', config, *work[:2])
+
+
+def test_a_prefix_as_it_is_said_is_taken(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = backbone_weights(config)
+    theirs = {f'module.encoder_q.{name}': state[name] for name in state}
+    torch.save(dict(state_dict=theirs), tmp_path / 'moco.pth')
+    init_cfg = dict(
+        type='Pretrained',
+        checkpoint=str(tmp_path / 'moco.pth'),
+        prefix='module.encoder_q.',
+    )
+    with config.open('a') as file:
+        file.write(f'model["backbone"]["init_cfg"] = {init_cfg}\n')
+    found = {}
+
+    def train(runner: Runner) -> None:
+        runner._init_model_weights()
+        found.update(runner.model.backbone.state_dict())
+
+    monkeypatch.setattr(Runner, 'train', train)
+    work = ('--work-dir', str(tmp_path / 'work'))
+    monkeypatch.setattr('sys.argv', ['train', str(config), *work])
+    load('train').main()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_a_legacy_key_is_opened_too(refuses: Script, tmp_path: Path) -> None:
+    config = write_config(write_data(tmp_path / 'data'), SEG)
+    path = tmp_path / 'w.pth'
+    path.touch()
+    with config.open('a') as file:
+        file.write(f"model['pretrained'] = '{path}'\n")
+    work = ('--work-dir', tmp_path / 'work')
+    refuses(r'^model\.pretrained: .*w\.pth is not a checkp', 'train', config)
+    state = backbone_weights(config)
+    torch.save({f'k.{name}': state[name] for name in state}, path)
+    key = r'model\.backbone\.init_cfg'
+    refuses(rf"^{key}: .* Set {key}\.prefix='k\.'\.$", 'train', config, *work)

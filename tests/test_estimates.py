@@ -1,0 +1,544 @@
+"""Running statistics measured over a loader, by the function and the hook."""
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import tiny_runs
+import torch
+from comparison import TOLERANCE, disagreements
+from mmengine.config import Config
+from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.model import BaseModel, MMDistributedDataParallel
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import Runner
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
+
+import ws_mm
+from ws_mm import BCN, WSConv2d
+
+WIDE = TOLERANCE[torch.float64]
+
+
+def make_batches(*sizes: int, channels: int = 8, seed: int = 2):
+    """Batches of unequal sizes whose channels differ in mean and scale."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.linspace(0.2, 3, channels).view(-1, 1, 1)
+    return [
+        torch.randn(size, channels, 5, 6, generator=generator).double()
+        * scales
+        * (1 + number)
+        + number
+        for number, size in enumerate(sizes)
+    ]
+
+
+def randomized(*layers: nn.Module) -> nn.Sequential:
+    """Layers whose affines and statistics are not their defaults."""
+    generator = torch.Generator().manual_seed(1)
+    model = nn.Sequential(*layers).double()
+    with torch.no_grad():
+        for name, values in model.state_dict().items():
+            if values.is_floating_point():
+                values.copy_(torch.rand(values.shape, generator=generator))
+                if 'mean' in name or 'bias' in name:
+                    values.mul_(4).sub_(2)
+                else:
+                    values.add_(0.3)
+    return model
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+
+def buffers(module: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in module.named_buffers()}
+
+
+def of_all_values(batches: list[Tensor]) -> dict[str, Tensor]:
+    """Moments of every value of every batch, from the definition."""
+    values = torch.cat([x.transpose(0, 1).flatten(1) for x in batches], 1)
+    mean = values.sum(1) / values.shape[1]
+    squares = ((values - mean[:, None]) ** 2).sum(1)
+    return dict(running_mean=mean, running_var=squares / values.shape[1])
+
+
+def within_batches(batches: list[Tensor]) -> dict[str, Tensor]:
+    """Mean, and mean of the unbiased variances, by number of values."""
+    counts = [x.numel() / x.shape[1] for x in batches]
+    parts = [
+        reference.variance(x.transpose(0, 1).flatten(1), 1, unbiased=True)
+        for x in batches
+    ]
+    weighted = sum(n * v for n, v in zip(counts, parts, strict=True))
+    mean = of_all_values(batches)['running_mean']
+    return dict(running_mean=mean, running_var=weighted / sum(counts))
+
+
+def test_estimates_are_the_moments_of_all_values():
+    first, second = BCN(8, 4, momentum=0.3), BCN(8, 2, outer_affine='channel')
+    model = randomized(first, second).eval()
+    first.train()  # modes differ
+    batches = make_batches(1, 3, 2)
+    initial = state(first)
+    # The second layer sees what the first makes of its mean so far.
+    seen = []
+    for number in range(len(batches)):
+        so_far = {**initial, **of_all_values(batches[: number + 1])}
+        output, _ = reference.batch_channel_norm(
+            batches[number], so_far, 4, training=False, momentum=0
+        )
+        seen.append(output)
+    ws_mm.update_estimates(model, batches)
+    for layer, inputs in ((first, batches), (second, seen)):
+        assert not disagreements(buffers(layer), of_all_values(inputs), WIDE)
+    assert (first.training, second.training) == (True, False)
+    assert (first.momentum, second.momentum) == (0.3, 0.01)
+    for name, values in first.named_parameters():
+        assert torch.equal(values, initial[name])
+    # Not each batch alike.
+    alike = of_all_values([x[:1] for x in batches])
+    assert disagreements(buffers(first), alike, 1e-3)
+
+
+@pytest.mark.parametrize('mode', ['batch', 'sync_batch'])
+def test_batch_modes_get_what_update_bn_gives_batch_norm(mode):
+    model = randomized(BCN(8, 4, mode=mode), nn.BatchNorm2d(8))
+    plain = copy.deepcopy(model)
+    plain[0] = nn.BatchNorm2d(8).double()
+    batches = make_batches(2, 2, 2)
+    ws_mm.update_estimates(model, [(x, 'label') for x in batches])
+    update_bn([(x, 'label') for x in batches], plain)
+    expected = buffers(plain[0])
+    assert expected.pop('num_batches_tracked') == 3
+    assert not disagreements(buffers(model[0]), expected, WIDE)
+    # Of a BatchNorm alone, with its count.
+    alone, twin = (randomized(nn.BatchNorm2d(8)) for _ in range(2))
+    ws_mm.update_estimates(alone, batches, num_batches=2)
+    update_bn(batches[:2], twin)
+    torch.testing.assert_close(state(alone), state(twin))
+
+
+@pytest.mark.parametrize(
+    'layer', [BCN(8, 4, mode='batch'), nn.BatchNorm2d(8)], ids=['BCN', 'BN']
+)
+def test_unequal_batches_weigh_by_their_values(layer):
+    model = randomized(copy.deepcopy(layer))
+    batches = make_batches(1, 4, 2)
+    batches[0] = batches[0][..., :2]  # a smaller map
+    batches.insert(1, batches[0][:0])  # a part without RoIs
+    if isinstance(layer, nn.BatchNorm2d):
+        del batches[1]  # which torch refuses
+    ws_mm.update_estimates(model, iter(batches))
+    actual = {k: v for k, v in buffers(model[0]).items() if 'num' not in k}
+    expected = within_batches([x for x in batches if len(x)])
+    assert not disagreements(actual, expected, WIDE)
+
+
+def test_update_bn_skips_bcn():
+    # What the documentation says of it; ours is for this.
+    model = randomized(BCN(8, 4))
+    before = state(model)
+    update_bn(make_batches(2), model)
+    torch.testing.assert_close(state(model), before)
+
+
+class Strange(nn.Module):
+    """A part with a buffer that training moves, and random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer('steps', torch.zeros(1))
+        self.frozen = BCN(8, 4)
+        self.unreached = BCN(8, 4)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.frozen.eval()  # as frozen_stages
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.steps += 1
+            np.random.rand(random.randrange(3) + 1)
+        return nn.functional.dropout(self.frozen(x), 0.5, self.training)
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_only_running_statistics_change(caplog):
+    model = randomized(Strange(), nn.BatchNorm2d(8))
+    model.eval()
+    before = state(model)
+    numbers = random.getstate(), np.random.get_state()[1].tolist()
+    drawn = torch.get_rng_state()
+    ws_mm.update_estimates(model, make_batches(2, 1))
+    after = state(model)
+    moved = {k for k in after if not torch.equal(after[k], before[k])}
+    assert moved == {
+        '1.running_mean',
+        '1.running_var',
+        '1.num_batches_tracked',
+    }
+    assert not any(module.training for module in model.modules())
+    assert numbers[0] == random.getstate()
+    assert numbers[1] == np.random.get_state()[1].tolist()
+    assert torch.equal(drawn, torch.get_rng_state())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+class Broken(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError('out of memory')
+
+
+def test_error_restores_the_model():
+    model = randomized(BCN(8, 4), nn.BatchNorm2d(8), Broken()).eval()
+    before = state(model)
+    with pytest.raises(RuntimeError, match='out of memory'):
+        ws_mm.update_estimates(model, make_batches(2))
+    del model[2]
+    exhausted = iter(())
+    for loader in ([], exhausted):
+        with pytest.raises(ValueError, match='0 batches.*drop_last=True'):
+            ws_mm.update_estimates(model, loader)
+    with pytest.raises(ValueError, match='3 batches.*none reached'):
+        ws_mm.update_estimates(
+            model, make_batches(1, 1, 1), forward=lambda model, batch: None
+        )
+    torch.testing.assert_close(state(model), before)
+    assert not model[0].training
+    ws_mm.update_estimates(nn.Conv2d(3, 3, 1), [])  # nothing to update
+
+
+@pytest.mark.parametrize('bad', [torch.inf, torch.nan])
+def test_channels_that_are_not_finite_are_left_out(bad):
+    model = randomized(BCN(8, 4))
+    batches = make_batches(2, 1)
+    expected = of_all_values(batches)
+    for name, values in of_all_values(batches[1:]).items():
+        expected[name][3] = values[3]
+    batches[0][1, 3, 2, 2] = bad
+    ws_mm.update_estimates(model, batches)
+    assert not disagreements(buffers(model[0]), expected, WIDE)
+
+
+def test_averaged_weights_of_torch():
+    model = randomized(nn.Conv2d(8, 8, 1), BCN(8, 4))
+    average = AveragedModel(model)
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.5)
+        average.update_parameters(model)
+    batches = make_batches(2, 1)
+    ws_mm.update_estimates(average, batches)
+    with torch.no_grad():
+        inputs = [average.module[0](x) for x in batches]
+    expected = of_all_values(inputs)
+    assert not disagreements(buffers(average.module[1]), expected, WIDE)
+
+
+def of_one_rank(rank: int, mode: str, wrap: bool) -> dict[str, Tensor]:
+    model = randomized(BCN(8, 4, mode=mode))
+    wrapped = model
+    if wrap:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    own = make_batches(*(2, 1)[: 2 - rank], seed=rank)
+    if wrap and rank:
+        own = []  # DDP's own broadcasts would wait for this rank
+    if mode == 'sync_batch':
+        own = make_batches(2 + rank, 1, seed=rank)
+    ws_mm.update_estimates(wrapped, own)
+    return buffers(model[0])
+
+
+@pytest.mark.parametrize('mode', ['estimate', 'batch', 'sync_batch'])
+def test_several_processes_measure_all_batches(mode, world):
+    ranks = world(2).run(of_one_rank, mode, mode == 'estimate')
+    if mode == 'sync_batch':
+        pairs = [make_batches(2 + r, 1, seed=r) for r in range(2)]
+        expected = within_batches(
+            [torch.cat(parts) for parts in zip(*pairs, strict=True)]
+        )
+    else:
+        every = make_batches(2, 1, seed=0)
+        if mode == 'batch':
+            every += make_batches(2, seed=1)
+        pooled = of_all_values if mode == 'estimate' else within_batches
+        expected = pooled(every)
+    for name, values in expected.items():
+        assert torch.equal(ranks[0][name], ranks[1][name])
+        assert not disagreements({name: ranks[0][name]}, {name: values}, WIDE)
+
+
+def uneven_rank(rank: int) -> dict[str, Tensor]:
+    model = randomized(BCN(8, 4, mode='sync_batch'))
+    ws_mm.update_estimates(model, make_batches(*(2, 2, 1)[: 3 - 2 * rank]))
+    with pytest.raises(ValueError, match='0 batches'):
+        ws_mm.update_estimates(model, [] if rank else make_batches(1))
+    return buffers(model[0])
+
+
+def test_ranks_with_unequal_loaders_do_not_wait(world):
+    found = world(2).run(uneven_rank)
+    first = make_batches(2)[0]
+    expected = within_batches([torch.cat([first, first])])
+    assert not disagreements(found[0], expected, WIDE)
+
+
+# With mmengine's Runner.
+
+
+class Small(BaseModel):
+    """A segmentor of two classes that notes what it validates with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            WSConv2d(3, 8, 3, bias=False),
+            BCN(8, 4, momentum=0.1),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.Dropout(0.2),
+            nn.Conv2d(8, 2, 1),
+        )
+        self.validated: list[dict[str, Tensor]] = []
+        self.trained: list[float] = []
+
+    def forward(self, inputs: Tensor, target: Tensor, mode: str) -> Any:
+        logits = self.body(inputs)
+        if mode == 'loss':
+            if torch.is_grad_enabled():
+                self.trained.append(inputs.sum().item())
+            return dict(loss=nn.functional.cross_entropy(logits, target))
+        self.validated.append(state(self))
+        return [dict(score=logits.mean().item())]
+
+
+class Score(BaseMetric):
+    def process(self, data_batch: Any, data_samples: list[Any]) -> None:
+        self.results += data_samples
+
+    def compute_metrics(self, results: list[Any]) -> dict[str, float]:
+        return dict(score=sum(r['score'] for r in results))
+
+
+class Images(list):
+    """A data set that can be given attributes."""
+
+
+def make_data() -> Images:
+    generator = torch.Generator().manual_seed(5)
+    return Images(
+        dict(
+            inputs=torch.randn(3, 9, 9, generator=generator) * (1 + i) + i,
+            target=torch.randint(2, (5, 5), generator=generator),
+        )
+        for i in range(6)
+    )
+
+
+# All images, so that their order does not matter to the first norm.
+HOOK = dict(type='ws_mm.UpdateEstimatesHook', num_batches=3)
+ESTIMATES = [f'body.{i}.running_{k}' for i in (1, 4) for k in ('mean', 'var')]
+
+
+def train(
+    folder: Path,
+    hooks: list[dict[str, Any]],
+    by_epoch: bool = False,
+    steps: int = 4,
+    resume: bool = False,
+    wrap: bool = False,
+    workers: int = 0,
+) -> Small:
+    torch.manual_seed(1)
+    model = Small()
+    loader = dict(
+        batch_size=2,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        dataset=make_data(),
+        collate_fn=dict(type='default_collate'),
+    )
+    sampler = 'DefaultSampler' if by_epoch else 'InfiniteSampler'
+    if by_epoch:
+        loop = dict(by_epoch=True, max_epochs=steps // 2, val_interval=1)
+    else:
+        loop = dict(by_epoch=False, max_iters=steps, val_interval=2)
+    runner = Runner(
+        model=MMDistributedDataParallel(model) if wrap else model,
+        work_dir=str(folder),
+        train_dataloader=dict(**loader, sampler=dict(type=sampler)),
+        val_dataloader=dict(
+            **{**loader, 'batch_size': 6},
+            sampler=dict(type='DefaultSampler', shuffle=False),
+        ),
+        train_cfg=loop,
+        val_cfg=dict(),
+        val_evaluator=Evaluator(Score(collect_dir=str(folder / 'collect'))),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.05)),
+        default_hooks=dict(
+            logger=None,
+            checkpoint=dict(
+                type='CheckpointHook',
+                by_epoch=by_epoch,
+                interval=1 if by_epoch else 2,
+                save_best='score',
+                rule='less',
+            ),
+        ),
+        custom_hooks=hooks,
+        launcher='pytorch' if wrap else 'none',
+        resume=resume,
+        randomness=dict(seed=3),
+        log_level='WARNING',
+        experiment_name=f'{folder}-{resume}-{steps}'.replace('/', '-'),
+    )
+    runner.train()
+    return model
+
+
+def ema(update_buffers: bool, priority: Any = 49) -> dict[str, Any]:
+    return dict(
+        type='EMAHook',
+        momentum=0.3,
+        update_buffers=update_buffers,
+        priority=priority,
+    )
+
+
+CASES = {
+    'plain': [],
+    'averaged': [ema(False)],
+    'averaged, buffers, too': [ema(True, 'NORMAL')],
+}
+
+
+def saved(folder: Path) -> list[dict[str, Any]]:
+    """The checkpoints of a run, in their order."""
+    files = sorted(folder.glob('[ei]*.pth'))
+    return [torch.load(file, weights_only=False) for file in files]
+
+
+def measured(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the first norm, over all images, with these weights."""
+    images = torch.stack([each['inputs'] for each in make_data()]).double()
+    filters = reference.standardize_weight(weights['body.0.weight'])
+    moments = of_all_values([nn.functional.conv2d(images, filters)])
+    return {f'body.1.{name}': values for name, values in moments.items()}
+
+
+def check_saved(folder: Path, validated: list[dict[str, Tensor]]) -> None:
+    """A checkpoint holds the weights and estimates that were validated."""
+    checkpoints = saved(folder)
+    assert len(checkpoints) == len(validated) == 2
+    for checkpoint, seen in zip(checkpoints, validated, strict=True):
+        weights = checkpoint['state_dict']
+        for name, values in weights.items():
+            assert torch.equal(values, seen[name]), name
+        expected = measured(weights)
+        actual = {name: weights[name] for name in expected}
+        assert not disagreements(actual, expected, 1e-5)
+        own = checkpoint['training_estimates']
+        for name in ESTIMATES:
+            assert not torch.equal(own[name], weights[name])
+
+
+@pytest.mark.parametrize('by_epoch', [True, False], ids=['epoch', 'iter'])
+@pytest.mark.parametrize('hooks', CASES.values(), ids=CASES)
+def test_checkpoint_holds_the_validated_statistics(tmp_path, hooks, by_epoch):
+    model = train(tmp_path, [*hooks, HOOK], by_epoch)
+    check_saved(tmp_path, model.validated)
+    (best,) = (torch.load(f, weights_only=False) for f in tmp_path.glob('b*'))
+    assert any(
+        all(torch.equal(seen[k], v) for k, v in best['state_dict'].items())
+        for seen in model.validated
+    )
+    for name in ESTIMATES if hooks != CASES['averaged, buffers, too'] else ():
+        last = model.validated[-1][name]
+        assert torch.equal(model.state_dict()[name], last)
+
+
+@pytest.mark.parametrize(
+    ('case', 'workers'), [*((case, 0) for case in CASES), ('plain', 1)]
+)
+def test_training_is_unchanged(tmp_path, case, workers):
+    hooks = CASES[case]
+    found = []
+    for name, more in (('with', [HOOK]), ('without', [])):
+        folder = tmp_path / name
+        model = train(folder, [*hooks, *more], workers=workers)
+        found.append((model.trained, dict(model.named_parameters())))
+        own = saved(folder)[-1]
+        kept = own.get('training_estimates', own['state_dict'])
+        found[-1] += ({k: kept[k] for k in ESTIMATES},)
+        source = own.get('ema_state_dict', {})
+        found[-1] += ({k: v for k, v in source.items() if 'step' not in k},)
+    assert len(found[0][0]) == 4
+    assert found[0][0] == found[1][0]  # the same images in the same order
+    for actual, expected in zip(found[0][1:], found[1][1:], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('hooks', CASES.values(), ids=CASES)
+def test_resumed_training_equals_an_uninterrupted_one(tmp_path, hooks):
+    hooks = [*hooks, HOOK, dict(type='ws_mm.ExactResumeHook')]
+    train(tmp_path / 'whole', hooks)
+    train(tmp_path / 'halves', hooks, steps=2)
+    train(tmp_path / 'halves', hooks, resume=True)
+    whole, halves = (
+        saved(tmp_path / name)[-1] for name in ('whole', 'halves')
+    )
+    for key in ('state_dict', 'ema_state_dict', 'training_estimates'):
+        for name, values in whole.get(key, {}).items():
+            assert torch.equal(values, halves[key][name]), (key, name)
+
+
+def train_rank(rank: int, folder: Path, hooks: list[Any]) -> Any:
+    model = train(folder, hooks, wrap=True)
+    return model.validated
+
+
+def test_hook_in_several_processes(tmp_path, world):
+    hooks = [ema(False), dict(type='ws_mm.SyncEstimatesHook'), HOOK]
+    ranks = world(2).run(train_rank, tmp_path, hooks)
+    for first, second in zip(*ranks, strict=True):
+        for name in ESTIMATES:
+            assert torch.equal(first[name], second[name])
+    check_saved(tmp_path, ranks[0])
+
+
+def test_hook_rejects_wrong_arguments():
+    for wrong in (0, 2.5, '200'):
+        with pytest.raises(ValueError, match='num_batches=.*at least 1'):
+            ws_mm.UpdateEstimatesHook(wrong)
+
+
+@pytest.mark.parametrize('host', ['mmdet', 'mmseg'])
+def test_models_and_loaders_of_the_hosts(tmp_path, host):
+    pytest.importorskip(f'{host}.models', exc_type=ImportError)
+    text = tiny_runs.DET if host == 'mmdet' else tiny_runs.SEG
+    folder = tiny_runs.write_data(tmp_path)
+    cfg = Config.fromfile(tiny_runs.write_config(folder, text))
+    with DefaultScope.overwrite_default_scope(host):
+        model = MODELS.build(cfg.model)
+        loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
+    first, seen = next(m for m in model.modules() if isinstance(m, BCN)), []
+    first.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    before = {k: v.clone() for k, v in model.named_buffers()}
+    ws_mm.update_estimates(model, loader, num_batches=2)
+    assert len(seen) == 2
+    expected = of_all_values([x.double() for x in seen])
+    assert not disagreements(buffers(first), expected, 1e-5)
+    for name, values in model.named_buffers():
+        if 'running' in name:
+            assert values.isfinite().all()
+            assert not torch.equal(values, before[name]), name

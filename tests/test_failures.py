@@ -1,0 +1,56 @@
+"""Errors of MMDetection and MMSegmentation that the tools explain."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from in_process import Script, load
+from proofs import odd_data
+from proofs.fit_config import write_user_config
+
+pytest.importorskip('mmseg')
+
+UNET = 'mmseg::unet/unet-s5-d16_fcn_4xb4-160k_cityscapes-512x1024.py'
+BISENET = (
+    'mmseg::bisenetv1/bisenetv1_r18-d32_4xb4-160k_cityscapes-1024x1024.py'
+)
+SIZES = 'model.data_preprocessor.test_cfg.size_divisor=32'
+
+
+def shipped_on_odd_data(name: str, folder: Path) -> Path:
+    """Write a config that inherits from a shipped one."""
+    config = folder / 'user.py'
+    write_user_config(name, config, odd_data.write(folder / 'data'))
+    return config
+
+
+def test_testing_names_the_option_that_pads_images(
+    refuses: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # 96 x 130 pixels, and UNet halves its maps four times.
+    config = shipped_on_odd_data(UNET, tmp_path)
+    models = load('test').launch
+    cfg = models.read_config(config)
+    from ws_mm.shapes import build_without_memory
+
+    model = build_without_memory(cfg.model, 'mmseg').to_empty(device='cpu')
+    for values in model.state_dict().values():
+        values.zero_()
+    weights = tmp_path / 'weights.pth'
+    torch.save(dict(state_dict=model.state_dict()), weights)
+    args = (config, weights, '--work-dir', tmp_path / 'work')
+    refuses(f'Testing stopped .*multiples.*{SIZES}', 'test', *args)
+    test = ['test', *args, '--cfg-options', SIZES]
+    monkeypatch.setattr('sys.argv', [*map(str, test)])
+    load('test').main()
+
+
+def test_training_names_the_batch_norm_on_one_value(
+    refuses: Script, tmp_path: Path
+) -> None:
+    config = shipped_on_odd_data(BISENET, tmp_path)
+    refuses(
+        r'Training stopped .*a batch norm \(backbone\.context_path\.gap_conv'
+        r'\.1\.bn\) had one value per channel.*--remaining',
+        *('train', config, '--work-dir', tmp_path / 'work'),
+    )

@@ -1,0 +1,383 @@
+"""Whole checkpoints and exact resume, without a training."""
+
+import errno
+import importlib
+import logging
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from in_process import load, save_run, tools  # noqa: F401
+from mmengine.config import Config
+from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.runner.priority import get_priority
+from torch.utils.data import BatchSampler, DataLoader
+
+from ws_mm import ExactResumeHook
+
+pytest.importorskip('mmdet')
+pytest.importorskip('mmseg')
+
+
+def test_newest_checkpoint_goes_by_name_then_time_and_can_be_continued(
+    tmp_path: Path,
+) -> None:
+    newest = load('checkpoints').newest_checkpoint
+    assert newest(str(tmp_path)) == (None, [])
+    save_run(tmp_path / 'iter_10.pth', 10)
+    save_run(tmp_path / 'iter_9.pth', 9)
+    # save_best leaves out the optimizer; weights were put there by hand.
+    save_run(tmp_path / 'best_iter_12.pth', 12, optimizer=None)
+    torch.save({'state_dict': {'a': torch.ones(1)}}, tmp_path / 'w.pth')
+    # Other tools leave out parts that continuing needs.
+    save_run(tmp_path / 'no_hub.pth', 13, message_hub=None)
+    save_run(tmp_path / 'no_iter.pth', 14, meta=dict(epoch=9))
+    assert newest(str(tmp_path)) == (str(tmp_path / 'iter_10.pth'), [])
+    assert newest(str(tmp_path), with_optimizer=False) == (
+        str(tmp_path / 'best_iter_12.pth'),
+        [],
+    )
+    save_run(tmp_path / 'iter_11.pth', 11)
+    os.truncate(tmp_path / 'iter_11.pth', 100)
+    path, broken = newest(str(tmp_path))
+    assert path == str(tmp_path / 'iter_10.pth')
+    assert len(broken) == 1
+    assert 'iter_11.pth is truncated' in broken[0]
+    (tmp_path / 'iter_11.pth').unlink()
+    # An earlier run went further.
+    for iteration, day in (
+        (20, '0101'),
+        (7, '0103'),
+        (8, '0103'),
+        (9, '0102'),
+    ):
+        meta = dict(iter=iteration, epoch=0, time=f'2026{day}_000000')
+        save_run(tmp_path / f'iter_{iteration}.pth', iteration, meta=meta)
+    assert newest(str(tmp_path))[0] == str(tmp_path / 'iter_8.pth')
+    last = tmp_path / 'last_checkpoint'
+    for name, found in (
+        ('/moved/since/iter_9.pth', 'iter_9.pth'),
+        ('iter_11.pth', 'iter_8.pth'),  # is gone
+        ('w.pth', 'iter_8.pth'),  # cannot be continued
+        ('', 'iter_8.pth'),
+    ):
+        last.write_text(name)
+        assert newest(str(tmp_path))[0] == str(tmp_path / found)
+    # The hook writes it into the work dir and saves elsewhere.
+    (tmp_path / 'work').mkdir()
+    last.rename(tmp_path / 'work' / 'last_checkpoint').write_text('iter_9.pth')
+    assert newest(str(tmp_path), work_dir=str(tmp_path / 'work'))[0] == str(
+        tmp_path / 'iter_9.pth'
+    )
+
+
+def test_resume_from_nothing_keeps_load_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    resuming = load('resuming')
+    cfg = Config(dict(work_dir=str(tmp_path), load_from='start.pth'))
+    resuming.apply_resume(cfg, 'auto')
+    assert not cfg.resume
+    assert cfg.load_from == 'start.pth'
+    assert 'training starts from scratch' in capsys.readouterr().out
+
+
+def test_resume_looks_where_the_hook_saves(tmp_path: Path) -> None:
+    resuming = load('resuming')
+    hook = dict(checkpoint=dict(out_dir=str(tmp_path / 'elsewhere')))
+    cfg = Config(
+        dict(work_dir=f'{tmp_path}/run/', default_hooks=hook, resume=True)
+    )
+    (tmp_path / 'elsewhere' / 'run').mkdir(parents=True)
+    saved = tmp_path / 'elsewhere' / 'run' / 'iter_3.pth'
+    save_run(saved, 3)
+    resuming.apply_resume(cfg, None)
+    assert cfg.load_from == str(saved)
+    # The hook takes its own folder for one of many runs, the work dir not.
+    cfg.default_hooks.checkpoint.out_dir = str(tmp_path / 'run')
+    assert resuming.checkpoint_dir(cfg) == f'{tmp_path}/run/'
+
+
+def test_resume_of_the_config_takes_its_load_from(tmp_path: Path) -> None:
+    resuming = load('resuming')
+    save_run(tmp_path / 'iter_3.pth', 3)
+    settings = dict(work_dir=str(tmp_path), resume=True, load_from='a.pth')
+    cfg = Config(settings)
+    resuming.apply_resume(cfg, None)
+    assert (cfg.load_from, cfg.resume) == ('a.pth', True)
+    cfg = Config(settings | dict(resume=False))
+    resuming.apply_resume(cfg, None)
+    assert (cfg.load_from, cfg.resume) == ('a.pth', False)
+
+
+def test_resume_where_no_optimizer_is_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    resuming = load('resuming')
+    save_run(tmp_path / 'iter_3.pth', 3, optimizer=None)
+    (tmp_path / 'iter_4.pth').touch()
+    hook = dict(checkpoint=dict(save_optimizer=False))
+    cfg = Config(dict(work_dir=str(tmp_path), default_hooks=hook))
+    resuming.apply_resume(cfg, 'auto')
+    assert (cfg.load_from, cfg.resume) == (str(tmp_path / 'iter_3.pth'), True)
+    said = capsys.readouterr().out
+    assert f'passed over while resuming: {tmp_path}/iter_4.pth is not' in said
+    assert f'Resuming from {tmp_path}/iter_3.pth.' in said
+
+
+def test_an_interrupted_save_leaves_no_checkpoint(tmp_path: Path) -> None:
+    resuming = load('resuming')
+    written: list[str] = []
+
+    def save(
+        out_dir: str, filename: str, *_: object, fail: bool, **__: object
+    ) -> None:
+        written.append(filename)
+        (Path(out_dir) / filename).write_bytes(b'half')
+        if fail:
+            raise KeyboardInterrupt
+
+    runner = SimpleNamespace(save_checkpoint=save)
+    resuming.save_atomically(runner)
+    with pytest.raises(KeyboardInterrupt, match=r'^$'):
+        runner.save_checkpoint(str(tmp_path), 'a.pth', None, fail=True)
+    assert not (tmp_path / 'a.pth').exists()
+    runner.save_checkpoint(str(tmp_path), 'a.pth', None, fail=False)
+    assert [path.name for path in tmp_path.iterdir()] == ['a.pth']
+    # What only a backend can name is left to the backend.
+    runner.save_checkpoint(
+        str(tmp_path), filename='b.pth', backend_args={'b': 1}, fail=False
+    )
+    assert written == ['a.pth.part', 'a.pth.part', 'b.pth']
+
+
+def test_only_the_first_process_renames_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resuming = load('resuming')
+    # The others call the hook as well and write nothing.
+    runner = SimpleNamespace(save_checkpoint=lambda *_, **__: None)
+    resuming.save_atomically(runner)
+    monkeypatch.setattr(resuming, 'is_main_process', lambda: False)
+    runner.save_checkpoint(str(tmp_path), 'a.pth')
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_only_checkpoint_outlives_the_next_save(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    resuming = load('resuming')
+    hook = dict(checkpoint=dict(max_keep_ckpts=1))
+    cfg = Config(dict(default_hooks=hook))
+    resuming.keep_a_whole_checkpoint(cfg)
+    assert cfg.default_hooks.checkpoint.max_keep_ckpts == 2
+    assert 'raised from 1 to 2' in capsys.readouterr().out
+    hook['checkpoint'].update(max_keep_ckpts=5)
+    cfg = Config(dict(default_hooks=hook))
+    resuming.keep_a_whole_checkpoint(cfg)
+    assert cfg.default_hooks.checkpoint.max_keep_ckpts == 5
+
+
+class Samples(torch.utils.data.Dataset):
+    """Samples that are what the generators draw."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> tuple:
+        assert type(index) is int
+        drawn = random.random(), np.random.rand(), torch.rand(()).item()
+        return (index, *drawn)
+
+
+def hooked(
+    sampler: object, workers: int = 0, epoch: int = 0
+) -> tuple[ExactResumeHook, SimpleNamespace]:
+    """The hook after the start of a run."""
+    loader = DataLoader(
+        Samples(),
+        batch_sampler=BatchSampler(sampler, 2, drop_last=False),
+        num_workers=workers,
+        collate_fn=list,
+        persistent_workers=workers > 0,
+    )
+    runner = SimpleNamespace(
+        train_loop=SimpleNamespace(dataloader=loader),
+        seed=3,
+        epoch=epoch,
+        iter=0,
+        logger=logging.getLogger('hooked'),
+    )
+    hook = ExactResumeHook()
+    hook.before_train(runner)
+    return hook, runner
+
+
+def epochs(workers: int, begin: int, end: int) -> list[list]:
+    """The batches of some epochs."""
+    sampler = DefaultSampler(Samples(), seed=0)
+    hook, runner = hooked(sampler, workers)
+    batches = []
+    for runner.epoch in range(begin, end):
+        hook.before_train_epoch(runner)
+        sampler.set_epoch(runner.epoch)
+        batches.append(list(runner.train_loop.dataloader))
+    return batches
+
+
+def test_a_sample_draws_the_same_whoever_loads_it_and_since_when() -> None:
+    unbroken = epochs(0, 0, 2)
+    assert epochs(2, 0, 2) == unbroken
+    assert epochs(2, 1, 2) == unbroken[1:]
+    drawn = [
+        sample[1:] for epoch in unbroken for batch in epoch for sample in batch
+    ]
+    # 12 samples of three generators: no number comes twice.
+    assert len({number for sample in drawn for number in sample}) == 36
+
+
+@pytest.mark.skipif(
+    not hasattr(InfiniteSampler, 'skip'),
+    reason='this mmengine loads what it passes over',
+)
+def test_a_skipped_sampler_goes_on_with_the_numbers_it_is_at() -> None:
+    def batches(skipped: int) -> list:
+        hook, runner = hooked(InfiniteSampler(Samples(), seed=0))
+        loader = runner.train_loop.dataloader
+        hook.before_train_epoch(runner)
+        if skipped:
+            # As mmengine does it, in batches of two.
+            loader.batch_sampler.sampler.skip(2 * skipped)
+        return [batch for batch, _ in zip(loader, range(8), strict=False)]
+
+    assert batches(3)[:5] == batches(0)[3:]
+
+
+def test_samples_of_each_rank_and_seed_differ() -> None:
+    resume = importlib.import_module('ws_mm.resume')
+    index = resume.Numbered(4)
+    index.place = (0, 1)
+    drawn = {
+        resume.SeededSamples(Samples(), seed, rank)([index])[0]
+        for seed in (0, 1)
+        for rank in (0, 1)
+    }
+    assert len(drawn) == 4
+
+
+def test_an_iteration_draws_by_its_number() -> None:
+    hook, runner = hooked(DefaultSampler(Samples(), seed=0))
+    drawn = []
+    for runner.iter in (5, 6, 5):
+        hook.before_train_iter(runner, 0)
+        drawn.append((random.random(), np.random.rand(), torch.rand(())))
+    assert drawn[0] == drawn[2]
+    assert all(a != b for a, b in zip(*drawn[:2], strict=True))
+    # Before other hooks, which may draw, too.
+    assert get_priority(hook.priority) < get_priority('HIGH')
+
+
+def test_samplers_of_samplers_and_none_are_left_alone() -> None:
+    class Pairs:
+        def __iter__(self) -> Iterator[tuple[int, int]]:
+            yield from ((0, 1), (2, 3))
+
+    class Tuples(Samples):
+        def __getitem__(self, index: tuple) -> tuple:
+            return index
+
+    _, runner = hooked(Pairs())
+    loader = runner.train_loop.dataloader
+    loader.dataset.__getitems__.dataset = Tuples()
+    assert list(loader) == [[(0, 1), (2, 3)]]
+    runner.train_loop.dataloader = DataLoader(Samples(), batch_size=None)
+    hook = ExactResumeHook()
+    hook.before_train(runner)
+    hook.before_train_epoch(runner)
+
+
+def test_training_adds_the_hook_once() -> None:
+    resuming = load('resuming')
+    cfg = Config(dict(custom_hooks=[dict(type='EMAHook')]))
+    for _ in range(2):
+        resuming.resume_exactly(cfg)
+        assert [hook['type'] for hook in cfg.custom_hooks] == [
+            'EMAHook',
+            'ws_mm.ExactResumeHook',
+        ]
+    cfg = Config(dict())
+    resuming.resume_exactly(cfg)
+    assert cfg.custom_hooks == [dict(type='ws_mm.ExactResumeHook')]
+
+
+@pytest.mark.parametrize(
+    ('asked', 'warns'), [(None, False), (7, False), (8, True)]
+)
+def test_a_resumed_run_keeps_the_seed_that_it_began_with(
+    asked: int | None,
+    warns: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    resuming = load('resuming')
+    path = tmp_path / 'iter_1.pth'
+    content = dict(state_dict={'a': torch.zeros(1)}, meta=dict(seed=7, iter=1))
+    torch.save(content, path)
+    cfg = Config(dict(work_dir=str(tmp_path)))
+    if asked is not None:
+        cfg.randomness = dict(seed=asked, deterministic=True)
+    resuming.apply_resume(cfg, str(path))
+    assert cfg.randomness.seed == 7
+    assert cfg.randomness.get('deterministic', asked is None)
+    said = capsys.readouterr().out
+    assert ('randomness.seed=8 is ignored: the run began with 7' in said) == (
+        warns
+    )
+
+
+@pytest.mark.parametrize(
+    'code', [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.EIO]
+)
+def test_a_write_that_fails_halfway_leaves_nothing(
+    code: int, tmp_path: Path
+) -> None:
+    resuming = load('resuming')
+    failures = load('failures')
+
+    def save(out_dir: str, filename: str) -> None:
+        (Path(out_dir) / filename).write_bytes(b'half')
+        raise OSError(code, os.strerror(code))
+
+    runner = SimpleNamespace(save_checkpoint=save)
+    resuming.save_atomically(runner)
+    with pytest.raises(OSError, match=os.strerror(code)) as raised:
+        runner.save_checkpoint(str(tmp_path), 'iter_1.pth')
+    assert not list(tmp_path.iterdir())
+    cfg = Config(dict(work_dir=str(tmp_path)))
+    said = str(failures.unwritable(cfg, raised.value))
+    assert said == (
+        f'Training stopped: {tmp_path}/iter_1.pth could not be written '
+        f'({os.strerror(code)}). There is no checkpoint yet. Fix the cause '
+        'and start again.'
+    )
+
+
+def test_other_errors_are_not_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    failures = load('failures')
+    missing = FileNotFoundError(errno.ENOENT, 'gone', 'a.png')
+    cfg = Config(dict(work_dir=str(tmp_path), launcher='none'))
+    assert failures.unwritable(cfg, missing) is None
+    lost = RuntimeError('Connection closed by peer')
+    failures.say_who_was_lost(cfg, lost)
+    cfg.launcher = 'pytorch'
+    failures.say_who_was_lost(cfg, RuntimeError('shapes do not match'))
+    assert capsys.readouterr().err == ''
+    failures.say_who_was_lost(cfg, lost)
+    assert 'There is no checkpoint yet.' in capsys.readouterr().err

@@ -1,0 +1,300 @@
+"""A norm defined here gets all that ws_mm does for its own, unchanged.
+
+:class:`RunningRMS` declares what it keeps and how it measures and folds it;
+nothing in ws_mm names it.
+"""
+
+import copy
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from comparison import TOLERANCE, disagreements
+from mmengine.registry import HOOKS, MODELS
+from torch import Tensor, fx, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import ws_mm
+from ws_mm import hooks
+from ws_mm.running_statistics import RunningStatistics
+from ws_mm.symbolic import recorded
+
+CHANNELS = 6
+MOMENTUM = 0.3
+WIDE = TOLERANCE[torch.float64]
+
+
+@MODELS.register_module()
+class RunningRMS(RunningStatistics):
+    """Divides each channel by its running root mean square."""
+
+    statistics: ClassVar = {'running_square': 1.0}
+
+    def __init__(self, num_features: int, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.num_features, self.momentum = num_features, momentum
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.register_statistics(num_features)
+
+    @recorded
+    def forward(self, input: Tensor) -> Tensor:
+        if self.begin_forward(input):
+            self.move_statistics(self.batch_statistics(input), self.momentum)
+        scale = self.folded()[0].to(input.dtype)
+        return input * scale.view(-1, *[1] * (input.dim() - 2))
+
+    def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
+        square = input.detach().double().square()
+        return dict(running_square=square.mean((0, *range(2, input.dim()))))
+
+    def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
+        scale = self.weight / (self.running_square.double() + 1e-5).sqrt()
+        return scale, torch.zeros_like(scale), nn.Identity()
+
+
+def layer() -> RunningRMS:
+    return RunningRMS(CHANNELS, MOMENTUM).double()
+
+
+def images(number: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = number, CHANNELS, 5, 4
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return x * torch.linspace(0.5, 3, CHANNELS).view(-1, 1, 1) + 1
+
+
+def large(number: int, seed: int = 0) -> Tensor:
+    return images(number, seed).repeat(1, 1, 2, 3)
+
+
+def square(x: Tensor) -> Tensor:
+    """The mean square of each channel, from its definition."""
+    values = x.transpose(0, 1).flatten(1)
+    return torch.stack([(row * row).sum() / row.numel() for row in values])
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+
+def train_rank(rank: int, sizes: tuple[int, ...]) -> dict[str, Tensor]:
+    model = DistributedDataParallel(layer(), broadcast_buffers=False)
+    runner = SimpleNamespace(model=model)
+    hook = HOOKS.build(dict(type='ws_mm.SyncEstimatesHook'))
+    hook.before_train(runner)
+    for step in range(3):
+        model(images(sum(sizes), step).split(sizes)[rank]).sum().backward()
+        hook.after_train_iter(runner, step)
+    return dict(model.module.named_buffers())
+
+
+@pytest.mark.parametrize('sizes', [(3, 1), (2, 0)])
+def test_ranks_have_the_statistics_of_one_process(sizes, world):
+    first, second = world(2).run(train_rank, sizes)
+    expected = layer()
+    for step in range(3):
+        expected(images(sum(sizes), step))
+    assert torch.equal(first['running_square'], second['running_square'])
+    assert not disagreements(first, dict(expected.named_buffers()), WIDE)
+    # Ranks alike, whatever they saw, would differ from that.
+    unweighted = layer()
+    for step in range(3):
+        parts = images(sum(sizes), step).split(sizes)
+        mean = torch.stack([square(x) for x in parts if len(x)]).mean(0)
+        unweighted.move_statistics({'running_square': mean}, MOMENTUM)
+    if 0 not in sizes:
+        wrong = dict(unweighted.named_buffers())
+        assert disagreements(first, wrong, 1e-3)
+
+
+def missing_hook_rank(rank: int) -> list[str]:
+    from ws_mm import running_statistics
+
+    running_statistics._reported.clear()
+    layer()(images(1))
+    return running_statistics._reported
+
+
+def test_a_missing_hook_is_reported_with_the_name_of_the_class(world):
+    (line,), nothing = world(2).run(missing_hook_rank)
+    assert line.startswith('RunningRMS layers train')
+    assert not nothing
+
+
+def test_frozen_as_built_is_reported(monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(hooks, '_warn_once', lines.append)
+    model = nn.ModuleDict(dict(fresh=layer(), learned=layer()))
+    model['learned'](images(2))
+    model.eval()
+    hooks.report_frozen(model)
+    assert 'fresh' in lines[0]
+    assert 'learned' not in lines[0].split('estimates: ')[1]
+
+
+@pytest.mark.parametrize('dtype', [torch.half, torch.bfloat16])
+def test_half_keeps_the_statistics_in_float32(dtype):
+    model = RunningRMS(CHANNELS)
+    model.running_square.fill_(1.001)
+    before = model.running_square.clone()
+    model.to(dtype)
+    assert model.weight.dtype == dtype
+    assert torch.equal(model.running_square, before)
+    model.running_square = before.to(dtype)  # as FSDP's buffer_dtype does
+    model(images(1).to(dtype))
+    assert model.running_square.dtype == torch.float32
+
+
+def test_statistics_move_once_where_activations_are_recomputed():
+    model = layer()
+    x = images(2).requires_grad_()
+    checkpoint(model, x, use_reentrant=False).sum().backward()
+    expected = (1 - MOMENTUM) + MOMENTUM * square(x)
+    assert not disagreements(
+        {'square': model.running_square}, {'square': expected}, WIDE
+    )
+
+
+def test_nothing_and_what_is_not_finite_move_no_statistics():
+    model = layer()
+    model(images(0))
+    assert torch.equal(model.running_square, layer().running_square)
+    x = images(2)
+    x[0, 1, 0, 0] = float('inf')
+    x[0, 2, 0, 0] = float('nan')
+    model(x)
+    expected = (1 - MOMENTUM) + MOMENTUM * square(x)
+    expected[1:3] = 1
+    assert not disagreements(
+        {'square': model.running_square}, {'square': expected}, WIDE
+    )
+
+
+def test_registered_names_build_it():
+    for name in ('RunningRMS', 'ws_mm.RunningRMS'):
+        built = MODELS.build(dict(type=name, num_features=3, momentum=0.5))
+        assert isinstance(built, RunningRMS)
+        assert ws_mm.running_statistics.norm_class(name) is RunningRMS
+    assert ws_mm.running_statistics.norm_class('Sequential') is None
+
+
+def network(*norms: nn.Module) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for norm in norms:
+        conv = nn.Conv2d(CHANNELS, CHANNELS, 3, bias=not layers)
+        layers += [conv, norm, nn.ReLU()]
+    return nn.Sequential(*layers).double()
+
+
+def converted(**options: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    plain = network(nn.BatchNorm2d(CHANNELS), nn.GroupNorm(2, CHANNELS))
+    nn.init.uniform_(plain[1].weight, 0.5, 2)
+    new = ws_mm.convert(
+        plain,
+        conv={},
+        norm=dict(type='ws_mm.RunningRMS', **options),
+        inputs=large(1),
+    )
+    assert torch.equal(new[1].weight, plain[1].weight)
+    return new
+
+
+def test_convert_puts_it_in_the_place_of_other_norms():
+    new = converted(momentum=0.5)
+    kinds = [type(m).__name__ for m in new]
+    assert kinds == ['WSConv2d', 'RunningRMS', 'ReLU'] * 2
+    assert new[1].momentum == 0.5
+    assert new[1].running_square.dtype == torch.float64
+    with pytest.raises(TypeError, match="RunningRMS has no argument 'groups'"):
+        converted(groups=2)
+    with pytest.raises(ValueError, match=r'LayerNorm.*makes BCN, or'):
+        ws_mm.convert(new, norm=dict(type=nn.LayerNorm))
+    with pytest.raises(ValueError, match='nothing to convert'):
+        ws_mm.convert(new, norm=dict(type=RunningRMS))
+
+
+@pytest.mark.parametrize('inputs', [None, large(1)], ids=['names', 'run'])
+def test_check_knows_it_as_a_norm(inputs):
+    model = nn.Sequential(ws_mm.WSConv2d(CHANNELS, CHANNELS, 3), layer())
+    assert not ws_mm.check(model.double(), inputs).mistakes
+    del model[1]
+    assert ws_mm.check(model, inputs).mistakes
+
+
+def test_update_estimates_measures_all_values():
+    model = nn.Sequential(layer(), layer())
+    batches = [images(1, 1), images(3, 2)[..., :2], images(0)]
+    ws_mm.update_estimates(model, batches)
+    values = torch.cat([x.transpose(0, 1).flatten(1) for x in batches], 1)
+    expected = (values * values).sum(1) / values.shape[1]
+    found = {'square': model[0].running_square}
+    assert not disagreements(found, {'square': expected}, WIDE)
+    alike = torch.stack([square(x) for x in batches[:2]]).mean(0)
+    assert disagreements(found, {'square': alike}, 1e-3)
+
+
+def test_bake_folds_it():
+    model = converted()
+    model(large(4))
+    model.eval()
+    x = large(2, 5)
+    baked = ws_mm.bake(model, x, fold_estimates=True)
+    kinds = [type(m).__name__ for m in baked]
+    assert kinds == ['Conv2d', 'Identity', 'ReLU'] * 2
+    assert not disagreements({'y': baked(x)}, {'y': model(x)}, WIDE)
+
+
+class Unfolded(RunningRMS):
+    """One that declares no fold."""
+
+    folded = RunningStatistics.folded
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+
+def test_one_without_a_fold_is_rejected_by_name():
+    model = network(Unfolded(CHANNELS)).eval()
+    with pytest.raises(ValueError, match='1 is a Unfolded, which has no fold'):
+        ws_mm.bake(model, large(1), fold_estimates=True)
+
+
+def test_symbolic_trace_records_it_as_a_leaf():
+    traced = fx.symbolic_trace(nn.Sequential(layer()))
+    assert [n.op for n in traced.graph.nodes] == [
+        'placeholder',
+        'call_module',
+        'output',
+    ]
+
+
+def test_norm_and_activation_in_one_are_copied_and_pickled(tmp_path):
+    timm = pytest.importorskip('timm.layers')
+    old = network(timm.BatchNormAct2d(CHANNELS))
+    new = ws_mm.convert(old, norm=dict(type='ws_mm.RunningRMS'))
+    assert type(new[1]).__name__ == 'RunningRMSAct'
+    assert new[1](large(2)).min() == 0  # timm's activation is a ReLU
+    torch.save(new, tmp_path / 'whole.pth')
+    x = large(2)
+    for twin in (
+        copy.deepcopy(new),
+        torch.load(tmp_path / 'whole.pth', weights_only=False),
+    ):
+        assert type(twin[1]) is type(new[1])
+        assert torch.equal(twin.eval()(x), new.eval()(x))
+
+
+def test_one_row_puts_it_into_the_benchmark(monkeypatch):
+    pytest.importorskip('mmcv')
+    layers = pytest.importorskip('benchmark.layers')
+    from benchmark import implementations
+
+    monkeypatch.setitem(implementations.NORMS, 'RunningRMS', RunningRMS)
+    rows = layers.time_norms((2, 32, 4, 4), 1, 'cpu')
+    (row,) = (row for row in rows if row['contender'] == 'RunningRMS')
+    assert row['ms'] > 0
+    assert row['ratio'] > 0
+    assert row['saved_bytes'] > 0

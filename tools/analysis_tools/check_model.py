@@ -1,0 +1,70 @@
+"""List what normalizes each convolution of a config's model.
+
+Exits with 1 if a standardized convolution has no normalization after it.
+Batch norms are named, too.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mmengine.config import Config
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from support import launch, models
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line of the check."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--size',
+        type=int,
+        default=128,
+        help='height and width in pixels of the image that is run '
+        '(default: 128)',
+    )
+    launch.add_common_options(parser)
+    return parser.parse_args()
+
+
+def report_on(cfg: Config, size: int) -> list[str]:
+    """Print the table of a config's model and return its mistakes."""
+    import ws_mm
+    from ws_mm.shapes import batch_norms
+
+    model = models.build_model(cfg)
+    try:
+        report = ws_mm.check(model, models.forward_of(cfg, model, size))
+    # Whatever a model may raise that wants other inputs.
+    except Exception as error:
+        print(
+            f'The model does not run on one random image ({error}): judged '
+            'by names and order.'
+        )
+        report = ws_mm.check(model)
+    print(report)
+    for mistake in report.mistakes:
+        print(f'mistake: {mistake}')
+    names = batch_norms(model)
+    if names:
+        print(
+            f'{len(names)} batch norms: {", ".join(names)}. With one or two '
+            'images per process they train on poor statistics. '
+            'tools/model_converters/apply_norm.py replaces them, with '
+            '--remaining those that no norm_cfg reaches.'
+        )
+    return report.mistakes
+
+
+def main() -> None:
+    """Check one config."""
+    args = parse_args()
+    cfg = launch.load_config(args, ('model',))
+    sys.exit(1 if report_on(cfg, args.size) else 0)
+
+
+if __name__ == '__main__':
+    launch.run(main)

@@ -1,0 +1,154 @@
+"""Measure what a layer costs the host before a GPU has anything to do.
+
+    python tools/benchmark/host_cost.py
+
+Needs no GPU: CPU tensors go through the launch path of a GPU, whose driver is
+a stand-in that drops the launch. Prints microseconds of process time, forward
+and backward, above those of a multiplication by 1 in the same run: what
+autograd takes for any function. All take turns and the fastest call counts,
+but other work on the machine still slows its caches. The driver's own share
+of a launch, 2 to 3 microseconds on a GPU, is in none of the figures.
+"""
+
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from benchmark import stand_in
+from torch import Tensor, nn
+
+import ws_mm
+
+ROUNDS, CALLS = 10, 25
+# Filters of ResNet-50 and how many of each.
+BLOCKS = ((64, 3), (128, 4), (256, 6), (512, 3))
+
+Step = Callable[[], None]
+
+
+def filters() -> list[tuple[int, ...]]:
+    """Shapes of the 53 filters of ResNet-50."""
+    found, inputs = [(64, 3, 7, 7)], 64
+    for width, count in BLOCKS:
+        found.append((4 * width, inputs, 1, 1))
+        for _ in range(count):
+            found.append((width, inputs, 1, 1))
+            found.append((width, width, 3, 3))
+            found.append((4 * width, width, 1, 1))
+            inputs = 4 * width
+    return found
+
+
+def least(steps: dict[str, Step]) -> list[float]:
+    """Microseconds of the fastest call of each, of many."""
+    found = {name: float('inf') for name in steps}
+    gc.collect()
+    gc.disable()
+    for _ in range(ROUNDS):
+        for name, step in steps.items():
+            for _ in range(CALLS):
+                start = time.process_time()
+                step()
+                took = time.process_time() - start
+                found[name] = min(found[name], took)
+    gc.enable()
+    return [took * 1e6 for took in found.values()]
+
+
+def both_ways(
+    function: Callable[[Tensor], Tensor],
+    leaf: Tensor,
+    parameters: Sequence[Tensor] = (),
+) -> Step:
+    """Forward and backward, with gradients in new tensors each time."""
+    leaf = leaf.requires_grad_()
+    cotangent = torch.ones_like(function(leaf))
+
+    def step() -> None:
+        for values in (leaf, *parameters):
+            values.grad = None
+        function(leaf).backward(cotangent)
+
+    return step
+
+
+def layers() -> dict[str, float]:
+    """Each layer alone, above the floor."""
+    x = torch.randn(1, 256, 2, 2)
+    weight = torch.randn(64, 64, 1, 1)
+    conv = ws_mm.WSConv2d(64, 64, 1)
+    steps = {
+        'floor': both_ways(lambda leaf: leaf * 1, x),
+        'WSConv2d': both_ways(
+            lambda leaf: conv.standardized_weight(), weight, [conv.weight]
+        ),
+    }
+    for layer in (ws_mm.BCN(256), nn.GroupNorm(32, 256), nn.BatchNorm2d(256)):
+        step = both_ways(layer, x, [*layer.parameters()])
+        steps[type(layer).__name__] = step
+    floor, *rest = least(steps)
+    names = list(steps)[1:]
+    return {
+        'floor': floor,
+        **{name: took - floor for name, took in zip(names, rest, strict=True)},
+    }
+
+
+def resnet(norm: Callable[[int], nn.Module], standardized: bool) -> Step:
+    """The 53 norms of ResNet-50, with the standardization of its filters."""
+    pairs = []
+    for shape in filters():
+        conv = ws_mm.WSConv2d(shape[1], shape[0], shape[2:], bias=False)
+        x = torch.randn(1, shape[0], 2, 2, requires_grad=True)
+        pairs.append((x, norm(shape[0]), conv))
+    learned = [
+        values
+        for x, layer, conv in pairs
+        for values in (x, *layer.parameters(), conv.weight)
+    ]
+
+    def outputs() -> list[Tensor]:
+        found = [layer(x) for x, layer, _ in pairs]
+        if standardized:
+            found += [conv.standardized_weight() for *_, conv in pairs]
+        return found
+
+    cotangents = [torch.ones_like(x) for x in outputs()]
+
+    def step() -> None:
+        for values in learned:
+            values.grad = None
+        torch.autograd.backward(outputs(), cotangents)
+
+    return step
+
+
+def main() -> None:
+    """Print both tables."""
+    torch.set_num_threads(1)
+    stand_in.install()
+    print(f'load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores')
+    for name, took in layers().items():
+        print(f'{name:12} {took:6.1f} us')
+    steps = {
+        'GroupNorm': resnet(
+            lambda channels: nn.GroupNorm(32, channels), False
+        ),
+        'GroupNorm + WS': resnet(
+            lambda channels: nn.GroupNorm(32, channels), True
+        ),
+        'BCN': resnet(ws_mm.BCN, False),
+        'BCN + WS': resnet(ws_mm.BCN, True),
+    }
+    for name, took in zip(steps, least(steps), strict=True):
+        print(f'{name:14} {took / 1e3:5.1f} ms for 53 of ResNet-50')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,70 @@
+"""Files that appear whole or not at all, and the hosts' log of scalars."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a path to write to; the file moves to ``path`` at the end.
+
+    Args:
+        path: Final place; its folder is made if missing. The file has the
+            same name while it is written, in a hidden folder beside it.
+    """
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=path.parent, prefix='.writing-'
+    ) as folder:
+        part = Path(folder, path.name)
+        yield part
+        os.replace(part, path)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with replacing(path) as part:
+        part.write_text(text)
+
+
+def write_together(
+    folder: str | Path, writers: dict[str, Callable[[str], Any]]
+) -> list[Path]:
+    """Write several files, all of them or none.
+
+    Args:
+        folder: Folder of the files; made if missing.
+        writers: Function for each file name that writes to a given path.
+
+    Returns:
+        The paths written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix='.writing-') as new:
+        for name, write in writers.items():
+            write(os.path.join(new, name))
+        for name in writers:
+            os.replace(os.path.join(new, name), folder / name)
+    return [folder / name for name in writers]
+
+
+def read_scalars(work_dir: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of the hosts' ``scalars.json`` files, oldest first.
+
+    Each start of a training writes a file of its own. A line that a kill
+    cut short is left out.
+    """
+    for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
+        for line in path.read_text().splitlines():
+            try:
+                values = json.loads(line)
+            except ValueError:
+                continue
+            yield values

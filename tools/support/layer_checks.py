@@ -1,0 +1,147 @@
+"""Name the config keys of layers that cannot be built."""
+
+import difflib
+import re
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from torch import nn
+
+from support.checks import SetupError, iter_nodes
+
+
+def explain(cfg: Config, error: Exception) -> str:
+    """Name the config keys behind an error in building the model.
+
+    Returns:
+        The end of a message; '' where nothing in the config stands out and
+        the error has a text of its own.
+    """
+    text = str(error)
+    channels, groups = _misfit(error)
+    named = re.search(r"argument '(\w+)'", text)
+    ours = re.search(r'\b((?:norm|conv)_cfg)=dict\((\w+)=', text)
+    found = norm_mistakes(cfg)
+    for key, node in iter_nodes('model', cfg.get('model')):
+        part = key.rpartition('.')[2]
+        is_layer = part.endswith(('norm_cfg', 'conv_cfg'))
+        if not isinstance(node, dict):
+            if is_layer and node is not None:
+                found.append(f'{key} = {node!r}: give a dict(type=...)')
+            continue
+        if node.get('dcn') and node.get('conv_cfg') and 'DCN' in text:
+            found.append(
+                f'{key}.conv_cfg and {key}.dcn exclude each other: set one '
+                'of them to None'
+            )
+        kind = node.get('type')
+        if is_layer and 'Cannot find' in text and _unknown(kind):
+            names = [*MODELS.module_dict, 'ws_mm.BCN', 'ws_mm.WSConv2d']
+            close = difflib.get_close_matches(str(kind), names, 1)
+            meant = f'; did you mean {close[0]!r}?' if close else ''
+            found.append(f'{key}.type = {kind!r}{meant}')
+        if is_layer and channels and node.get('num_groups') == groups:
+            found.append(
+                f'{key}.num_groups = {groups}, where a layer has {channels} '
+                f'channels: set one of {divisors(channels)}, or take '
+                "type='ws_mm.BCN', which takes the largest that fits"
+            )
+        argument = ours[2] if ours else named and named[1]
+        if argument in node and (is_layer or not ours):
+            if not ours or part.endswith(ours[1]):
+                found.append(f'{key}.{argument} = {node[argument]!r}')
+    more = f' and {len(found) - 4} more' if len(found) > 4 else ''
+    where = '' if text else _where(error)
+    return where + (
+        f'. In the config: {"; ".join(found[:4])}{more}' if found else ''
+    )
+
+
+def _where(error: Exception) -> str:
+    """The line that raised an error without a text."""
+    line = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f'{type(error).__name__} at {line.filename}:{line.lineno}: {line.line}'
+    )
+
+
+def _misfit(error: Exception) -> tuple[int, int]:
+    """Channels and groups of a GroupNorm that cannot be; else zeros."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        known = frame.f_locals
+        if isinstance(known.get('self'), nn.GroupNorm):
+            channels, groups = known.get('num_channels'), known['num_groups']
+            if channels and groups and channels % groups:
+                return channels, groups
+    return 0, 0
+
+
+def divisors(count: int) -> str:
+    """The numbers that divide a count, as a list in words."""
+    return ', '.join(str(n) for n in range(1, count + 1) if count % n == 0)
+
+
+# What the arguments of the host's own norms may be, in words and as a check.
+# Most of them fail in the first forward, and False in quotes counts as true.
+NORM_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    'num_groups': (
+        'a whole number of at least 1, such as 32',
+        lambda value: type(value) is int and value > 0,
+    ),
+    'eps': (
+        'a number of at least 0, such as 1e-5',
+        lambda value: type(value) in (int, float) and value >= 0,
+    ),
+    'momentum': (
+        'a number from 0 to 1, such as 0.1, or None',
+        lambda value: (
+            value is None or (type(value) in (int, float) and 0 <= value <= 1)
+        ),
+    ),
+    **{
+        name: ('True or False', lambda value: type(value) is bool)
+        for name in ('affine', 'requires_grad', 'track_running_stats')
+    },
+}
+
+
+def norm_mistakes(cfg: Config) -> list[str]:
+    """A line per argument of a host's norm that it cannot use."""
+    found = []
+    for key, node in iter_nodes('model', cfg.get('model')):
+        if not key.endswith('norm_cfg') or not isinstance(node, dict):
+            continue
+        kind = getattr(node.get('type'), '__name__', str(node.get('type')))
+        if 'BCN' in kind:
+            continue  # says it itself, when it is built
+        for name, (legal, is_legal) in NORM_VALUES.items():
+            if name in node and not is_legal(node[name]):
+                found.append(f'{key}.{name} = {node[name]!r} must be {legal}')
+        if kind in ('GN', 'GroupNorm') and 'num_groups' not in node:
+            found.append(
+                f'{key} is a {kind} without num_groups: set '
+                f'{key}.num_groups=32, or another number that divides the '
+                'channels of each layer'
+            )
+    return found
+
+
+def check_norms(cfg: Config) -> None:
+    """Reject norms of the host that could not run.
+
+    Raises:
+        SetupError: with the key, the value and what is legal.
+    """
+    found = norm_mistakes(cfg)
+    if found:
+        raise SetupError('; '.join(found))
+
+
+def _unknown(kind: Any) -> bool:
+    try:
+        return isinstance(kind, str) and MODELS.get(kind) is None
+    except (ImportError, KeyError):
+        return True

@@ -1,0 +1,218 @@
+"""Write the new layers into a config, with the settings that follow them."""
+
+import copy
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .config_fit import put
+from .config_layers import Cfg, ConfigError, has_same_weights
+from .config_parts import Key, Part, iter_dicts, short, spell
+from .converted import CONVERTED
+from .running_statistics import RunningStatistics
+
+HOOK = dict(type='ws_mm.SyncEstimatesHook')
+
+
+class _Absent:
+    """Value of a key that is not there."""
+
+    def __repr__(self) -> str:
+        return 'not set'
+
+
+ABSENT = _Absent()
+
+
+@dataclass(frozen=True)
+class Change:
+    """A value of the config that became another.
+
+    Attributes:
+        key: path from the top of the config.
+        old: value before, or ``ABSENT``.
+        new: value now.
+        why: reason, or '' for the layers that were asked for.
+    """
+
+    key: Key
+    old: Any
+    new: Any
+    why: str = ''
+
+    def __str__(self) -> str:
+        why = f'  ({self.why})' if self.why else ''
+        return f'{spell(self.key)}: {self.old!r} -> {self.new!r}{why}'
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A part of the config that stayed as it was.
+
+    Attributes:
+        key: path from the top of the config.
+        why: reason.
+    """
+
+    key: Key
+    why: str
+
+    def __str__(self) -> str:
+        return f'{spell(self.key)}: {self.why}'
+
+
+class Draft:
+    """Content of a config, and the report of its changes.
+
+    Args:
+        content: plain dicts and lists; they change.
+    """
+
+    def __init__(self, content: Cfg) -> None:
+        self.content = content
+        self.changes: list[Change] = []
+        self.left: list[LeftAlone] = []
+
+    def get(self, key: Key) -> Any:
+        """Return the value of a key, or ``ABSENT``."""
+        node: Any = self.content
+        for name in key:
+            if node is None or (isinstance(node, dict) and name not in node):
+                return ABSENT
+            node = node[name]
+        return node
+
+    def set(self, key: Key, value: Any, why: str = '') -> None:
+        """Set a value and note the change, if it is one."""
+        old = self.get(key)
+        if old is ABSENT or old != value:
+            # Its dicts may change, too.
+            old = old if old is ABSENT else copy.deepcopy(old)
+            self.changes.append(Change(key, old, copy.deepcopy(value), why))
+            put(self.content, key, value)
+
+    def leave(self, key: Key, why: str) -> None:
+        """Note what stays as it was."""
+        self.left.append(LeftAlone(key, why))
+
+
+def write_parts(draft: Draft, parts: list[Part]) -> None:
+    """Write the layers of parts, and let their norms train."""
+    changed = [part for part in parts if not _keeps_weights(part)]
+    for part in parts:
+        for name, value in part.layers.items():
+            reached = name in ('conv_cfg', 'norm_cfg')
+            why = '' if reached else 'batch norms that no norm_cfg reaches'
+            draft.set((*part.key, name), value, why)
+        has_norm = 'norm_cfg' in part.layers
+        if part.get('norm_eval') and (has_norm or part in changed):
+            draft.set(
+                (*part.key, 'norm_eval'),
+                False,
+                'the new norms are trained'
+                if has_norm
+                else 'the statistics belong to other convolutions',
+            )
+    if changed:
+        _drop_weights(draft, changed)
+
+
+def _keeps_weights(part: Part) -> bool:
+    """Return whether weights from before mean the same after."""
+    return part.layers.get('type') != CONVERTED and all(
+        has_same_weights(part.get(name), cfg, part.scope)
+        for name, cfg in part.layers.items()
+    )
+
+
+def _drop_weights(draft: Draft, changed: list[Part]) -> None:
+    """Remove pretrained weights of changed parts, and freezing at them."""
+    why = 'of other layers; see tools/model_converters/convert_checkpoint.py'
+    keys = [part.key for part in changed]
+    for key, value, _ in [*iter_dicts(draft.content['model'], ('model',))]:
+        # A segmentor's own is the checkpoint of its backbone.
+        if value.get('pretrained') and (
+            key in keys or (*key, 'backbone') in keys
+        ):
+            draft.set((*key, 'pretrained'), None, why)
+        holds = any(other[: len(key)] == key for other in keys)
+        if holds and _loads(value.get('init_cfg')):
+            draft.set((*key, 'init_cfg'), None, why)
+    if draft.content.get('load_from'):
+        draft.set(('load_from',), None, why)
+    for part in changed:
+        frozen = part.get('frozen_stages')
+        # What freezes nothing is another number in each class.
+        default = part.accepts.get('frozen_stages')
+        nothing = default if isinstance(default, int) else -1
+        if isinstance(frozen, int) and frozen > nothing:
+            draft.set(
+                (*part.key, 'frozen_stages'),
+                nothing,
+                'without pretrained weights nothing may stay as initialized',
+            )
+
+
+def _loads(init_cfg: Any) -> bool:
+    """Return whether an init_cfg reads a checkpoint."""
+    if isinstance(init_cfg, (list, tuple)):
+        return any(map(_loads, init_cfg))
+    return isinstance(init_cfg, dict) and bool(init_cfg.get('checkpoint'))
+
+
+def add_hook(draft: Draft, built: nn.Module) -> None:
+    """Add the hook that several processes need for their estimates."""
+    hooks = list(draft.content.get('custom_hooks') or ())
+    there = 'SyncEstimatesHook' in [short(hook.get('type')) for hook in hooks]
+    if not there and any(
+        isinstance(module, RunningStatistics) and module.estimating
+        for module in built.modules()
+    ):
+        why = 'several processes share their estimates'
+        draft.set(('custom_hooks',), [*hooks, HOOK], why)
+
+
+def scale_lr(draft: Draft, filename: str | None, images: int) -> None:
+    """Scale the learning rate by the linear rule.
+
+    Args:
+        draft: config to change.
+        filename: file of the config, whose name may hold the batch.
+        images: images in one step of the optimizer.
+    """
+    if images < 1:
+        raise ConfigError(
+            f'images_per_step={images} must be at least 1 (--images-per-step)'
+        )
+    lr_key: Key = ('optim_wrapper', 'optimizer', 'lr')
+    base_key: Key = ('auto_scale_lr', 'base_batch_size')
+    batch_key: Key = ('train_dataloader', 'batch_size')
+    lr, base, batch = (
+        None if (value := draft.get(key)) is ABSENT else value
+        for key in (lr_key, base_key, batch_key)
+    )
+    named = re.search(r'_(\d+)xb(\d+)', os.path.basename(filename or ''))
+    if not base and named:
+        base = int(named[1]) * int(named[2])
+    base = base or (8 * batch if batch else None)
+    if not base or not isinstance(lr, (int, float)):
+        why = 'not there, so the learning rate cannot be scaled'
+        draft.leave(lr_key if base else base_key, why)
+        return
+    if base == images:
+        return
+    why = f'linear rule: {images} images per step instead of {base}'
+    draft.set(lr_key, float(f'{lr * images / base:.12g}'), why)
+    draft.set(base_key, images, 'what the learning rate is for')
+    if batch and images % batch:
+        fits = math.gcd(images, batch)
+        why = f'{images} images are {images // fits} processes of this many'
+        draft.set(batch_key, fits, why)
+    draft.leave(
+        ('param_scheduler',),
+        'schedule and absolute rates (eta_min) are as before',
+    )

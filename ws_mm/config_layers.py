@@ -1,0 +1,187 @@
+"""Layers that ``conv_cfg`` and ``norm_cfg`` name.
+
+A type is looked up in mmengine's registry, so every registered class can be
+asked for: a convolution is a subclass of torch's, a norm takes
+``num_features`` or ``num_channels``. Both are built small and run on a map.
+"""
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+from .checking import CONVS
+from .conv import WSConv2d
+from .replacement import standardizes, ws_type
+from .running_statistics import RunningStatistics
+
+Cfg: TypeAlias = dict[str, Any]
+Layer: TypeAlias = str | Mapping[str, Any] | None
+
+# Those that messages name.
+KNOWN = dict(conv=('WSConv2d',), norm=('BCN', 'GN', 'BN', 'SyncBN'))
+
+
+class ConfigError(ValueError):
+    """The config cannot be converted; the message says why."""
+
+
+def registered(name: Any, scope: str) -> type[nn.Module] | None:
+    """Return the module class of a ``type``, None for anything else."""
+    if isinstance(name, str):
+        with (
+            DefaultScope.overwrite_default_scope(scope),
+            MODELS.switch_scope_and_registry(None) as registry,
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter('ignore')
+            try:
+                name = registry.get(name)
+            # Losses, assigners and optional packages; the build will tell.
+            except (ImportError, KeyError, AttributeError, ValueError):
+                return None
+    if isinstance(name, type) and issubclass(name, nn.Module):
+        return name
+    return None
+
+
+def arguments(cls: type) -> Cfg:
+    """Return the arguments of a class with defaults, through ``**kwargs``."""
+    found: Cfg = {}
+    for base in cls.__mro__:
+        if '__init__' not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)['__init__']).parameters
+        for name, one in parameters.items():
+            if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY):
+                default = None if one.default is one.empty else one.default
+                found.setdefault(name, default)
+        kinds = {one.kind for one in parameters.values()}
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            break
+    found.pop('self', None)
+    return found
+
+
+def map_layer(cfg: Mapping[str, Any], scope: str) -> Any:
+    """Build the layer of a cfg with few channels, as mmcv would.
+
+    Args:
+        cfg: ``conv_cfg`` or ``norm_cfg``.
+        scope: registry that its type is looked up in.
+
+    Returns:
+        A convolution or norm of maps (N, C, H, W), None for other modules.
+
+    Raises:
+        TypeError: an argument is unknown.
+        ValueError: an argument has an illegal value.
+    """
+    cls: Any = registered(cfg.get('type'), scope)
+    options, channels, size = dict(cfg), 2, 2
+    for name in ('type', 'requires_grad'):
+        options.pop(name, None)
+    takes = arguments(cls) if cls else {}
+    names = [n for n in ('num_features', 'num_channels') if n in takes]
+    if cls and issubclass(cls, CONVS):
+        layer = cls(channels, channels, 3, **options)
+    elif names:
+        if cls is nn.GroupNorm:
+            options.setdefault('num_groups', 32)
+        options.setdefault('eps', 1e-5)
+        groups = options.get('num_groups')
+        channels, size = 64, 4
+        if isinstance(groups, int) and groups > 0:
+            channels = 2 * groups
+        layer = cls(**{names[0]: channels}, **options)
+    else:
+        return None
+    # Whatever a layer may raise that is for something else.
+    with contextlib.suppress(Exception), torch.no_grad():
+        output = layer.eval()(torch.zeros(1, channels, 4, 4))
+        if output.shape == (1, channels, size, size):
+            return layer
+    return None
+
+
+def asked_layer(asked: Layer, kind: str, scope: str) -> Cfg | None:
+    """Return the cfg of a layer that was asked for, None to keep.
+
+    Args:
+        asked: registered type, cfg, 'keep' or None.
+        kind: 'conv' or 'norm'.
+        scope: registry that the type is looked up in.
+
+    Raises:
+        ConfigError: no such layer of maps is registered, or its arguments
+            are wrong.
+    """
+    if asked is None or asked == 'keep':
+        return None
+    cfg = dict(type=asked) if isinstance(asked, str) else dict(asked)
+    try:
+        layer = map_layer(cfg, scope)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f'{kind}={asked!r}: {error} (--{kind}-options)'
+        ) from error
+    if layer is None or isinstance(layer, CONVS) != (kind == 'conv'):
+        raise ConfigError(
+            f'{kind}={asked!r} must be one of '
+            f"{', '.join(map(repr, KNOWN[kind]))}, 'keep', or the registered "
+            f'type of another {kind} of maps (--{kind})'
+        )
+    if type(layer).__module__.startswith('ws_mm.'):
+        cfg['type'] = f'ws_mm.{type(layer).__name__}'
+    return cfg
+
+
+def unless_there(new: Cfg | None, old: Cfg | None, scope: str) -> Cfg | None:
+    """Return ``new``, or None where ``old`` has its type and options."""
+    if new is None or old is None:
+        return new
+    same = registered(old.get('type'), scope) is registered(new['type'], scope)
+    options = new.keys() - {'type'}
+    there = all(old.get(name) == new[name] for name in options)
+    return None if same and there else new
+
+
+def is_replaceable(cfg: Cfg | None, scope: str) -> bool:
+    """Return whether another layer may replace the one of a config.
+
+    It may replace a norm of maps, a plain convolution, and a convolution
+    that standardizes the weights of a plain one. Only the type counts.
+    """
+    if cfg is None:
+        return True
+    kind = cfg.get('type')
+    try:
+        layer = map_layer(dict(type=kind), scope)
+    except (TypeError, ValueError):
+        # A norm that wants more, as mmcv's SyncBatchNorm a process group.
+        cls = registered(kind, scope)
+        return cls is not None and not issubclass(cls, CONVS)
+    if not isinstance(layer, CONVS):
+        return layer is not None
+    more = layer.state_dict().keys() - {'weight', 'bias'}
+    return ws_type(layer) is WSConv2d or (standardizes(layer) and not more)
+
+
+def has_same_weights(old: Cfg | None, new: Cfg, scope: str) -> bool:
+    """Return whether weights of the old layer mean the same in the new."""
+    was, layer = None, map_layer(new, scope)
+    with contextlib.suppress(TypeError, ValueError):
+        was = map_layer(dict(type=(old or {}).get('type')), scope)
+    if isinstance(layer, CONVS):
+        return (was is not None and standardizes(was)) == standardizes(layer)
+    return all(
+        one is not None
+        and 'running_var' in one.state_dict()
+        and not isinstance(one, RunningStatistics)
+        for one in (was, layer)
+    )

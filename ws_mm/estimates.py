@@ -1,0 +1,322 @@
+"""Running statistics measured anew, as means over a data loader."""
+
+import itertools
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import all_reduce, get_dist_info
+from mmengine.logging import print_log
+from mmengine.model import BaseModel
+from torch import Tensor, nn
+
+from .replacement import BATCH_NORMS
+from .restoring import restored
+from .running_statistics import (
+    RunningStatistics,
+    measured_moments,
+    weighted_mean,
+)
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def update_estimates(
+    model: nn.Module,
+    loader: Iterable[Any],
+    device: int | str | torch.device | None = None,
+    *,
+    num_batches: int | None = None,
+    forward: Forward | None = None,
+) -> None:
+    """Replace running statistics by means over the batches of a loader.
+
+    Formula, for each channel of a layer, over its batches b of n_b values
+    per channel, with mean m_b and biased variance v_b:
+        running_mean = sum(n_b m_b) / sum(n_b)
+        running_var = sum(n_b (v_b + (m_b - running_mean)^2)) / sum(n_b)
+                                                     BCN, mode 'estimate'
+        running_var = sum(n_b v_b n_b / (n_b - 1)) / sum(n_b)     the others
+
+    Convention: as ``torch.optim.swa_utils.update_bn``, with each batch
+        weighed by its values. It measures every layer with running
+        statistics (BCN and other subclasses of
+        :class:`~ws_mm.running_statistics.RunningStatistics`, torch's
+        BatchNorms) that ``model.train()`` leaves in training mode; layers
+        that ``frozen_stages`` or ``norm_eval`` freeze keep theirs. The model
+        runs in training mode, dropout included, without gradients. Layers
+        that are ``estimating``, as BCN in mode 'estimate', normalize each
+        batch with the mean over the batches up to this one, the others with
+        the batch. Channels of a batch that are infinite or NaN are left out.
+    State: changes the running statistics and ``num_batches_tracked`` of
+        these layers. Modes, momentum, other buffers and random states stay.
+    Distributed: every rank calls it with its own batches; all end with the
+        statistics of the batches of all ranks. Where a layer synchronizes,
+        the pass ends with the rank that has the fewest batches.
+
+    Args:
+        model: any model, wrapped for several processes or by an average of
+            weights (torch's or mmengine's), too.
+        loader: batches for training. A model of mmengine takes them through
+            its ``data_preprocessor``, in mode 'loss'; any other one is
+            called on the batch, or the first element of a list or tuple.
+        device: device that the batch moves to, of models not of mmengine.
+        num_batches: number of batches to take at most; None takes all.
+        forward: function that runs the model, ``forward(model, batch)``.
+
+    Raises:
+        ValueError: the loader gave no batch, or none reached a layer. As
+            after any other error, nothing has changed then.
+    """
+    measured = measure(
+        model, loader, device, num_batches=num_batches, forward=forward
+    )
+    with torch.no_grad():
+        for layer, statistics in measured.items():
+            for name, values in statistics.items():
+                layer.get_buffer(name).copy_(values)
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    loader: Iterable[Any],
+    device: int | str | torch.device | None = None,
+    *,
+    num_batches: int | None = None,
+    forward: Forward | None = None,
+) -> dict[nn.Module, dict[str, Tensor]]:
+    """Return what :func:`update_estimates` writes; arguments are the same."""
+    model = getattr(model, '_orig_mod', model)  # compiled, it runs no hooks
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module  # it would broadcast buffers in each forward
+    forward = forward or partial(_run, host=_host_model(model), device=device)
+    with restored(model), _restored_random_states():
+        model.train()
+        running = {
+            layer: _Running(layer)
+            for layer in model.modules()
+            if layer.training
+            and isinstance(layer, (RunningStatistics, BATCH_NORMS))
+            and getattr(layer, 'running_mean', layer) is not None
+        }
+        if not running:
+            return {}
+        handles = [
+            layer.register_forward_pre_hook(each, with_kwargs=True)
+            for layer, each in running.items()
+        ]
+        taken = 0
+        try:
+            together = any(each.synchronizes for each in running.values())
+            for batch in _batches(loader, num_batches, together):
+                forward(model, batch)
+                taken += 1
+        finally:
+            for handle in handles:
+                handle.remove()
+        _merge_ranks(list(running.values()))
+    found: dict[nn.Module, dict[str, Tensor]] = {
+        layer: each.result()
+        for layer, each in running.items()
+        if each.count.any()
+    }
+    if not found:
+        raise ValueError(
+            f'the loader gave {taken} batches, and none reached a layer with '
+            'running statistics. They are as they were. Give a loader of at '
+            'least one batch (a generator is empty after its first use, '
+            'drop_last=True drops the only one), and a model that is not '
+            'compiled'
+        )
+    missed = [
+        name
+        for name, layer in model.named_modules()
+        if layer in running and layer not in found
+    ]
+    if missed:
+        print_log(
+            f'{len(missed)} layers ({", ".join(missed[:3])}, ...) saw no '
+            f'value in {taken} batches and keep the statistics that they had',
+            logger='current',
+            level=logging.WARNING,
+        )
+    return found
+
+
+class _BatchNorm:
+    """Contract of running statistics for a BatchNorm of torch."""
+
+    statistics = ('running_mean', 'running_var')
+    estimating = False
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.synchronizes = isinstance(layer, nn.SyncBatchNorm)
+
+    def measure(self, input: Tensor) -> tuple[float, dict[str, Tensor]]:
+        """Moments of a batch, with the unbiased variance."""
+        return measured_moments(input, self.synchronizes, unbiased=True)
+
+    join = staticmethod(weighted_mean)
+
+
+class _Running:
+    """The statistics of what a layer has seen, in float64.
+
+    Args:
+        layer: one in training mode that keeps running statistics. One that
+            is ``estimating`` gets them from here, before each forward.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.declared: Any = layer
+        if not isinstance(layer, RunningStatistics):
+            self.declared = _BatchNorm(layer)
+        self.feeds = self.declared.estimating
+        self.synchronizes = self.declared.synchronizes
+        self.tracks_batches = (
+            getattr(layer, 'num_batches_tracked', None) is not None
+        )
+        self.before = {
+            name: layer.get_buffer(name).clone()
+            for name in self.declared.statistics
+        }
+        self.clear()
+        if self.feeds:
+            layer.training = False  # it then uses the buffers as they are
+
+    def clear(self) -> None:
+        """Forget what was seen."""
+        self.calls = 0
+        self.values = {
+            name: torch.zeros_like(values.double())
+            for name, values in self.before.items()
+        }
+        self.count = torch.zeros_like(next(iter(self.values.values())))
+
+    def __call__(self, layer: Any, args: Any, kwargs: Any) -> None:
+        """Take an input of the layer; a hook before its forward."""
+        self.calls += 1
+        count, batch = self.declared.measure((*args, *kwargs.values())[0])
+        if not count:
+            return
+        finite = torch.stack([*batch.values()]).sum(0).isfinite()
+        self.merge(
+            torch.where(finite, float(count), 0.0).double(),
+            {name: values.double() for name, values in batch.items()},
+        )
+        if self.feeds:
+            for name, values in self.result().items():
+                layer.get_buffer(name).copy_(values)
+
+    def merge(self, count: Tensor, values: dict[str, Tensor]) -> None:
+        """Add the statistics of other values."""
+        used, total = count > 0, self.count + count
+        share = torch.where(used, count / total, 0.0)
+        joined = self.declared.join(self.values, values, share)
+        self.count = total
+        self.values = {
+            name: torch.where(used, joined[name], before)
+            for name, before in self.values.items()
+        }
+
+    def result(self) -> dict[str, Tensor]:
+        """The buffers of the layer; as they were in channels without any."""
+        found = {
+            name: torch.where(
+                self.count > 0, self.values[name].to(before), before
+            )
+            for name, before in self.before.items()
+        }
+        if self.tracks_batches:
+            found['num_batches_tracked'] = torch.tensor(self.calls)
+        return found
+
+
+def _merge_ranks(running: list[_Running]) -> None:
+    """Give every rank the moments of all, in one collective."""
+    rank, world = get_dist_info()
+    own = [each for each in running if not each.synchronizes]
+    if world == 1 or not own:
+        return
+    parts = [
+        part
+        for each in own
+        for part in (
+            each.count.new_tensor([each.calls]),
+            each.count,
+            *each.values.values(),
+        )
+    ]
+    flat = torch.cat(parts)
+    # Each rank fills its own row, so that one sum gathers all of them.
+    rows = flat.new_zeros(world, flat.numel())
+    rows[rank] = flat
+    all_reduce(rows)
+    for each in own:
+        each.clear()
+    sizes = [part.numel() for part in parts]
+    for row in rows:
+        moments = iter(row.split(sizes))
+        for each in own:
+            each.calls += int(next(moments))
+            each.merge(
+                next(moments), {name: next(moments) for name in each.values}
+            )
+
+
+def _batches(
+    loader: Iterable[Any], num_batches: int | None, together: bool
+) -> Iterator[Any]:
+    """The batches of this rank; as many as on every other one, if asked."""
+    iterator, end = iter(loader), object()
+    for number in itertools.count():
+        is_last = num_batches is not None and number >= num_batches
+        batch = end if is_last else next(iterator, end)
+        more = torch.tensor(int(batch is not end))
+        if together:
+            all_reduce(more, op='min')
+        if not more:
+            return
+        yield batch
+
+
+def _host_model(model: nn.Module) -> BaseModel | None:
+    """The model of mmengine within its wrappers, if it is one."""
+    inner: Any = model
+    while not isinstance(inner, BaseModel):
+        inner = getattr(inner, 'module', None)
+        if not isinstance(inner, nn.Module):
+            return None
+    return inner
+
+
+def _run(
+    model: nn.Module, batch: Any, host: BaseModel | None, device: Any
+) -> Any:
+    if host is not None:
+        data = host.data_preprocessor(batch, True)
+        if isinstance(data, dict):
+            return model(**data, mode='loss')
+        return model(*data, mode='loss')
+    if isinstance(batch, (list, tuple)):
+        batch = batch[0]
+    return model(batch if device is None else batch.to(device))
+
+
+@contextmanager
+def _restored_random_states() -> Iterator[None]:
+    states = random.getstate(), np.random.get_state()
+    on_gpu = torch.cuda.is_initialized()
+    devices = [torch.cuda.current_device()] if on_gpu else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])

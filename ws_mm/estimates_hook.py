@@ -1,0 +1,260 @@
+"""Training hook that measures running statistics for validation."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from mmengine.dataset import DefaultSampler
+from mmengine.dist import get_dist_info
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .estimates import measure
+
+
+@HOOKS.register_module()
+class UpdateEstimatesHook(Hook):
+    """Validate and save with statistics measured for the current weights.
+
+    Before each validation and each checkpoint, the running statistics of
+    BCN and BatchNorm layers become means over training images, see
+    :func:`~ws_mm.estimates.update_estimates`. With ``EMAHook`` they are
+    measured for its averaged weights, which are validated and saved.
+
+    Convention: training continues with its own statistics, the order of its
+        images and its random numbers. A checkpoint holds these statistics
+        as ``training_estimates``, and ``--resume`` takes them. After the
+        last iteration the model keeps the measured ones. The images are
+        those of ``train_dataloader``, in an order that depends on the seed
+        and the iteration.
+    Distributed: each rank measures on its share of the images.
+
+    Args:
+        num_batches: number of batches that each rank averages over at most.
+            A validation and a checkpoint of the same weights share one pass.
+
+    Raises:
+        ValueError: ``num_batches`` is no whole number of at least 1; or the
+            sampler of ``train_dataloader`` cannot be replaced.
+    """
+
+    # After EMAHook (NORMAL, 49 in configs) has averaged or put its weights
+    # into a checkpoint, before CheckpointHook (VERY_LOW) saves.
+    priority = 'BELOW_NORMAL'
+
+    def __init__(self, num_batches: int = 200) -> None:
+        if not isinstance(num_batches, int) or num_batches < 1:
+            raise ValueError(
+                f'num_batches={num_batches!r} must be a whole number of at '
+                "least 1 (custom_hooks=[dict(type='ws_mm.UpdateEstimatesHook'"
+                ', num_batches=...)])'
+            )
+        self.num_batches = num_batches
+        self._in_training = False
+        # Statistics of the current weights, by name.
+        self._measured: dict[str, Tensor] | None = None
+        # Statistics of training, while measured ones are in the model.
+        self._own: dict[str, Tensor] | None = None
+
+    def before_train(self, runner: Any) -> None:
+        """Reset the state of an earlier training."""
+        self._in_training = True
+        self._measured = self._own = None
+
+    def after_train_iter(
+        self,
+        runner: Any,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Any = None,
+    ) -> None:
+        """Forget what was measured; measure if a checkpoint follows."""
+        self._measured = None
+        if any(
+            not hook.by_epoch
+            and (
+                hook.every_n_train_iters(
+                    runner, hook.interval, hook.save_begin
+                )
+                or (hook.save_last and hook.is_last_train_iter(runner))
+            )
+            for hook in _hooks(runner, CheckpointHook)
+        ):
+            self._measure(runner)
+
+    def after_train_epoch(self, runner: Any) -> None:
+        """Measure if a checkpoint follows."""
+        if any(
+            hook.by_epoch
+            and (
+                hook.every_n_epochs(runner, hook.interval, hook.save_begin)
+                or (hook.save_last and hook.is_last_train_epoch(runner))
+            )
+            for hook in _hooks(runner, CheckpointHook)
+        ):
+            self._measure(runner)
+
+    def before_val(self, runner: Any) -> None:
+        """Put the measured statistics into the model."""
+        if self._in_training:
+            self._own = self._statistics(runner)
+            self._put(runner, self._measure(runner))
+
+    def after_val(self, runner: Any) -> None:
+        """Put the statistics of training back."""
+        if self._own is not None:
+            self._put(runner, self._own)
+            self._own = None
+
+    def before_save_checkpoint(
+        self, runner: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the measured statistics, and beside them those of training."""
+        if not self._in_training:
+            return
+        if self._measured is None and get_dist_info()[1] > 1:
+            runner.logger.warning(
+                'This checkpoint is saved by rank 0 at a time of its own, at '
+                'which UpdateEstimatesHook cannot measure with all ranks: it '
+                'holds the estimates of training. What CheckpointHook saves '
+                'holds measured ones'
+            )
+            return
+        own = self._own or self._statistics(runner)
+        if not own:
+            return
+        own = _on_cpu(own)
+        checkpoint['training_estimates'] = own
+        # What EMAHook has put there is the model that trains. A checkpoint
+        # is saved while others are in the place of its own, too: the best.
+        trains = checkpoint.get('ema_state_dict')
+        if trains and self._holder(runner) is _inner(runner.model):
+            trains.update({f'module.{name}': v for name, v in own.items()})
+        checkpoint['state_dict'].update(_on_cpu(self._measure(runner)))
+
+    def after_load_checkpoint(
+        self, runner: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        """Resume with the estimates of training."""
+        own = checkpoint.get('training_estimates')
+        if own and runner._resume:
+            if self._holder(runner) is _inner(runner.model):
+                checkpoint['state_dict'].update(own)
+            else:
+                self._put(runner, own)
+
+    def after_train(self, runner: Any) -> None:
+        """Leave the measured statistics in the model."""
+        self._put(runner, self._measure(runner))
+        self._in_training = False
+
+    def _measure(self, runner: Any) -> dict[str, Tensor]:
+        if self._measured is None:
+            with _averaged(runner):
+                measured = measure(
+                    runner.model,
+                    self._batches(runner),
+                    num_batches=self.num_batches,
+                )
+            names = {
+                module: name
+                for name, module in _inner(runner.model).named_modules()
+            }
+            self._measured = {
+                _saved_name(f'{names[layer]}.{name}'): values
+                for layer, statistics in measured.items()
+                for name, values in statistics.items()
+            }
+        return self._measured
+
+    def _batches(self, runner: Any) -> DataLoader[Any]:
+        """The training images, in batches as in training.
+
+        A loader of its own: restarting that of the training would end its
+        sampler or its workers.
+        """
+        loader = runner.train_loop.dataloader
+        samples = DefaultSampler(loader.dataset, seed=runner.seed)
+        samples.set_epoch(runner.iter)
+        own = loader.batch_sampler
+        try:
+            batches = type(own)(
+                samples, batch_size=own.batch_size, drop_last=own.drop_last
+            )
+        except (AttributeError, TypeError) as error:
+            raise ValueError(
+                'UpdateEstimatesHook cannot go over the images of '
+                f'train_dataloader: its batch_sampler is a '
+                f'{type(own).__name__}, which takes no other sampler. Remove '
+                'the hook from custom_hooks, and call '
+                'ws_mm.update_estimates(model, loader) after training'
+            ) from error
+        return DataLoader(
+            loader.dataset,
+            batch_sampler=batches,
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+        )
+
+    def _holder(self, runner: Any) -> nn.Module:
+        """The model whose buffers a validation uses."""
+        for hook in _hooks(runner, EMAHook):
+            if hook.ema_model.update_buffers:
+                return hook.ema_model.module  # type: ignore[no-any-return]
+        return _inner(runner.model)
+
+    def _statistics(self, runner: Any) -> dict[str, Tensor]:
+        buffers = _buffers(self._holder(runner))
+        return {name: buffers[name].clone() for name in self._measure(runner)}
+
+    @torch.no_grad()
+    def _put(self, runner: Any, statistics: dict[str, Tensor]) -> None:
+        buffers = _buffers(self._holder(runner))
+        for name, values in statistics.items():
+            buffers[name].copy_(values)
+
+
+def _hooks(runner: Any, kind: type) -> list[Any]:
+    return [hook for hook in runner.hooks if isinstance(hook, kind)]
+
+
+@contextmanager
+def _averaged(runner: Any) -> Iterator[None]:
+    """Put the averaged weights of EMAHook into the model meanwhile."""
+    hooks = _hooks(runner, EMAHook)
+    for hook in hooks:
+        hook.before_val_epoch(runner)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.after_val_epoch(runner)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    inner: Any = model.module if is_model_wrapper(model) else model
+    return inner  # type: ignore[no-any-return]
+
+
+def _saved_name(name: str) -> str:
+    """A name without the prefixes of wrappers of submodules."""
+    return re.sub(
+        r'_(fsdp_wrapped_module|checkpoint_wrapped_module|orig_mod)\.',
+        '',
+        name,
+    )
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {_saved_name(name): b for name, b in model.named_buffers()}
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values.cpu().clone() for name, values in tensors.items()}

@@ -1,0 +1,323 @@
+"""Replacement of one layer: which can be replaced, and by what.
+
+Layers of timm, torchvision, mmcv or a user are judged by what they compute,
+not by their names: a copy runs beside the torch layer that it has to equal.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .conv import (
+    WSConv1d,
+    WSConv2d,
+    WSConv3d,
+    WSConvTranspose1d,
+    WSConvTranspose2d,
+    WSConvTranspose3d,
+)
+from .functional import swap_channels
+from .running_statistics import RunningStatistics, channels_of
+
+WS_TO_PLAIN: dict[type, type] = {
+    WSConv1d: nn.Conv1d,
+    WSConv2d: nn.Conv2d,
+    WSConv3d: nn.Conv3d,
+    WSConvTranspose1d: nn.ConvTranspose1d,
+    WSConvTranspose2d: nn.ConvTranspose2d,
+    WSConvTranspose3d: nn.ConvTranspose3d,
+}
+PLAIN_TO_WS = {plain: ws for ws, plain in WS_TO_PLAIN.items()}
+# Known by name: ws_mm imports neither mmcv nor timm.
+FOREIGN_WS = {'ConvWS2d', 'ConvAWS2d', 'StdConv2d', 'StdConv2dSame'}
+BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+INSTANCE_NORMS = nn.modules.instancenorm._InstanceNorm
+
+
+class WSConv2dSame(WSConv2d):
+    """A :class:`~ws_mm.conv.WSConv2d` with padding 'same'.
+
+    Formula, for each of height and width:
+        padding = max((ceil(size / stride) - 1) * stride
+                      + dilation * (kernel_size - 1) + 1 - size, 0)
+    zeros, of which the smaller half goes in front.
+
+    Source: TensorFlow's ``'SAME'``; timm's ``Conv2dSame`` and mmcv's
+        ``Conv2dAdaptivePadding`` compute it.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Pad ``input``, then convolve it with the standardized weight."""
+        return super().forward(_pad_same(input, self))
+
+
+def _pad_same(input: Tensor, conv: Any) -> Tensor:
+    padding: list[int] = []
+    # From the last dimension to the first, as F.pad wants them.
+    for i in (-1, -2):
+        size, stride = input.shape[i], conv.stride[i]
+        reach = conv.dilation[i] * (conv.kernel_size[i] - 1) + 1
+        missing = max((-(-size // stride) - 1) * stride + reach - size, 0)
+        padding += missing // 2, missing - missing // 2
+    return nn.functional.pad(input, padding)
+
+
+class WithAct(nn.Module):
+    """Base of norms that also have the drop and act of the norm before.
+
+    Formula:
+        output = act(drop(norm(input)))
+
+    Source: the attributes of timm's ``BatchNormAct2d``.
+    """
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input``, then drop and activate."""
+        output: Tensor = self.act(self.drop(super().forward(input)))
+        return output
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Its class is no name of a module, by which pickle could find it.
+        return _unpickled, (type(self).__mro__[2],), vars(self)
+
+
+_with_act: dict[type, Any] = {}
+
+
+def with_act(norm: type[nn.Module]) -> Any:
+    """The class of a norm with :class:`WithAct`, named as timm would."""
+    if norm not in _with_act:
+        _with_act[norm] = type(f'{norm.__name__}Act', (WithAct, norm), {})
+    return _with_act[norm]
+
+
+def _unpickled(norm: type[nn.Module]) -> Any:
+    kind = with_act(norm)
+    return kind.__new__(kind)
+
+
+def standardizes(conv: nn.Module) -> bool:
+    """Whether a convolution standardizes its filters, by any formula."""
+    return any(
+        base in WS_TO_PLAIN or base.__name__ in FOREIGN_WS
+        for base in type(conv).__mro__
+    )
+
+
+def fan_in(conv: Any) -> int:
+    """Entries of one filter."""
+    return int(conv.in_channels // conv.groups * math.prod(conv.kernel_size))
+
+
+def ws_type(conv: Any) -> type | None:
+    """The WS class for a convolution, or None.
+
+    None if it computes more than its torch namesake, or if another module
+    computes its weight.
+    """
+    if type(conv) is WSConv2dSame or type(conv) in WS_TO_PLAIN:
+        return type(conv)
+    if 'weight' not in conv._parameters:
+        return None
+    if type(conv) in PLAIN_TO_WS:
+        return PLAIN_TO_WS[type(conv)]
+    base: Any = next((b for b in type(conv).__mro__ if b in PLAIN_TO_WS), None)
+    if base is None or conv.transposed or standardizes(conv):
+        return None
+    probe, random = _probe(conv)
+    # One and two pixels more than what strides reach: both parities.
+    inputs = [
+        torch.randn(
+            1,
+            conv.in_channels,
+            *(
+                dilation * (kernel - 1) + 2 * stride + more
+                for dilation, kernel, stride in zip(
+                    conv.dilation, conv.kernel_size, conv.stride, strict=True
+                )
+            ),
+            **random,
+        )
+        for more in (1, 2)
+    ]
+
+    def plain(x: Tensor) -> Any:
+        return base._conv_forward(probe, x, probe.weight, probe.bias)
+
+    if all(_equal(probe, x, plain(x)) for x in inputs):
+        return PLAIN_TO_WS[base]
+    if base is nn.Conv2d and all(
+        _equal(probe, x, plain(_pad_same(x, conv))) for x in inputs
+    ):
+        return WSConv2dSame
+    return None
+
+
+def standardize(
+    conv: Any, eps: float = 1e-5, eps_mode: str = 'outside'
+) -> None:
+    """Make a convolution standardize its filters, in place.
+
+    Args:
+        conv: convolution for which :func:`ws_type` returns a class.
+        eps: eps of :func:`~ws_mm.functional.standardize_weight`.
+        eps_mode: eps_mode of the same function.
+    """
+    ws = ws_type(conv)
+    assert ws is not None
+    if type(conv) not in (ws, WS_TO_PLAIN.get(ws)):
+        conv.plain_type = type(conv)
+    conv.__class__ = ws
+    conv.eps, conv.eps_mode = eps, eps_mode
+
+
+def plain_type(conv: Any) -> type:
+    """The class that a WS convolution had, or is the namesake of."""
+    return vars(conv).get('plain_type') or WS_TO_PLAIN[type(conv)]
+
+
+def rows_of(conv: Any, weight: Tensor) -> Tensor:
+    """A weight with one row per output channel; its own inverse."""
+    return swap_channels(weight, conv.groups) if conv.transposed else weight
+
+
+def is_ours(conv: nn.Module) -> bool:
+    """Whether a convolution is a WS convolution of ws_mm itself."""
+    return type(conv) is WSConv2dSame or type(conv) in WS_TO_PLAIN
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm with running statistics, not of ws_mm.
+
+    True for torchvision's ``FrozenBatchNorm2d`` and mmcv's own
+    ``SyncBatchNorm``, too, which are no subclasses of torch's.
+    """
+    if isinstance(module, (RunningStatistics, INSTANCE_NORMS)):
+        return False
+    names = {'running_mean', 'running_var'}
+    return isinstance(module, BATCH_NORMS) or names <= module._buffers.keys()
+
+
+def why_kept(norm: Any) -> str:
+    """Why no norm can take the place of this one; '' where one can."""
+    if not (is_batch_norm(norm) or isinstance(norm, nn.GroupNorm)):
+        return 'is no BatchNorm or GroupNorm'
+    if isinstance(norm, nn.modules.lazy.LazyModuleMixin):
+        return 'has not run yet, so that its channels are not known'
+    if is_batch_norm(norm) and norm.running_mean is None:
+        return 'keeps no statistics'
+    children = dict(norm.named_children())
+    more = [name for name in children if name not in ('drop', 'act')]
+    if more:
+        return f'has layers of its own ({", ".join(more)})'
+    if type(norm).__module__.startswith(('torch.nn.', 'ws_mm.')):
+        return ''
+    probe, random = _probe(norm)
+    dims = 2
+    for base, number in ((nn.BatchNorm1d, 1), (nn.BatchNorm3d, 3)):
+        dims = number if isinstance(norm, base) else dims
+    x = torch.randn(2, channels_of(norm), *[3] * dims, **random)
+    if is_batch_norm(norm):
+        # F.batch_norm takes no eps of 0, which torchvision's detectors have.
+        shape = 1, -1, *[1] * dims
+        # Without one: the constant of DETR's FrozenBatchNorm2d, as torch's.
+        var = probe.running_var.view(shape) + getattr(norm, 'eps', 1e-5)
+        expected = (x - probe.running_mean.view(shape)) / var.sqrt()
+        if probe.weight is not None:
+            expected = expected * probe.weight.view(shape)
+        if probe.bias is not None:
+            expected = expected + probe.bias.view(shape)
+    else:
+        expected = nn.functional.group_norm(
+            x, norm.num_groups, probe.weight, probe.bias, norm.eps
+        )
+    for name in ('drop', 'act'):
+        expected = getattr(probe, name, nn.Identity())(expected)
+    same = _equal(probe, x, expected)
+    return '' if same else 'computes something else than a norm'
+
+
+@torch.no_grad()
+def replacement_of(
+    norm: Any, kind: type[RunningStatistics], arguments: Mapping[str, Any]
+) -> RunningStatistics:
+    """Make the layer that takes the place of a norm.
+
+    Args:
+        norm: one for which :func:`why_kept` has no reason.
+        kind: class of the layer; see its ``from_norm``.
+        arguments: constructor arguments, which win over those of norm.
+
+    Raises:
+        ValueError: an argument does not fit the norm.
+    """
+    has_act = any(True for _ in norm.children())
+    made: Any = with_act(kind) if has_act else kind
+    layer, sources = made.from_norm(norm, arguments)
+    like = next(iter(norm.state_dict().values()), torch.empty(0))
+    layer.to(dtype=like.dtype)
+    parameter = next(norm.parameters(recurse=False), None)
+    learns = parameter is None or parameter.requires_grad
+    for target, new in [*layer.named_parameters()]:
+        values = sources.get(target, new).detach().clone()
+        values = values.to(like.device, new.dtype)
+        setattr(layer, target, nn.Parameter(values, learns))
+    for target, initial in [*layer.named_buffers()]:
+        found = sources.get(target, initial)
+        device = found.device if target in sources else like.device
+        setattr(layer, target, found.clone().to(device, initial.dtype))
+    layer.train(norm.training)
+    if has_act:
+        layer.drop = getattr(norm, 'drop', nn.Identity())
+        layer.act = getattr(norm, 'act', nn.Identity())
+    return layer  # type: ignore[no-any-return]
+
+
+def become(old: nn.Module, new: nn.Module, keep: bool = True) -> None:
+    """Turn a module into another one, in place.
+
+    Whatever holds it, in a list or under a second name, then holds the new
+    one. Its hooks stay, and with ``keep`` the attributes that new lacks.
+    """
+    kept = {
+        name: value
+        for name, value in vars(old).items()
+        if (keep and name not in vars(new)) or 'hook' in name
+    }
+    vars(old).clear()
+    old.__class__ = type(new)
+    vars(old).update({**vars(new), **kept})
+
+
+@torch.no_grad()
+def _probe(layer: nn.Module) -> tuple[Any, dict[str, Any]]:
+    """A copy in float64 with random values, and options for more of them.
+
+    Its own values could hide its function, such as a scale of zero.
+    """
+    generator = torch.Generator().manual_seed(0)
+    probe = copy.deepcopy(layer).to_empty(device='cpu').double().eval()
+    for values in (*probe.parameters(), *probe.buffers()):
+        if values.is_floating_point():
+            values.uniform_(0.5, 1.5, generator=generator)
+    return probe, dict(generator=generator, dtype=torch.float64)
+
+
+@torch.no_grad()
+def _equal(layer: Any, x: Tensor, expected: Tensor) -> bool:
+    try:
+        y = layer.forward(x)  # its hooks are not for this input
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return False
+    return (
+        isinstance(y, Tensor)
+        and y.shape == expected.shape
+        and torch.allclose(y, expected)
+    )
