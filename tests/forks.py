@@ -78,19 +78,19 @@ class Forks:
         return code
 
     def call(
-        self, script: str, *arguments: object, log: Path
+        self, script: str, *arguments: object, log: Path, **environment: str
     ) -> tuple[int, str]:
         """Run a script; its exit code and what it printed come back."""
-        code = self.wait(self.start(script, *arguments, log=log))
-        return code, log.read_text()
+        process = self.start(script, *arguments, log=log, **environment)
+        return self.wait(process), log.read_text()
 
     def run(
-        self, script: str, *arguments: object
+        self, script: str, *arguments: object, **environment: str
     ) -> subprocess.CompletedProcess:
         """Run a script as :func:`tiny_runs.call` does."""
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder, 'log')
-            code, said = self.call(script, *arguments, log=log)
+            code, said = self.call(script, *arguments, log=log, **environment)
         return subprocess.CompletedProcess(script, code, said)
 
     def stop(self) -> None:
@@ -114,6 +114,8 @@ def serve() -> None:
     import mmseg.utils
     import test
     import train
+    from analysis_tools import check_model
+    from model_converters import apply_norm
     from proofs import kill_and_resume, soak
     from support import launch
 
@@ -125,6 +127,8 @@ def serve() -> None:
     mains = {
         'train': lambda: launch.run(train.main),
         'test': lambda: launch.run(test.main),
+        'apply_norm': lambda: launch.run(apply_norm.main),
+        'check_model': lambda: launch.run(check_model.main),
         'kill_and_resume': kill_and_resume.main,
         'soak': soak.main,
     }
@@ -161,6 +165,8 @@ def obey(order: dict, main: object) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(order['environment'])
+    more = order['environment'].get('PYTHONPATH')
+    sys.path[:0] = more.split(':') if more else []
     sys.argv = [f'{order["script"]}.py', *order['arguments']]
     code = 0
     try:

@@ -119,27 +119,18 @@ def test_augmentation_merges_boxes_of_the_flipped_image(
 def test_a_killed_training_resumes_from_its_last_whole_checkpoint(
     forks: Forks, det: Path, tmp_path: Path
 ) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / 'tools' / 'train.py'),
-        str(det / 'tiny.py'),
-        *('--work-dir', str(tmp_path), '--cfg-options'),
-    ]
-    env = os.environ | {
-        'CUDA_VISIBLE_DEVICES': '',
-        'OMP_NUM_THREADS': '1',
-        'PYTHONPATH': str(ROOT),
-    }
-    with subprocess.Popen(
-        [*command, 'train_cfg.max_epochs=1000'],
-        env=env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        while process.poll() is None:
-            if len(list(tmp_path.glob('*.pth'))) > 10:
-                process.send_signal(signal.SIGKILL)
-            time.sleep(0.02)
+    process = forks.start(
+        'train',
+        det / 'tiny.py',
+        *('--work-dir', tmp_path, '--cfg-options'),
+        'train_cfg.max_epochs=1000',
+        log=tmp_path / 'log',
+    )
+    while len(list(tmp_path.glob('*.pth'))) <= 10:
+        assert forks.poll(process) is None
+        time.sleep(0.02)
+    os.kill(process, signal.SIGKILL)
+    assert forks.wait(process) == -signal.SIGKILL
     numbers = sorted(
         int(path.stem.removeprefix('epoch_'))
         for path in tmp_path.glob('epoch_*.pth')
