@@ -4,6 +4,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -61,6 +62,31 @@ class Forks:
                 self.running.add(answer['started'])
                 return answer['started']
             self.codes[answer['ended']] = answer['code']
+
+    def start_ranks(
+        self, script: str, *arguments: object, logs: Path
+    ) -> list[int]:
+        """Start two processes of one group, as torchrun does.
+
+        Args:
+            script: name of a module in tools/ that has a ``main``.
+            *arguments: of the script.
+            logs: folder of their outputs, ``log 0`` and ``log 1``.
+        """
+        with socket.create_server(('127.0.0.1', 0)) as server:
+            port = str(server.getsockname()[1])
+        return [
+            self.start(
+                *(script, *arguments, '--launcher', 'pytorch'),
+                log=logs / f'log {rank}',
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE='2',
+                MASTER_ADDR='127.0.0.1',
+                MASTER_PORT=port,
+            )
+            for rank in range(2)
+        ]
 
     def poll(self, process: int) -> int | None:
         """Exit code, negative the signal, or None while it runs."""
