@@ -9,64 +9,23 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / 'tools/bootstrap.py'
 
 import bootstrap  # noqa: E402
 from bootstrap import SetUp, Stop  # noqa: E402
+from fake_environment import (  # noqa: E402
+    SCRIPT,
+    calls,
+    environment,  # noqa: F401
+    left_over,
+    start,
+    wait_for,
+)
 from support import bare_machine  # noqa: E402
-
-# Stands in for an environment's Python: notes how it is called, and builds a
-# wheel at once, for ever, or not at all, as the file `mode` says.
-FAKE_PYTHON = """\
-#!/bin/sh
-here=$(dirname "$0")
-echo "$*" >> "$here/calls"
-mode=$(cat "$here/mode")
-case "$*" in
-  *' wheel '*)
-    while [ "$1" != -w ]; do shift; done
-    echo half > "$2/onedl_mmcv-2.3.6-cp311-cp311-linux.whl"
-    echo ' [1/78] c++ nms.cpp'
-    if [ $mode = hang ]; then echo $$ > "$here/pid"; exec sleep 60; fi
-    if [ $mode = fail ]; then
-      echo 'nms.cpp:3:10: fatal error: torch.h: No such file'
-      echo 'ninja: build stopped: subcommand failed.'
-      echo 'error: subprocess-exited-with-error'
-      exit 1
-    fi
-    echo whole > "$2/onedl_mmcv-2.3.6-cp311-cp311-linux.whl" ;;
-  *json.dumps*)
-    echo '{"torch": "2.10.0", "cuda": "12.8", "archs": [], "cuda_home": null}'
-    ;;
-  *roi_align*) [ $mode != broken ] ;;
-  *' pytest '*) exit 5 ;;
-  *' mypy '*) exit 2 ;;
-  */tools/demo.py*)
-    echo "$PWD gpus=$CUDA_VISIBLE_DEVICES"
-    if [ $mode = hang ]; then echo $$ > "$here/pid"; exec sleep 60; fi ;;
-esac
-"""
-
-
-@pytest.fixture
-def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SetUp:
-    """Return an environment with its packages and a stand-in for Python."""
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    env = tmp_path / 'env'
-    (env / 'bin').mkdir(parents=True)
-    (env / bootstrap.MARKER).touch()
-    (env / 'bin/mode').write_text('build')
-    (env / 'bin/python').write_text(FAKE_PYTHON)
-    (env / 'bin/python').chmod(0o755)
-    made = SetUp(env, bootstrap.cache_dir())
-    made.note(**{k: made.steps[k] for k in ('environment', 'packages')})
-    return made
 
 
 def cli(*words: str, **variables: str) -> subprocess.CompletedProcess:
@@ -84,35 +43,6 @@ def one_line(result: subprocess.CompletedProcess) -> str:
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     return line
-
-
-def calls(setup: SetUp, word: str = '') -> list[str]:
-    path = setup.env / 'bin/calls'
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [line for line in lines if f' {word}' in line]
-
-
-def left_over(setup: SetUp) -> bool:
-    """Return whether a build has left its folder."""
-    return (setup.env / 'building').exists()
-
-
-def start(setup: SetUp, command: str = 'env') -> subprocess.Popen:
-    """Start a command in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), command, '--env', str(setup.env)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(path: Path) -> None:
-    for _ in range(3000):
-        if path.exists() and path.read_text():
-            return
-        time.sleep(0.01)
-    raise TimeoutError(path)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -301,13 +231,6 @@ def test_operators_for_the_gpu_need_its_compiler() -> None:
         assert built_for == 'cpu'
         assert f'nvcc is {shown},' in why
         assert 'CUDA 12.8' in why
-
-
-def test_error_lines_show_the_cause() -> None:
-    log = 'c++ -o nms.o\nnms.cpp:3: fatal error: torch.h\nninja: stopped\n'
-    log += 'error: subprocess-exited-with-error\nnote: an error elsewhere\n'
-    assert bare_machine.error_lines(log) == ['nms.cpp:3: fatal error: torch.h']
-    assert bare_machine.error_lines('one\n\ntwo\n') == ['one', 'two']
 
 
 # Steps, with the stand-in.

@@ -73,8 +73,8 @@ LINES = {
     'official': Line(
         ((3, 10),), 'mmcv', (*LAYERS, 'configs', 'host_tools', 'packaging')
     ),
-    'layers-oldest': Line(((3, 10),), '', (*LAYERS, 'host_layer')),
-    'layers-newest': Line(RECENT, '', (*LAYERS, 'host_layer')),
+    'layers-oldest': Line(((3, 10),), '', (*LAYERS, 'host_layer', 'dtypes')),
+    'layers-newest': Line(RECENT, '', (*LAYERS, 'host_layer', 'dtypes')),
 }
 MARKER = '.ws_mm_bootstrap'  # in every environment that was made here
 STATE = '.ws_mm_state.json'  # which steps are done, and of which input
