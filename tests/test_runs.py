@@ -420,13 +420,8 @@ def test_a_read_only_work_dir_is_refused_before_training(
 
 
 def test_a_hundred_images_one_by_one(forks: Forks, tmp_path: Path) -> None:
-    code, said = forks.call(
-        'soak',
-        *('--iterations', 100, '--out', tmp_path / 'out.json'),
-        log=tmp_path / 'log',
-    )
+    code, said = forks.call('soak', '--iterations', 100, log=tmp_path / 'log')
     result = json.loads(said.splitlines()[-1])
-    assert result == json.loads((tmp_path / 'out.json').read_text())
     assert result['iterations'] == 100
     assert result['autocast'] == 'bfloat16'
     # All layers with estimates have them, and the mask head saw no RoI.
