@@ -158,11 +158,12 @@ def channel_norm(
     """
     num_channels = input.shape[1]
     group_size = num_channels // num_groups
-    if (
-        input.device.type == 'cpu'
-        and input.numel() > len(input) * num_channels > 0
-        and not compat.is_recording()
-    ):
+    on_cpu = input.device.type == 'cpu' and input.numel() > 0
+    if on_cpu and not compat.is_recording():
+        outer = [x for x in (weight, bias) if x is not None]
+        per_group = all(x.numel() == num_groups for x in outer)
+        if per_group and input.numel() == len(input) * num_channels:
+            return _norm_of_values(input, num_groups, weight, bias, eps)
         input = _centered(input, num_groups)
     if weight is not None and weight.numel() != num_channels:
         weight = weight.repeat_interleave(group_size)
@@ -179,10 +180,33 @@ def _centered(input: Tensor, num_groups: int) -> Tensor:
     where a mean is large.
     """
     with torch.no_grad():
-        means = input.mean(tuple(range(2, input.dim())), keepdim=True)
+        spatial = tuple(range(2, input.dim()))
+        means = input.mean(spatial, keepdim=True) if spatial else input.clone()
         rows = means.view(len(input), num_groups, -1)
         rows.copy_(rows.mean(2, keepdim=True))
     return input.sub_(means)
+
+
+def _norm_of_values(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Group norm of one value per channel, with affines per group.
+
+    Batch norm of all groups of all samples: few operations, which is what
+    such a map costs, and no digits lost.
+    """
+    samples = len(input)
+    output = torch.batch_norm(
+        input.reshape(1, samples * num_groups, -1),
+        None if weight is None else weight.repeat(samples),
+        None if bias is None else bias.repeat(samples),
+        *(None, None, True, 0.0, eps, False),
+    )
+    return output.view(input.shape)
 
 
 @torch.no_grad()
@@ -225,6 +249,8 @@ def batch_moments(x: Tensor, around: Tensor | None) -> tuple[Tensor, Tensor]:
         var, mean = torch.var_mean(x, dims, correction=0)
         return mean, var
     deviation = x - _per_channel(around, x)
+    if x.numel() == x.shape[1]:  # their means are themselves
+        return x.flatten(), deviation.square_().flatten()
     return x.mean(dims), deviation.square_().mean(dims)
 
 
@@ -239,7 +265,7 @@ def moved(
     # By number: the compiler of torch 2.1 knows no strict zip.
     numbers = range(len(running))
     new = [
-        torch.lerp(running[i], batch[i].to(running[i]), momentum)
+        torch.lerp(running[i], batch[i].to(running[i].dtype), momentum)
         for i in numbers
     ]
     total = new[0]
@@ -323,7 +349,9 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def widened(affines: Affines, dtype: torch.dtype) -> Affines:
     """Affines in the dtype of the computation."""
-    a, b, c, d = [None if x is None else x.to(dtype) for x in affines]
+    a, b, c, d = [
+        x if x is None or x.dtype == dtype else x.to(dtype) for x in affines
+    ]
     return a, b, c, d
 
 
