@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ws_mm import BCN, SyncEstimatesHook, distributed, running_statistics
+from ws_mm.hooks import average_estimates
 
 CHANNELS, GROUPS = 8, 4
 
@@ -455,6 +457,75 @@ def test_model_without_running_statistics_needs_no_collective(world):
     assert world(2).run(plain_rank, nn.Conv2d(3, 4, 3)) == [0, 0]
 
 
+class Operations(TorchDispatchMode):
+    """Names of operations that compute or copy, in their order."""
+
+    # Views, new memory, and a tensor made of Python's numbers on the host.
+    FREE = (
+        *('slice', 'split', 'split_with_sizes', 'detach'),
+        *('empty', 'new_empty', 'empty_like', 'lift_fresh'),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        # c10d's own operators do not count.
+        if function.namespace == 'aten' and name not in self.FREE:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def operations_rank(rank: int, number: int, mixed: bool) -> list[str]:
+    model = nn.Sequential(*(BCN(8 + index % 3) for index in range(number)))
+    if mixed:
+        model[1].double()
+    hook = SyncEstimatesHook()
+    hook.before_train(Runner(model))
+    for _ in range(2):
+        for layer in model:
+            x = torch.randn(1, layer.num_features, 2, 3)
+            layer(x.to(layer.running_mean))
+        with Operations() as seen:
+            hook.after_train_iter(Runner(model), 0)
+    return seen.names
+
+
+@pytest.mark.parametrize('mixed', [False, True])
+def test_hook_takes_as_many_operations_for_any_number_of_layers(mixed, world):
+    (few, _), (many, _) = (
+        world(2).run(operations_rank, number, mixed) for number in (3, 69)
+    )
+    assert few == many
+    assert len(few) == 12, few
+
+
+def precisions_rank(rank: int) -> list[Tensor]:
+    model = nn.Sequential(make_layer('estimate'), make_layer('estimate'))
+    model[1].float()
+    hook = SyncEstimatesHook()
+    hook.before_train(Runner(model))
+    x, _ = make_batch(4)
+    for layer in model:
+        layer(share(x, (3, 1), rank).to(layer.running_mean))
+    hook.after_train_iter(Runner(model), 0)
+    return [*model.buffers()]
+
+
+def test_hook_averages_layers_of_two_dtypes(world):
+    x, _ = make_batch(4)
+    for buffers in world(2).run(precisions_rank):
+        for dtype in (torch.float64, torch.float32):
+            found = [values for values in buffers if values.dtype == dtype]
+            layer = make_layer('estimate').to(dtype)
+            layer(x.to(dtype))
+            expected = dict(layer.named_buffers())
+            actual = dict(zip(expected, found, strict=True))
+            assert not disagreements(actual, expected, TOLERANCE[dtype])
+
+
 def idle_rank(rank: int) -> None:
     model = Net()
     hook = SyncEstimatesHook()
@@ -467,7 +538,7 @@ def idle_rank(rank: int) -> None:
     layer = model.first
     x, dy = make_batch(2)
     checkpoint(layer, x.requires_grad_(), use_reentrant=False).backward(dy)
-    assert layer.values_seen.item() == x.numel() / CHANNELS
+    assert layer.values_seen.on_host == x.numel() / CHANNELS
     assert 'values_seen' not in layer.state_dict()
 
 
@@ -512,10 +583,19 @@ def compiled_rank(rank: int) -> None:
         SyncEstimatesHook().before_train(Runner(module))
     counter = CompileCounterWithBackend('aot_eager')
     run = torch.compile(layer, backend=counter, fullgraph=True)
-    for seed in range(3):
-        x = make_batch(2)[0] + seed
-        actual = dict(output=run(x), seen=layer.values_seen)
-        wanted = dict(output=expected(x), seen=expected.values_seen)
+    batch, _ = make_batch(5)
+    for step in range(4):
+        x = share(batch + step, (3, 2), rank)
+        # A layer may be compiled in one call and not in another.
+        actual, wanted = dict(output=run(x)), dict(output=expected(x))
+        actual['again'], wanted['again'] = layer(x), expected(x)
+        seen = x.numel() / CHANNELS
+        assert layer.values_seen.on_host == layer.values_seen.compiled == seen
+        assert expected.values_seen.on_host == 2 * seen
+        average_estimates([layer])
+        average_estimates([expected])
+        actual |= dict(layer.named_buffers())
+        wanted |= dict(expected.named_buffers())
         assert not disagreements(actual, wanted, TOLERANCE[torch.float64])
     assert counter.frame_count == 1
 
