@@ -38,9 +38,10 @@ def add_up(rank: int, number: int) -> int:
     return rank + number
 
 
-def make_layer(mode: str) -> BCN:
+def make_layer(mode: str, **options: Any) -> BCN:
     torch.manual_seed(1)
-    layer = BCN(CHANNELS, GROUPS, momentum=0.3, mode=mode, dtype=torch.float64)
+    options = dict(momentum=0.3, mode=mode, dtype=torch.float64) | options
+    layer = BCN(CHANNELS, GROUPS, **options)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(mean=0.5)
@@ -68,28 +69,157 @@ def step(layer: BCN, x: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
     }
 
 
-def sync_batch_rank(rank: int, sizes: list[int]) -> dict[str, Tensor]:
-    x, cotangent = (t.split(sizes)[rank] for t in make_batch(sum(sizes)))
-    return step(make_layer('sync_batch'), x, cotangent)
+def of_one_process(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Results of all ranks: images in their order, gradients added."""
+    found = {}
+    for name in ranks[0]:
+        values = [rank[name] for rank in ranks]
+        if name in ('output', 'dx', 'ddx'):
+            found[name] = torch.cat(values)
+        elif name.startswith('running'):
+            assert all(torch.equal(v, values[0]) for v in values)
+            found[name] = values[0]
+        else:
+            found[name] = sum(values)
+    return found
 
 
+def sync_batch_rank(
+    rank: int,
+    sizes: list[int],
+    input_dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> dict[str, Tensor]:
+    batch = [t.to(input_dtype) for t in make_batch(sum(sizes))]
+    return step(
+        make_layer('sync_batch', **options),
+        *(t.split(sizes)[rank] for t in batch),
+    )
+
+
+@pytest.mark.parametrize('options', [{}, {'affine': False}], ids=str)
 @pytest.mark.parametrize(
     'sizes', [[2, 2], [1, 3], [4, 0], [1, 0, 2, 1]], ids=str
 )
-def test_sync_batch_equals_one_process_on_all_images(sizes, world):
-    ranks = world(len(sizes)).run(sync_batch_rank, sizes)
-    expected = step(make_layer('batch'), *make_batch(sum(sizes)))
-    actual = {}
-    for name in expected:
-        values = [rank[name] for rank in ranks]
-        if name in ('output', 'dx'):
-            actual[name] = torch.cat(values)
-        elif name.startswith('running'):
-            assert all(torch.equal(v, values[0]) for v in values)
-            actual[name] = values[0]
-        else:
-            actual[name] = sum(values)
+def test_sync_batch_equals_one_process_on_all_images(sizes, options, world):
+    ranks = world(len(sizes)).run(sync_batch_rank, sizes, **options)
+    layer = make_layer('batch', **options)
+    expected = step(layer, *make_batch(sum(sizes)))
+    actual = of_one_process(ranks)
     assert not disagreements(actual, expected, TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize('dtype', [torch.half, torch.bfloat16], ids=str)
+def test_sync_batch_in_half_precision(dtype, world):
+    sizes = [1, 0, 2, 1]
+    options = dict(outer_affine='channel', dtype=torch.float32)
+    ranks = world(4).run(sync_batch_rank, sizes, input_dtype=dtype, **options)
+    assert ranks[0]['output'].dtype == ranks[0]['dx'].dtype == dtype
+    rounded = [t.to(dtype).double() for t in make_batch(4)]
+    layer = make_layer('batch', outer_affine='channel')
+    layer.load_state_dict(make_layer('batch', **options).double().state_dict())
+    expected = step(layer, *rounded)
+    actual = of_one_process(ranks)
+    assert not disagreements(actual, expected, TOLERANCE[dtype])
+
+
+def second_derivatives(
+    layer: BCN, x: Tensor, cotangent: Tensor
+) -> dict[str, Tensor]:
+    """Those of the sum over all images of a square of the gradient."""
+    leaf = x.clone().requires_grad_()
+    output = layer(leaf)
+    (dx,) = torch.autograd.grad(output, leaf, cotangent, create_graph=True)
+    (dx * dx * cotangent).sum().backward()
+    return {
+        'dx': dx.detach(),
+        'ddx': leaf.grad,
+        **{
+            f'dd{name}': parameter.grad
+            for name, parameter in layer.named_parameters()
+            if parameter.grad is not None
+        },
+    }
+
+
+def second_rank(rank: int, sizes: list[int]) -> dict[str, Tensor]:
+    x, cotangent = (t.split(sizes)[rank] for t in make_batch(sum(sizes)))
+    return second_derivatives(make_layer('sync_batch'), x, cotangent)
+
+
+@pytest.mark.parametrize('sizes', [[3, 1], [2, 0, 1, 2]], ids=str)
+def test_second_derivatives_of_sync_batch(sizes, world):
+    ranks = world(len(sizes)).run(second_rank, sizes)
+    batch = make_batch(sum(sizes))
+    expected = second_derivatives(make_layer('batch'), *batch)
+    # Digits that a first derivative does not lose.
+    assert not disagreements(of_one_process(ranks), expected, 1e-11)
+
+
+def compiled_sync_rank(rank: int) -> dict[str, Tensor]:
+    layer = make_layer('sync_batch')
+    x, cotangent = (t.split([3, 1])[rank] for t in make_batch(4))
+    layer.compile(backend='aot_eager')
+    return step(layer, x, cotangent)
+
+
+def test_compiled_sync_batch_equals_one_process(world):
+    if not hasattr(nn.Module, 'compile'):
+        pytest.skip('modules compile themselves since torch 2.2')
+    ranks = world(2).run(compiled_sync_rank)
+    expected = step(make_layer('batch'), *make_batch(4))
+    actual = of_one_process(ranks)
+    assert not disagreements(actual, expected, TOLERANCE[torch.float64])
+
+
+def saved_bytes(layer: BCN, x: Tensor) -> int:
+    """Bytes that a forward keeps for its backward."""
+    kept = {}
+
+    def pack(values: Tensor) -> Tensor:
+        kept[values.untyped_storage().data_ptr()] = values.nbytes
+        return values
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda values: values):
+        layer(x.clone().requires_grad_())
+    return sum(kept.values())
+
+
+def exchange_rank(rank: int) -> dict[str, Any]:
+    layer, batch = make_layer('sync_batch'), make_layer('batch')
+    x, dy = make_batch(3)
+    x.requires_grad_()
+    sent = []
+    for name in ('all_gather', 'all_reduce'):
+        original = getattr(dist, name)
+
+        def noted(*args: Any, original: Any = original) -> None:
+            sent.append(args[-1].numel())
+            original(*args)
+
+        mock.patch.object(dist, name, noted).start()
+    try:
+        layer(x).backward(dy)
+    finally:
+        mock.patch.stopall()
+
+    def both() -> None:
+        layer(x).backward(dy)
+
+    return {
+        'sent': sent,
+        'collectives': count(both),
+        'waits': count(both, 'aten::_local_scalar_dense'),
+        'saved': saved_bytes(layer, x) - saved_bytes(batch, x),
+    }
+
+
+def test_sync_batch_sends_little_waits_for_nothing_and_saves_little(world):
+    for found in world(2).run(exchange_rank):
+        assert found['sent'] == [2 * CHANNELS + 1, 2 * CHANNELS]
+        assert found['collectives'] == 2
+        assert found['waits'] == 0
+        assert found['saved'] <= 4 * CHANNELS * 8  # a few numbers per channel
 
 
 class Net(nn.Module):
@@ -417,6 +547,17 @@ def summing_rank(rank: int) -> list[Tensor]:
     total.backward(cotangent)
     assert torch.equal(leaf, x)
     assert torch.equal(cotangent, dy)
+    # The gradient is a sum over ranks, too, and has the same gradient.
+    grad = distributed._AllReduceSum.apply(cotangent.requires_grad_())
+    (once,) = torch.autograd.grad(
+        distributed._AllReduceSum.apply(leaf),
+        leaf,
+        cotangent,
+        create_graph=True,
+    )
+    torch.testing.assert_close(once, grad)
+    once.backward(x)
+    torch.testing.assert_close(cotangent.grad, total)
     return [x, dy, total.detach(), leaf.grad]
 
 
@@ -427,24 +568,27 @@ def test_all_reduce_keeps_its_input(world):
         torch.testing.assert_close(grad, sum(rank[1] for rank in ranks))
 
 
-def empty_rank(rank: int) -> str:
+def empty_rank(rank: int) -> Tensor:
     layer = make_layer('sync_batch')
     before = {k: v.clone() for k, v in layer.named_buffers()}
-    x, dy = make_batch(2)
-    result = step(layer, x[:0], dy[:0])
-    assert all(values.isfinite().all() for values in result.values())
-    for name, values in layer.named_buffers():
-        assert torch.equal(values, before[name])
-    # The one value of all ranks has no variance: all say so, none waits.
-    with pytest.raises(ValueError, match='more than one value') as error:
-        layer(x[: 1 - rank, :, :1, :1])
-    return str(error.value)
+    x, _ = make_batch(2)
+    for images in (x[:0], x[: 1 - rank, :, :1, :1]):
+        # Of no value, and of one on all ranks, which has no variance.
+        layer.zero_grad()
+        result = step(layer, images, torch.ones_like(images))
+        assert all(values.isfinite().all() for values in result.values())
+        for name, values in layer.named_buffers():
+            assert torch.equal(values, before[name])
+    return result['output']
 
 
 def test_sync_batch_without_images_or_with_one_value(world):
     one, none = world(2).run(empty_rank)
-    assert f'(1, {CHANNELS}, 1, 1)' in one
-    assert f'(0, {CHANNELS}, 1, 1)' in none
+    layer = make_layer('estimate').eval()
+    layer.running_mean.copy_(x := make_batch(2)[0][0, :, 0, 0])
+    expected = layer(x[None, :, None, None])
+    assert not disagreements({'y': one}, {'y': expected.detach()}, 1e-12)
+    assert not len(none)
 
 
 def plain_rank(rank: int, model: nn.Module) -> int:

@@ -229,6 +229,11 @@ def is_tracing() -> bool:
     return 'ProxyTorchDispatchMode' in names
 
 
+def is_recording() -> bool:
+    """Return whether a compiler, an exporter or a tracer runs."""
+    return bool(is_compiling()) or is_tracing()
+
+
 def is_transformed() -> bool:
     """Return whether a transform of ``torch.func`` runs; else False."""
     active = getattr(torch._C, '_are_functorch_transforms_active', None)

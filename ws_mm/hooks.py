@@ -15,6 +15,7 @@ from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
 from .checking import check
+from .distributed import world_size
 from .running_statistics import RunningStatistics
 from .shapes import batch_norms
 
@@ -70,7 +71,7 @@ class SyncEstimatesHook(_FrozenLayersHook):
     def before_train(self, runner: Any) -> None:
         """Find the layers once, after the model was wrapped."""
         self._layers = estimating_layers(runner.model)
-        if _world_size() == 1:
+        if world_size() == 1:
             return
         for layer in self._layers:
             layer.count_values()
@@ -231,7 +232,7 @@ def report_batch_norms(model: nn.Module, images: int) -> None:
     for name in batch_norms(model):
         layer = model.get_submodule(name)
         together = isinstance(layer, nn.SyncBatchNorm)
-        number = images * (_world_size() if together else 1)
+        number = images * (world_size() if together else 1)
         if layer.training and 0 < number <= 2:
             few.setdefault(number, []).append(name.removeprefix('module.'))
     for number, names in few.items():
@@ -270,7 +271,7 @@ def average_estimates(layers: Sequence[RunningStatistics]) -> None:
     Args:
         layers: those of one device that count the values that they see.
     """
-    if not layers or _world_size() == 1:
+    if not layers or world_size() == 1:
         return
     counts = []
     for layer in layers:
@@ -328,9 +329,3 @@ def _owner(
         for _ in range(size)
     ]
     return torch.tensor(owner).to(device)
-
-
-def _world_size() -> int:
-    if not (dist.is_available() and dist.is_initialized()):
-        return 1
-    return dist.get_world_size()

@@ -249,7 +249,8 @@ def measured_moments(
     x = at_least_float32(input)
     count: float = values_per_channel(input)
     if synchronizes:
-        mean, var, count = synchronized_moments(x)
+        mean, var, total = synchronized_moments(x)
+        count = float(total)
     elif count:
         mean, var = batch_moments(x, None)
     if not count:

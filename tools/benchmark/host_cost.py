@@ -138,7 +138,7 @@ def hook() -> Step:
     Its collective is dropped. Layers have 8 channels: a CPU would take
     longer for the arithmetic of more.
     """
-    hooks._world_size = lambda: 2
+    hooks.world_size = lambda: 2
     hooks.dist.all_reduce = lambda values: None
     norms = [ws_mm.BCN(8, 4) for _ in range(LAYERS)]
     for layer in norms:
