@@ -71,10 +71,9 @@ def batch_channel_norm(
     x = at_least_float32(input)
     affines = widened(affines, x.dtype)
     if source == 'ranks':
-        y = _synchronized_batch_norm(
-            x, running, affines[:2], momentum, eps, update
-        )
-        return channel_norm(y, num_groups, *affines[2:], eps).to(input.dtype)
+        return _synchronized_norm(
+            x, num_groups, running, affines, momentum, eps, update
+        ).to(input.dtype)
 
     def moments(around: Tensor | None) -> tuple[Tensor, Tensor]:
         return batch_moments(x.detach(), around)
@@ -232,10 +231,11 @@ def _move(
     running[1].copy_(new[1])
 
 
-def _synchronized_batch_norm(
+def _synchronized_norm(
     x: Tensor,
+    num_groups: int,
     running: tuple[Tensor, Tensor],
-    affines: tuple[Tensor | None, Tensor | None],
+    affines: Affines,
     momentum: float,
     eps: float,
     update: bool,
@@ -245,13 +245,13 @@ def _synchronized_batch_norm(
         or compat.is_transformed()
         or compat.is_forward_ad()
     ):
-        y, *found = _composed_synchronized(x, *affines, eps)
+        y, *found = _composed_synchronized(x, *affines[:2], eps)
         if update:
             with torch.no_grad():
                 # Without tangents, too, which no_grad leaves.
                 mean, var, total = (values.detach() for values in found)
                 _move(running, mean, var, total, momentum)
-        return y
+        return channel_norm(y, num_groups, *affines[2:], eps)
     with torch.no_grad():
         if x.numel():
             own = batch_moments(x, None)
@@ -260,8 +260,39 @@ def _synchronized_batch_norm(
         used = statistics_of_ranks(
             own, x.numel() // x.shape[1], running, momentum, update
         )
-    normalized: Tensor = SynchronizedBatchNorm.apply(x, *affines, *used, eps)
-    return normalized
+    return normalize_by_ranks(x, *affines, *used, num_groups, eps)
+
+
+def normalize_by_ranks(
+    input: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    total: Tensor,
+    num_groups: int,
+    eps: float,
+) -> Tensor:
+    """Both steps, as :func:`normalize`, with the statistics of all ranks.
+
+    Args:
+        input: activations.
+        bn_weight: inner scale.
+        bn_bias: inner shift.
+        weight: outer scale.
+        bias: outer shift.
+        mean: result of :func:`statistics_of_ranks`, as the next two.
+        var: of the first step.
+        total: number of values per channel.
+        num_groups: groups of the second step.
+        eps: added to both variances.
+    """
+    y: Tensor = SynchronizedBatchNorm.apply(
+        input, bn_weight, bn_bias, mean, var, total, eps
+    )
+    return channel_norm(y, num_groups, weight, bias, eps)
 
 
 @torch.no_grad()
@@ -290,12 +321,14 @@ def statistics_of_ranks(
 class SynchronizedBatchNorm(torch.autograd.Function):
     """The first step of BCN from the moments of all ranks.
 
-    Formula, with n values per channel on all ranks, d = x - mean and
-    inverse = 1 / sqrt(var + eps):
-        y = d inverse weight + bias
-        dx = inverse weight (g - (sum(g) + d inverse^2 sum(g d)) / n)
-    where both sums are those of all ranks, in one collective. Gradients of
-    the affine are those of this rank: the wrapper of the model adds them.
+    Formula, with n values per channel on all ranks and
+    z = (x - mean) / sqrt(var + eps):
+        y = z weight + bias
+        dweight = sum(g z), dbias = sum(g)
+        dx = weight / sqrt(var + eps) (g - (sum(g z) z + sum(g)) / n)
+    where the sums in dx are those of all ranks: one collective of those two,
+    in this order, as in every backend. Gradients of the affine are those of
+    this rank; what wraps the model adds them.
 
     Saves x and a few numbers per channel.
     """
@@ -329,19 +362,18 @@ class SynchronizedBatchNorm(torch.autograd.Function):
         dims = (0, *range(2, x.dim()))
         inverse = torch.rsqrt(var + ctx.eps)
         d = x - _per_channel(mean, x)
-        sums = torch.cat([grad.sum(dims), (grad * d).sum(dims)])
-        sum_g, sum_gd = sums.chunk(2)
+        sum_gz, sum_g = (grad * d).sum(dims) * inverse, grad.sum(dims)
         dx = None
         if ctx.needs_input_grad[0]:
             scale = inverse if weight is None else inverse * weight
-            share = -scale / total
-            of_all, of_all_d = all_reduced(sums).chunk(2)
-            dx = d.mul_(_per_channel(share * inverse.square() * of_all_d, x))
-            dx.add_(_per_channel(share * of_all, x))
+            sums = all_reduced(torch.cat([sum_gz, sum_g])).view(2, -1)
+            along, constant = sums * (-scale / total)
+            dx = d.mul_(_per_channel(along * inverse, x))
+            dx.add_(_per_channel(constant, x))
             dx.addcmul_(grad, _per_channel(scale, x))
         return (
             dx,
-            None if weight is None else inverse * sum_gd,
+            None if weight is None else sum_gz,
             None if bias is None else sum_g,
             *[None] * 4,
         )
