@@ -594,9 +594,14 @@ def batch_channel_norm(
     output: Tensor | None = None
     plan: NormPlan | None = None
     memory_format = _memory_format(input)
-    if source != 'ranks' and all(
-        x.dtype == torch.float32 and x.is_contiguous() for x in running
-    ):
+    fit = all(x.dtype == torch.float32 and x.is_contiguous() for x in running)
+    if source == 'ranks' and fit:
+        from . import cuda_ranks
+
+        output = cuda_ranks.batch_channel_norm(
+            input, num_groups, running, affines, momentum, eps, update
+        )
+    elif fit:
         plan = _norm_plan(
             input.shape,
             input.dtype,
