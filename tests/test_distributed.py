@@ -1,6 +1,7 @@
 """Statistics over ranks: real gloo processes against one process."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -87,33 +88,49 @@ def of_one_process(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def sync_batch_rank(
     rank: int,
     sizes: list[int],
+    kernels: Sequence[str] = ('auto',),
     input_dtype: torch.dtype = torch.float64,
+    derivatives: Callable[..., dict[str, Tensor]] = step,
     **options: Any,
 ) -> dict[str, Tensor]:
+    """Results of one layer, with kernels that the ranks have in turn."""
     batch = [t.to(input_dtype) for t in make_batch(sum(sizes))]
-    return step(
-        make_layer('sync_batch', **options),
-        *(t.split(sizes)[rank] for t in batch),
-    )
+    chosen = kernels[rank % len(kernels)]
+    with mock.patch.dict(os.environ, WS_MM_KERNELS=chosen):
+        return derivatives(
+            make_layer('sync_batch', **options),
+            *(t.split(sizes)[rank] for t in batch),
+        )
 
 
+KERNELS = pytest.mark.parametrize(
+    'kernels', [['auto'], ['fused'], ['auto', 'fused']], ids='-'.join
+)
+
+
+@KERNELS
 @pytest.mark.parametrize('options', [{}, {'affine': False}], ids=str)
 @pytest.mark.parametrize(
     'sizes', [[2, 2], [1, 3], [4, 0], [1, 0, 2, 1]], ids=str
 )
-def test_sync_batch_equals_one_process_on_all_images(sizes, options, world):
-    ranks = world(len(sizes)).run(sync_batch_rank, sizes, **options)
+def test_sync_batch_equals_one_process_on_all_images(
+    sizes, options, kernels, world
+):
+    ranks = world(len(sizes)).run(sync_batch_rank, sizes, kernels, **options)
     layer = make_layer('batch', **options)
     expected = step(layer, *make_batch(sum(sizes)))
     actual = of_one_process(ranks)
     assert not disagreements(actual, expected, TOLERANCE[torch.float64])
 
 
+@KERNELS
 @pytest.mark.parametrize('dtype', [torch.half, torch.bfloat16], ids=str)
-def test_sync_batch_in_half_precision(dtype, world):
+def test_sync_batch_in_half_precision(dtype, kernels, world):
     sizes = [1, 0, 2, 1]
     options = dict(outer_affine='channel', dtype=torch.float32)
-    ranks = world(4).run(sync_batch_rank, sizes, input_dtype=dtype, **options)
+    ranks = world(4).run(
+        sync_batch_rank, sizes, kernels, input_dtype=dtype, **options
+    )
     assert ranks[0]['output'].dtype == ranks[0]['dx'].dtype == dtype
     rounded = [t.to(dtype).double() for t in make_batch(4)]
     layer = make_layer('batch', outer_affine='channel')
@@ -142,14 +159,12 @@ def second_derivatives(
     }
 
 
-def second_rank(rank: int, sizes: list[int]) -> dict[str, Tensor]:
-    x, cotangent = (t.split(sizes)[rank] for t in make_batch(sum(sizes)))
-    return second_derivatives(make_layer('sync_batch'), x, cotangent)
-
-
+@KERNELS
 @pytest.mark.parametrize('sizes', [[3, 1], [2, 0, 1, 2]], ids=str)
-def test_second_derivatives_of_sync_batch(sizes, world):
-    ranks = world(len(sizes)).run(second_rank, sizes)
+def test_second_derivatives_of_sync_batch(sizes, kernels, world):
+    ranks = world(len(sizes)).run(
+        sync_batch_rank, sizes, kernels, derivatives=second_derivatives
+    )
     batch = make_batch(sum(sizes))
     expected = second_derivatives(make_layer('batch'), *batch)
     # Digits that a first derivative does not lose.
@@ -185,37 +200,41 @@ def saved_bytes(layer: BCN, x: Tensor) -> int:
     return sum(kept.values())
 
 
-def exchange_rank(rank: int) -> dict[str, Any]:
+def exchange_rank(rank: int, kernels: str) -> dict[str, Any]:
     layer, batch = make_layer('sync_batch'), make_layer('batch')
     x, dy = make_batch(3)
     x.requires_grad_()
     sent = []
-    for name in ('all_gather', 'all_reduce'):
-        original = getattr(dist, name)
 
-        def noted(*args: Any, original: Any = original) -> None:
+    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
             sent.append(args[-1].numel())
-            original(*args)
+            return function(*args)
 
-        mock.patch.object(dist, name, noted).start()
-    try:
-        layer(x).backward(dy)
-    finally:
-        mock.patch.stopall()
+        return call
 
     def both() -> None:
         layer(x).backward(dy)
 
-    return {
-        'sent': sent,
-        'collectives': count(both),
-        'waits': count(both, 'aten::_local_scalar_dense'),
-        'saved': saved_bytes(layer, x) - saved_bytes(batch, x),
-    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('WS_MM_KERNELS', kernels)
+        found = {
+            'collectives': count(both),
+            'waits': count(both, 'aten::_local_scalar_dense'),
+            'saved': saved_bytes(layer, x) - saved_bytes(batch, x),
+            'sent': sent,
+        }
+        for name in ('all_gather', 'all_reduce'):
+            patch.setattr(dist, name, noted(getattr(dist, name)))
+        both()
+    return found
 
 
-def test_sync_batch_sends_little_waits_for_nothing_and_saves_little(world):
-    for found in world(2).run(exchange_rank):
+@pytest.mark.parametrize('kernels', ['auto', 'fused'])
+def test_sync_batch_sends_little_waits_for_nothing_and_saves_little(
+    kernels, world
+):
+    for found in world(2).run(exchange_rank, kernels):
         assert found['sent'] == [2 * CHANNELS + 1, 2 * CHANNELS]
         assert found['collectives'] == 2
         assert found['waits'] == 0

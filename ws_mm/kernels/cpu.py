@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..compat import has_half_batch_norm
+from ..distributed import all_reduced
 from . import plain
 
 aten = torch.ops.aten
@@ -39,7 +40,7 @@ def batch_channel_norm(
     update: bool,
 ) -> Tensor:
     """See :func:`.plain.batch_channel_norm`."""
-    if source == 'ranks' or not is_supported(input):
+    if not is_supported(input):
         return plain.batch_channel_norm(
             *(input, num_groups, running, affines),
             *(momentum, eps, source, update),
@@ -51,18 +52,26 @@ def batch_channel_norm(
         deviation = means - (mean if around is None else around)
         return mean, (variances + deviation.square()).mean(0)
 
-    of_batch = source == 'batch'
-    used = plain.statistics(
-        input, running, momentum, of_batch, update, moments
-    )
+    total = None
+    if source == 'ranks':
+        count = input.numel() // input.shape[1]
+        mean, var, total = plain.statistics_of_ranks(
+            moments(None), count, running, momentum, update
+        )
+    else:
+        mean, var = plain.statistics(
+            input, running, momentum, source == 'batch', update, moments
+        )
     output: Tensor = BatchChannelNorm.apply(
         input,
         *plain.widened(affines, means.dtype),
         (means, variances),
-        *(values.to(means.dtype) for values in used),
+        mean.to(means.dtype),
+        var.to(means.dtype),
+        total,
         num_groups,
         eps,
-        of_batch,
+        source != 'running',
     )
     return output
 
@@ -340,7 +349,9 @@ class BatchChannelNorm(torch.autograd.Function):
         dy_i = r (weight g_i - A / S - r (a (input_i - m_i) + u_i - U) B / S)
         dinput_i = a dy_i                                mean, var constant
     and if mean and var are those of the batch, less the part of a dy_i along
-    1 and along input - mean, whose sums follow from s, t, m and v.
+    1 and along input - mean, whose sums follow from s, t, m and v. If they
+    are those of all ranks, total says of how many values, and these sums are
+    added over the ranks: see :class:`.plain.SynchronizedBatchNorm`.
 
     Saves input and otherwise one number per sample and channel. Those have
     the shape (N, groups, channels of a group); numbers per group or per
@@ -358,6 +369,7 @@ class BatchChannelNorm(torch.autograd.Function):
         moments: tuple[Tensor, Tensor],
         mean: Tensor,
         var: Tensor,
+        total: Tensor | None,
         num_groups: int,
         eps: float,
         of_batch: bool,
@@ -371,7 +383,7 @@ class BatchChannelNorm(torch.autograd.Function):
         r = spread.mean(2, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(
             *(input, bn_weight, bn_bias, weight, bias),
-            *(m, v, mean, var, middle, r),
+            *(total, m, v, mean, var, middle, r),
         )
         ctx.settings = num_groups, eps, of_batch
         p = r if weight is None else r * weight.view(num_groups, -1)
@@ -385,21 +397,29 @@ class BatchChannelNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, bn_weight, bn_bias, weight, bias, *saved = ctx.saved_tensors
-        m, v, mean, var, middle, r = saved
+        total, m, v, mean, var, middle, r = saved
         num_groups, eps, of_batch = ctx.settings
         if torch.is_grad_enabled():  # for second derivatives
+
+            def again(
+                x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor
+            ) -> Tensor:
+                x = x.to(mean.dtype)
+                if total is None:
+                    return plain.normalize(
+                        x, a, b, c, d, mean, var, *ctx.settings
+                    )
+                return plain.normalize_by_ranks(
+                    x, a, b, c, d, mean, var, total, num_groups, eps
+                )
+
             gradients = plain.gradients(
-                lambda x, a, b, c, d: plain.normalize(
-                    x.to(mean.dtype),
-                    *(a, b, c, d),
-                    *(mean, var),
-                    *ctx.settings,
-                ),
+                again,
                 [input, bn_weight, bn_bias, weight, bias],
                 ctx.needs_input_grad[:5],
                 grad,
             )
-            return *gradients, *[None] * 6
+            return *gradients, *[None] * 7
         rows = as_rows(input)
         if input.is_contiguous():
             grad_rows = as_rows(grad.contiguous())
@@ -437,9 +457,12 @@ class BatchChannelNorm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if of_batch:
                 count = len(m) * size
-                slope = inverse.square() * sum_dy_x / -count
+                sums: Any = inverse * sum_dy_x, sum_dy
+                if total is not None:
+                    sums, count = all_reduced(torch.stack(sums)), total
+                slope = inverse * sums[0] / -count
                 q = q + slope
-                z = torch.addcmul(z + sum_dy / -count, slope, offset)
+                z = torch.addcmul(z + sums[1] / -count, slope, offset)
             dinput = _affine_of_both(
                 rows, grad_rows, m.flatten(), a * q, a * p, a * z
             ).view(input.shape)
@@ -449,7 +472,7 @@ class BatchChannelNorm(torch.autograd.Function):
             None if bn_bias is None else sum_dy.flatten(),
             _fold(direction.sum(0), weight),
             _fold(s.sum(0), bias),
-            *[None] * 6,
+            *[None] * 7,
         )
 
 
