@@ -452,7 +452,7 @@ def test_constant_inputs_stay_finite(mode):
 def test_padding_of_a_tile_does_not_count_without_eps():
     # A sample beyond the last has no variance: 1 / 0, were it not left out.
     layer = BCN(6, 3, eps=0, mode='batch').to(DEVICE)
-    x = torch.randn(3, 6, 2, 2, device=DEVICE, requires_grad=True)
+    x = torch.randn(3, 6, 3, 3, device=DEVICE, requires_grad=True)
     layer(x).backward(torch.randn_like(x))
     for values in (x, *layer.parameters()):
         assert values.grad.isfinite().all()
@@ -695,10 +695,10 @@ def formula(
     ('sizes', 'options'),
     [
         ([2, 2], {}),
-        ([1, 3], dict(outer_affine='channel', layout='channels_last')),
+        ([2, 3], dict(outer_affine='channel', layout='channels_last')),
         ([4, 0], dict(affine=False)),
-        ([1, 0, 2, 1], dict(dtype=torch.half)),
-        ([1, 0, 2, 1], dict(dtype=torch.bfloat16, layout='channels_last')),
+        ([2, 0, 3, 1], dict(dtype=torch.half)),
+        ([1, 0, 2, 2], dict(dtype=torch.bfloat16, layout='channels_last')),
     ],
     ids=str,
 )
@@ -714,7 +714,7 @@ def test_sync_batch_equals_formula(sizes, options, world):
             *('moments', 'coefficients', 'coefficients', 'affine'),
             *('sums', 'slopes', 'affine_backward'),
         ]
-        assert seen == (kernels if size else [])
+        assert seen == (kernels if size > 1 else [])  # else few values
 
 
 def test_second_derivatives_of_sync_batch_in_kernels(world):

@@ -69,7 +69,7 @@ Line = collections.namedtuple('Line', 'pythons mmcv tests')
 LAYERS = (
     *('compat', 'functional', 'conv', 'norm', 'kernels', 'checkpoint'),
     *('registry', 'distributed', 'estimates', 'transposed', 'tracing'),
-    'third_party_norm',
+    *('third_party_norm', 'accuracy'),
 )
 LINES = {
     'maintained': Line(RECENT, 'onedl-mmcv', ()),

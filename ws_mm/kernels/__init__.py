@@ -63,7 +63,7 @@ def choose(
         ValueError: the environment variable has no legal value, or asks for
             Triton kernels on a CPU without Triton's interpreter.
     """
-    if compat.is_compiling():
+    if compat.is_recording():
         return plain  # first: a compiler cannot read the environment
     choice = os.environ.get(VARIABLE, 'auto')
     if choice not in CHOICES:
@@ -74,7 +74,6 @@ def choose(
     if (
         choice == 'plain'
         or input.numel() == 0
-        or compat.is_tracing()
         or compat.is_transformed()
         or compat.is_forward_ad()
         or type(input) not in (Tensor, torch.nn.Parameter)

@@ -18,6 +18,9 @@ from . import plain
 
 aten = torch.ops.aten
 
+# Only keeps 0 * inf out of what is constant.
+TINY = 1e-30
+
 
 def standardize_weight(
     weight: Tensor, eps: float, inside: bool, dtype: torch.dtype
@@ -40,32 +43,37 @@ def batch_channel_norm(
     update: bool,
 ) -> Tensor:
     """See :func:`.plain.batch_channel_norm`."""
-    if not is_supported(input):
+    if not is_supported(input) or plain.has_few_values(
+        input.shape, num_groups, source
+    ):
         return plain.batch_channel_norm(
             *(input, num_groups, running, affines),
             *(momentum, eps, source, update),
         )
-    means, variances = instance_moments(input.detach())
+    moments = instance_moments(input.detach())
+    means, variances, _ = moments
 
-    def moments(around: Tensor | None) -> tuple[Tensor, Tensor]:
-        mean = means.mean(0)
+    def of_input(around: Tensor | None) -> tuple[Tensor, Tensor]:
+        mean = _over_samples(means)
         deviation = means - (mean if around is None else around)
-        return mean, (variances + deviation.square()).mean(0)
+        return mean, _over_samples(
+            torch.addcmul(variances, deviation, deviation)
+        )
 
     total = None
     if source == 'ranks':
         count = input.numel() // input.shape[1]
         mean, var, total = plain.statistics_of_ranks(
-            moments(None), count, running, momentum, update
+            of_input(None), count, running, momentum, update
         )
     else:
         mean, var = plain.statistics(
-            input, running, momentum, source == 'batch', update, moments
+            input, running, momentum, source == 'batch', update, of_input
         )
     output: Tensor = BatchChannelNorm.apply(
         input,
         *plain.widened(affines, means.dtype),
-        (means, variances),
+        moments,
         mean.to(means.dtype),
         var.to(means.dtype),
         total,
@@ -74,6 +82,11 @@ def batch_channel_norm(
         source != 'running',
     )
     return output
+
+
+def _over_samples(values: Tensor) -> Tensor:
+    """The mean over (N, C) of each channel."""
+    return values[0] if len(values) == 1 else values.mean(0)
 
 
 class StandardizeWeight(torch.autograd.Function):
@@ -93,9 +106,8 @@ class StandardizeWeight(torch.autograd.Function):
         rows = _in_memory_order(weight, weight)
         shape = rows.shape
         rows = rows.reshape(-1, fan_in)
-        # eps only keeps 0 * inf out of constant filters.
         output, _, rstd = torch.native_layer_norm(
-            rows, [fan_in], None, None, 1e-30
+            rows, [fan_in], None, None, TINY
         )
         std = math.sqrt(fan_in / (fan_in - 1)) / rstd
         if inside:
@@ -227,38 +239,45 @@ def _chunks(
     ]
 
 
-def instance_moments(input: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each (sample, channel), both (N, C).
+def instance_moments(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments of each (sample, channel), and memory for the output.
 
-    Two passes, the second around the mean of the first: sums of squares
-    would cancel where the mean is large. Computes in float32 or float64, in
-    parts, without a copy of the whole input.
+    Returns mean and biased variance, both (N, C), in float32 or float64, and
+    a dense tensor like input. Sums of squares would cancel where the mean is
+    large: both ways compute deviations from a mean.
     """
-    rows = as_rows(input)
-    spatial = tuple(range(2, rows.dim()))
-    size = input.shape[2:].numel()
-    dtype = torch.promote_types(input.dtype, torch.float32)
-    dim, chunks = _chunks(rows)
-    parts = [rows.narrow(dim, *chunk) for chunk in chunks]
-    if dim == 1:
-        means, squares = [], []
-        for part in parts:
-            part = part.to(dtype)
-            means.append(part.sum(spatial, keepdim=True).div_(size))
-            deviation = part - means[-1]
-            squares.append(deviation.square_().sum(spatial))
-        mean = means[0] if len(parts) == 1 else torch.cat(means, 1)
-        square = squares[0] if len(parts) == 1 else torch.cat(squares, 1)
-    else:
-        mean = torch.zeros(1, rows.shape[1], 1, 1, dtype=dtype)
-        for part in parts:
-            mean += part.to(dtype).sum(spatial, keepdim=True)
-        mean.div_(size)
-        square = torch.zeros(1, rows.shape[1], dtype=dtype)
-        for part in parts:
-            square += (part.to(dtype) - mean).square_().sum(spatial)
     shape = input.shape[:2]
-    return mean.view(shape), square.div_(size).view(shape)
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    if not input.is_contiguous():
+        return *_moments_channels_last(input, dtype), torch.empty_like(input)
+    # Groups of one channel; scales in the dtype that the moments shall have.
+    one = input.new_ones(shape[1], dtype=dtype)
+    output, mean, rstd = aten.native_group_norm(
+        input, one, one, *shape, input.shape[2:].numel(), shape[1], TINY
+    )
+    return mean.view(shape), rstd.view(shape).pow(-2).sub_(TINY), output
+
+
+def _moments_channels_last(
+    input: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel of one sample, line by line.
+
+    Group norm's kernel for this layout subtracts squares.
+    """
+    lines = input.shape[2]
+    line = CHUNK // 4 * torch.get_num_threads() * lines // input.numel()
+    parts = input.split(max(1, line), 2)
+    size = input.shape[2:].numel()
+    mean = input.new_zeros(1, input.shape[1], 1, 1, dtype=dtype)
+    square = torch.zeros_like(mean)
+    for part in parts:
+        mean += part.to(dtype).sum((2, 3), keepdim=True)
+    mean.div_(size)
+    for part in parts:
+        deviation = part.to(dtype) - mean
+        square += deviation.square_().sum((2, 3), keepdim=True)
+    return mean.view(1, -1), square.div_(size).view(1, -1)
 
 
 def _sums(grad: Tensor, rows: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -284,13 +303,21 @@ def _sums(grad: Tensor, rows: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _affine(
-    rows: Tensor, mean: Tensor, scale: Tensor, shift: Tensor
+    rows: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    output: Tensor | None = None,
 ) -> Tensor:
     """Per row, (rows - mean) * scale + shift, in one pass.
 
-    Computed in the dtype of scale, returned in that of rows.
+    Computed in the dtype of scale, returned in that of rows; in output, if
+    there is one. New memory costs more than the pass.
     """
-    return torch.batch_norm(
+    if output is None:
+        output = torch.empty_like(rows)
+    none = scale.new_empty(0)
+    aten.native_batch_norm.out(
         rows,
         scale.flatten(),
         shift.flatten(),
@@ -299,8 +326,11 @@ def _affine(
         False,
         0.0,
         0.0,
-        False,
+        out=output,
+        save_mean=none,
+        save_invstd=none,
     )
+    return output
 
 
 def _affine_of_both(
@@ -366,7 +396,7 @@ class BatchChannelNorm(torch.autograd.Function):
         bn_bias: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        moments: tuple[Tensor, Tensor],
+        moments: tuple[Tensor, Tensor, Tensor],
         mean: Tensor,
         var: Tensor,
         total: Tensor | None,
@@ -374,30 +404,43 @@ class BatchChannelNorm(torch.autograd.Function):
         eps: float,
         of_batch: bool,
     ) -> Tensor:
-        m, v = moments
-        shape = len(m), num_groups, -1
-        _, a, u = _levels(m, mean, var, bn_weight, bn_bias, num_groups, eps)
-        middle = u.mean(2, keepdim=True)
-        u -= middle
-        spread = torch.addcmul(u.square(), a.square(), v.view(shape))
-        r = spread.mean(2, keepdim=True).add_(eps).rsqrt_()
-        ctx.save_for_backward(
-            *(input, bn_weight, bn_bias, weight, bias),
-            *(total, m, v, mean, var, middle, r),
+        m, v, output = moments
+        shape = num_groups, -1
+        inverse = torch.rsqrt(var + eps)
+        a = inverse if bn_weight is None else inverse * bn_weight
+        offset = m - mean
+        u = (
+            a * offset
+            if bn_bias is None
+            else torch.addcmul(bn_bias, a, offset)
         )
-        ctx.settings = num_groups, eps, of_batch
-        p = r if weight is None else r * weight.view(num_groups, -1)
+        u, v = u.view(len(m), *shape), v.view(len(m), *shape)
+        a = a.view(shape)
+        spread, middle = torch.var_mean(u, 2, correction=0, keepdim=True)
+        u -= middle
+        of_channels = (a.square() * v).mean(2, keepdim=True)
+        r = of_channels.add_(spread).add_(eps).rsqrt_()
+        p = r if weight is None else r * weight.view(shape)
         if bias is None:
             shift = p * u
         else:
-            shift = torch.addcmul(bias.view(num_groups, -1), p, u)
-        output = _affine(as_rows(input), m.flatten(), p * a, shift)
-        return _reshape(output, input.shape)
+            shift = torch.addcmul(bias.view(shape), p, u)
+        slope = p * a
+        rows = as_rows(input)
+        _affine(rows, m.flatten(), slope, shift, output.view(rows.shape))
+        ctx.save_for_backward(
+            *(input, bn_weight, bn_bias, weight, bias),
+            *(total, m, v, mean, var, offset.view(u.shape)),
+            *(inverse.view(shape), a, u, r, p, slope),
+        )
+        ctx.settings = num_groups, eps, of_batch
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, bn_weight, bn_bias, weight, bias, *saved = ctx.saved_tensors
-        total, m, v, mean, var, middle, r = saved
+        total, m, v, mean, var, offset, inverse, *others = saved
+        a, u, r, p, slope = others
         num_groups, eps, of_batch = ctx.settings
         if torch.is_grad_enabled():  # for second derivatives
 
@@ -425,34 +468,26 @@ class BatchChannelNorm(torch.autograd.Function):
             grad_rows = as_rows(grad.contiguous())
         else:
             grad_rows = grad.contiguous(memory_format=torch.channels_last)
-        inverse, a, u = _levels(
-            m, mean, var, bn_weight, bn_bias, num_groups, eps
-        )
-        u -= middle
-        v, offset = v.view(u.shape), (m - mean).view(u.shape)
         t, s = (x.view(u.shape) for x in _sums(grad_rows, rows, m.flatten()))
         size = input.shape[2:].numel()
-        group = size * u.shape[2]
 
         # sum(g * normalized), per i
         direction = torch.addcmul(a * t, u, s).mul_(r)
-        minus_mean_dy, minus_mean_dy_y = s, direction
-        p = r
+        sum_dz, sum_dz_z = s, direction
         if weight is not None:
             w = weight.view(num_groups, -1)
-            minus_mean_dy, minus_mean_dy_y, p = s * w, direction * w, r * w
-        # dy = p g + q (input - m) + z
-        minus_mean_dy = minus_mean_dy.sum(2, keepdim=True).mul_(r).div_(-group)
-        minus_mean_dy_y = (
-            minus_mean_dy_y.sum(2, keepdim=True).mul_(r).mul_(r).div_(-group)
-        )
+            sum_dz, sum_dz_z = s * w, direction * w
+        # a dy = slope g + a q (input - m) + a z
+        share = r * (-1 / (size * u.shape[2]))
+        minus_mean_dy = sum_dz.sum(2, keepdim=True) * share
+        minus_mean_dy_y = (sum_dz_z.sum(2, keepdim=True) * share).mul_(r)
         q = a * minus_mean_dy_y
         z = torch.addcmul(minus_mean_dy, u, minus_mean_dy_y)
 
         sum_dy = torch.add(p * s, z, alpha=size)
         sum_dy_x = torch.add(p * t, q * v, alpha=size)
-        sum_dy_x = sum_dy_x.addcmul_(offset, sum_dy).sum(0)
-        sum_dy = sum_dy.sum(0)
+        sum_dy_x = sum_dy_x.addcmul_(offset, sum_dy)
+        sum_dy_x, sum_dy = _total(sum_dy_x), _total(sum_dy)
         dinput = None
         if ctx.needs_input_grad[0]:
             if of_batch:
@@ -460,43 +495,30 @@ class BatchChannelNorm(torch.autograd.Function):
                 sums: Any = inverse * sum_dy_x, sum_dy
                 if total is not None:
                     sums, count = all_reduced(torch.stack(sums)), total
-                slope = inverse * sums[0] / -count
-                q = q + slope
-                z = torch.addcmul(z + sums[1] / -count, slope, offset)
+                along = inverse * sums[0] / -count
+                q = q + along
+                z = torch.addcmul(z + sums[1] / -count, along, offset)
             dinput = _affine_of_both(
-                rows, grad_rows, m.flatten(), a * q, a * p, a * z
+                rows, grad_rows, m.flatten(), a * q, slope, a * z
             ).view(input.shape)
         return (
             dinput,
             None if bn_weight is None else (inverse * sum_dy_x).flatten(),
             None if bn_bias is None else sum_dy.flatten(),
-            _fold(direction.sum(0), weight),
-            _fold(s.sum(0), bias),
+            _fold(direction, weight),
+            _fold(s, bias),
             *[None] * 7,
         )
 
 
-def _levels(
-    m: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    num_groups: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """1 / sqrt(var + eps), a and u of the class docstring."""
-    inverse = torch.rsqrt(var + eps)
-    a = inverse if bn_weight is None else inverse * bn_weight
-    u = a * (m - mean)
-    if bn_bias is not None:
-        u += bn_bias
-    shape = num_groups, -1
-    return inverse.view(shape), a.view(shape), u.view(len(m), *shape)
+def _total(values: Tensor) -> Tensor:
+    """The sum over samples."""
+    return values[0] if len(values) == 1 else values.sum(0)
 
 
 def _fold(gradient: Tensor, affine: Tensor | None) -> Tensor | None:
     """Sum a gradient per channel to one per entry of the affine."""
     if affine is None:
         return None
-    return gradient.view(affine.numel(), -1).sum(-1)
+    gradient = _total(gradient).view(affine.numel(), -1)
+    return gradient.sum(-1) if gradient.shape[1] > 1 else gradient[:, 0]

@@ -451,8 +451,9 @@ def _norm_plan(
     sizes = {x[0] for x in outer}
     if (
         dtype not in DTYPES
-        # Of two values, the gradient is what cancellation leaves.
-        or (of_batch and samples * length <= 2)
+        or plain.has_few_values(
+            shape, num_groups, 'batch' if of_batch else 'running'
+        )
         or channels % num_groups
         or max(rows, length) >= LONGEST
         or any(x[0] != channels for x in per_channel)

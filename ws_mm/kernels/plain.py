@@ -11,6 +11,10 @@ from torch import Tensor
 from .. import compat
 from ..distributed import all_reduced, pooled_moments, synchronized_moments
 
+# Values of a group, and of a channel in mode 'batch', below which closed-form
+# gradients have fewer digits than those of composed operations.
+FEW_IN_GROUP, FEW_IN_CHANNEL = 8, 16
+
 # bn_weight, bn_bias, weight, bias
 Affines = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 # Mean and biased variance per channel, around a given mean or their own.
@@ -124,6 +128,18 @@ def normalize(
     return channel_norm(y, num_groups, weight, bias, eps)
 
 
+def has_few_values(shape: Sequence[int], num_groups: int, source: str) -> bool:
+    """Return whether closed-form gradients lose digits.
+
+    They are differences of sums. Over few values nearly all of a sum cancels,
+    as the gradient of two values is 0 but for eps.
+    """
+    size = math.prod(shape[2:])
+    return size * shape[1] // num_groups < FEW_IN_GROUP or (
+        source != 'running' and size * shape[0] < FEW_IN_CHANNEL
+    )
+
+
 def channel_norm(
     input: Tensor,
     num_groups: int,
@@ -131,14 +147,40 @@ def channel_norm(
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """``F.group_norm`` with an affine per channel or per group."""
+    """``F.group_norm`` with an affine per channel or per group.
+
+    Args:
+        input: result of the first step, which this may change.
+        num_groups: groups of channels.
+        weight: scale.
+        bias: shift.
+        eps: added to the variance.
+    """
     num_channels = input.shape[1]
     group_size = num_channels // num_groups
+    on_cpu = input.device.type == 'cpu' and input.numel() > 0
+    if on_cpu and not compat.is_recording():
+        input = _centered(input, num_groups)
     if weight is not None and weight.numel() != num_channels:
         weight = weight.repeat_interleave(group_size)
     if bias is not None and bias.numel() != num_channels:
         bias = bias.repeat_interleave(group_size)
     return F.group_norm(input, num_groups, weight, bias, eps)
+
+
+def _centered(input: Tensor, num_groups: int) -> Tensor:
+    """Subtract a constant from each group, in place.
+
+    That changes no result of a group norm. But the CPU's kernel subtracts
+    squares in channels_last, and products in its backward, which cancel
+    where a mean is large.
+    """
+    with torch.no_grad():
+        spatial = tuple(range(2, input.dim()))
+        means = input.mean(spatial, keepdim=True) if spatial else input
+        rows = means.reshape(len(input), num_groups, -1)
+        middle = rows.mean(2, keepdim=True).expand_as(rows)
+    return input.sub_(middle.reshape(means.shape))
 
 
 @torch.no_grad()
