@@ -10,7 +10,13 @@ from forks import Forks
 from gloo import World
 
 with contextlib.suppress(ImportError):  # environments without cv2
-    from in_process import config, reaches, refuses, weights  # noqa: F401
+    from in_process import (  # noqa: F401
+        config,
+        reaches,
+        refuses,
+        script,
+        weights,
+    )
 
 if not torch.cuda.is_available():
     # Triton reads this when it is imported, which torch does late: without a

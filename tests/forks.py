@@ -4,6 +4,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -62,6 +63,31 @@ class Forks:
                 return answer['started']
             self.codes[answer['ended']] = answer['code']
 
+    def start_ranks(
+        self, script: str, *arguments: object, logs: Path
+    ) -> list[int]:
+        """Start two processes of one group, as torchrun does.
+
+        Args:
+            script: name of a module in tools/ that has a ``main``.
+            *arguments: of the script.
+            logs: folder of their outputs, ``log 0`` and ``log 1``.
+        """
+        with socket.create_server(('127.0.0.1', 0)) as server:
+            port = str(server.getsockname()[1])
+        return [
+            self.start(
+                *(script, *arguments, '--launcher', 'pytorch'),
+                log=logs / f'log {rank}',
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE='2',
+                MASTER_ADDR='127.0.0.1',
+                MASTER_PORT=port,
+            )
+            for rank in range(2)
+        ]
+
     def poll(self, process: int) -> int | None:
         """Exit code, negative the signal, or None while it runs."""
         while select.select([self.server.stdout], [], [], 0)[0]:
@@ -78,19 +104,19 @@ class Forks:
         return code
 
     def call(
-        self, script: str, *arguments: object, log: Path
+        self, script: str, *arguments: object, log: Path, **environment: str
     ) -> tuple[int, str]:
         """Run a script; its exit code and what it printed come back."""
-        code = self.wait(self.start(script, *arguments, log=log))
-        return code, log.read_text()
+        process = self.start(script, *arguments, log=log, **environment)
+        return self.wait(process), log.read_text()
 
     def run(
-        self, script: str, *arguments: object
+        self, script: str, *arguments: object, **environment: str
     ) -> subprocess.CompletedProcess:
         """Run a script as :func:`tiny_runs.call` does."""
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder, 'log')
-            code, said = self.call(script, *arguments, log=log)
+            code, said = self.call(script, *arguments, log=log, **environment)
         return subprocess.CompletedProcess(script, code, said)
 
     def stop(self) -> None:
@@ -114,6 +140,8 @@ def serve() -> None:
     import mmseg.utils
     import test
     import train
+    from analysis_tools import check_model
+    from model_converters import apply_norm
     from proofs import kill_and_resume, soak
     from support import launch
 
@@ -125,6 +153,8 @@ def serve() -> None:
     mains = {
         'train': lambda: launch.run(train.main),
         'test': lambda: launch.run(test.main),
+        'apply_norm': lambda: launch.run(apply_norm.main),
+        'check_model': lambda: launch.run(check_model.main),
         'kill_and_resume': kill_and_resume.main,
         'soak': soak.main,
     }
@@ -161,6 +191,8 @@ def obey(order: dict, main: object) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(order['environment'])
+    more = order['environment'].get('PYTHONPATH')
+    sys.path[:0] = more.split(':') if more else []
     sys.argv = [f'{order["script"]}.py', *order['arguments']]
     code = 0
     try:

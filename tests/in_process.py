@@ -46,8 +46,23 @@ def refuses(monkeypatch: pytest.MonkeyPatch) -> Script:
     def run(match: str, script: str, *args: object) -> None:
         monkeypatch.setattr('sys.argv', [script, *map(str, args)])
         module = load(script)
-        with pytest.raises(module.SetupError, match=match):
+        with pytest.raises(module.SetupError, match=f'(?s){match}'):
             module.main()
+
+    return run
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run a script's main with arguments; return its exit code."""
+
+    def run(name: str, *args: object) -> int:
+        monkeypatch.setattr('sys.argv', [name, *map(str, args)])
+        try:
+            load(name).main()
+        except SystemExit as stop:
+            return stop.code
+        return 0
 
     return run
 

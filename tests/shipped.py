@@ -1,5 +1,6 @@
 """Configs that the hosts ship, converted, small, with random weights."""
 
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 import ws_mm
+from ws_mm.shapes import build_without_memory
 
 R18 = {
     'model.backbone.depth': 18,
@@ -145,6 +147,51 @@ SEGNEXT = {
     'model.decode_head.channels': 8,
     'model.decode_head.ham_channels': 8,
 }
+
+
+def find(pattern: str) -> Path:
+    """The one config of an installed package that a pattern fits.
+
+    Args:
+        pattern: ``package::folder/name``, with ``*`` for what is left out.
+    """
+    package, _, path = pattern.partition('::')
+    spec = importlib.util.find_spec(package)
+    root = Path(spec.submodule_search_locations[0])
+    (found,) = (root / '.mim/configs').glob(path)
+    return found
+
+
+def name_of(pattern: str) -> str:
+    """Its name as the tools take it."""
+    path = find(pattern)
+    return f'{pattern.partition("::")[0]}::{path.parent.name}/{path.name}'
+
+
+def read(pattern: str) -> Config:
+    """Its content."""
+    return Config.fromfile(find(pattern))
+
+
+def build(cfg: Config) -> torch.nn.Module:
+    """The model of a config, on the meta device."""
+    return build_without_memory(cfg.model, cfg.default_scope)
+
+
+def counts(cfg: Config) -> tuple[int, int, int]:
+    """Convolutions standardized, plain under a norm, and plain without."""
+    report = ws_mm.check(build(cfg))
+    assert report.mistakes == []
+    return (
+        sum(conv.standardized for conv in report),
+        sum(not conv.standardized and bool(conv.norms) for conv in report),
+        sum(not conv.standardized and not conv.norms for conv in report),
+    )
+
+
+def by_key(changes: list) -> dict[str, object]:
+    """Changes of ``apply_norm`` by their keys."""
+    return {'.'.join(map(str, change.key)): change.new for change in changes}
 
 
 def write_shipped(

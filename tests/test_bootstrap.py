@@ -9,74 +9,23 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / 'tools/bootstrap.py'
 
 import bootstrap  # noqa: E402
 from bootstrap import SetUp, Stop  # noqa: E402
+from fake_environment import (  # noqa: E402
+    SCRIPT,
+    calls,
+    environment,  # noqa: F401
+    left_over,
+    start,
+    wait_for,
+)
 from support import bare_machine  # noqa: E402
-
-# Stands in for an environment's Python: notes how it is called, and builds a
-# wheel at once, for ever, or not at all, as the file `mode` says.
-FAKE_PYTHON = """\
-#!/bin/sh
-here=$(dirname "$0")
-echo "$*" >> "$here/calls"
-mode=$(cat "$here/mode")
-case "$*" in
-  *' wheel '*)
-    while [ "$1" != -w ]; do shift; done
-    echo half > "$2/onedl_mmcv-2.3.6-cp311-cp311-linux.whl"
-    echo ' [1/78] c++ nms.cpp'
-    if [ $mode = hang ]; then echo $$ > "$here/pid"; exec sleep 60; fi
-    if [ $mode = fail ]; then
-      echo 'nms.cpp:3:10: fatal error: torch.h: No such file'
-      echo 'ninja: build stopped: subcommand failed.'
-      echo 'error: subprocess-exited-with-error'
-      exit 1
-    fi
-    echo whole > "$2/onedl_mmcv-2.3.6-cp311-cp311-linux.whl" ;;
-  *json.dumps*)
-    echo '{"torch": "2.10.0", "cuda": "12.8", "archs": [], "cuda_home": null}'
-    ;;
-  *roi_align*) [ $mode != broken ] ;;
-  *' pytest '*) exit 5 ;;
-  *' mypy '*) exit 2 ;;
-  */tools/demo.py*)
-    echo "$PWD gpus=$CUDA_VISIBLE_DEVICES"
-    if [ $mode = hang ]; then echo $$ > "$here/pid"; exec sleep 60; fi ;;
-esac
-"""
-
-
-Usage = namedtuple('Usage', 'total used free')
-
-
-@pytest.fixture(autouse=True)
-def room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep what is free on this machine's disk out of the tests."""
-    monkeypatch.setattr(shutil, 'disk_usage', lambda path: Usage(0, 0, 1e12))
-
-
-@pytest.fixture
-def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SetUp:
-    """Return an environment with its packages and a stand-in for Python."""
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    env = tmp_path / 'env'
-    (env / 'bin').mkdir(parents=True)
-    (env / bootstrap.MARKER).touch()
-    (env / 'bin/mode').write_text('build')
-    (env / 'bin/python').write_text(FAKE_PYTHON)
-    (env / 'bin/python').chmod(0o755)
-    made = SetUp(env, bootstrap.cache_dir())
-    made.note(**{k: made.steps[k] for k in ('environment', 'packages')})
-    return made
 
 
 def cli(*words: str, **variables: str) -> subprocess.CompletedProcess:
@@ -90,42 +39,10 @@ def cli(*words: str, **variables: str) -> subprocess.CompletedProcess:
 
 
 def one_line(result: subprocess.CompletedProcess) -> str:
-    """Return the only line of a command that has failed.
-
-    A disk with little room adds lines of its own, so those are left out.
-    """
+    """Return the only line of a command that has failed."""
     assert result.returncode == 1
-    (line,) = (x for x in result.stderr.splitlines() if ' GB free' not in x)
+    (line,) = result.stderr.splitlines()
     return line
-
-
-def calls(setup: SetUp, word: str = '') -> list[str]:
-    path = setup.env / 'bin/calls'
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [line for line in lines if f' {word}' in line]
-
-
-def left_over(setup: SetUp) -> bool:
-    """Return whether a build has left its folder."""
-    return (setup.env / 'building').exists()
-
-
-def start(setup: SetUp, command: str = 'env') -> subprocess.Popen:
-    """Start a command in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), command, '--env', str(setup.env)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(path: Path) -> None:
-    for _ in range(3000):
-        if path.exists() and path.read_text():
-            return
-        time.sleep(0.01)
-    raise TimeoutError(path)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -188,68 +105,39 @@ def test_other_systems_are_refused(
     setup: SetUp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, 'platform', 'win32')
-    assert setup.problems() == ['this system is win32: use linux (or its WSL)']
+    assert setup.problem() == 'this system is win32: use linux (or its WSL)'
 
 
-def test_missing_compiler_stops_before_anything(tmp_path: Path) -> None:
+@pytest.mark.parametrize('cxx', ['', 'c++-not-here -m64'])
+def test_missing_compiler_stops_before_anything(
+    cxx: str, tmp_path: Path
+) -> None:
     env, cache = tmp_path / 'env', tmp_path / 'cache'
     result = cli(
         *('env', '--env', str(env)),
-        PATH=str(tmp_path),
-        CXX='',
+        PATH=os.environ['PATH'] if cxx else str(tmp_path),
+        CXX=cxx,
         XDG_CACHE_HOME=str(cache),
     )
     line = one_line(result)
-    assert 'no C++ compiler on PATH (looked for c++, g++, clang++)' in line
+    tried = cxx or 'c++, g++, clang++'
+    assert f'no C++ compiler on PATH (looked for {tried})' in line
     assert 'apt-get install g++' in line
     assert not list(tmp_path.iterdir())
-
-
-def test_compiler_named_by_cxx_must_exist(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv('CXX', 'c++-not-here -m64')
-    assert 'looked for c++-not-here -m64' in bootstrap.check_compiler()
 
 
 def test_compiler_is_not_needed_for_a_kept_wheel(
     setup: SetUp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bare_machine, 'compiler', list)
-    assert 'no C++ compiler' in setup.problems()[0]
+    assert 'no C++ compiler' in setup.problem()
     key = bootstrap.operator_key(
         setup.pins, '2.10.0+cu128', bootstrap.python_tag(), 'cpu'
     )
     wheel = setup.cache / 'wheels' / key / 'onedl_mmcv.whl'
     wheel.parent.mkdir(parents=True)
     wheel.touch()
-    assert setup.problems() == []
-
-
-def test_too_little_disk(
-    setup: SetUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    free = Usage(0, 0, 4.26e9)
-    monkeypatch.setattr(shutil, 'disk_usage', lambda path: free)
-    before = snapshot(tmp_path)
-    fresh = SetUp(tmp_path / 'new/env', tmp_path / 'new/cache')
-    env, cache = fresh.problems()
-    assert f'{tmp_path}, where the environment goes, has 4.3 GB free' in env
-    assert '10 GB are needed' in env
-    assert '--env DIR' in env
-    assert f'{tmp_path}, where the cache goes, has 4.3 GB free' in cache
-    assert '$XDG_CACHE_HOME' in cache
-    assert snapshot(tmp_path) == before
-    # With the packages there, nothing as large is still to come.
-    assert setup.problems() == []
-
-
-def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / 'file').touch()
-    result = cli('env', '--env', str(tmp_path / 'file/env'))
-    line = one_line(result)
-    assert f'{tmp_path}/file cannot be written (Not a directory)' in line
-    assert '--env DIR or $WS_MM_ENV' in line
+    assert setup.problem() == ''
 
 
 def test_foreign_environment_is_left_alone(tmp_path: Path) -> None:
@@ -262,17 +150,18 @@ def test_foreign_environment_is_left_alone(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
-def test_environment_of_another_python(setup: SetUp) -> None:
-    tag = bootstrap.python_tag()
-    assert bootstrap.check_owner(setup.env, tag) == ''
-    problem = bootstrap.check_owner(setup.env, 'cp399')
-    assert f'was made for --line maintained with {tag}, and' in problem
-    assert 'this is --line maintained with cp399: name another' in problem
-
-
-@pytest.mark.parametrize('words', [['build'], [], ['--demo']])
-def test_unknown_command(words: list[str]) -> None:
-    with pytest.raises(Stop, match='one of demo, tests, lint, env'):
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        (['build'], 'COMMAND is build: .*one of demo, tests, lint, env'),
+        ([], 'COMMAND is missing'),
+        (['--demo'], 'COMMAND is --demo'),
+        (['--line', 'newest', 'tests'], 'one of maintained, official, laye'),
+        (['--line', 'official', 'demo'], 'demo runs in the maintained line'),
+    ],
+)
+def test_unknown_words(words: list[str], message: str) -> None:
+    with pytest.raises(Stop, match=message):
         bootstrap.parse(words)
 
 
@@ -284,27 +173,22 @@ def test_options_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bootstrap.parse(['tests', *words]) == (line, own, 'tests', words)
     for given in (['--env', '/x', 'demo', '-o'], ['demo', '--env=/x', '-o']):
         assert bootstrap.parse(given) == (line, '/x', 'demo', ['-o'])
+    # Each line has a folder of its own.
+    parsed = bootstrap.parse(['--line', 'official', 'tests'])
+    assert parsed[:2] == ('official', str(ROOT / '.venv-official'))
     monkeypatch.setenv('WS_MM_ENV', '/y')
     assert bootstrap.parse(['lint'])[1] == '/y'
 
 
-def test_lines_have_their_own_folders(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv('WS_MM_ENV', raising=False)
-    parsed = bootstrap.parse(['--line', 'official', 'tests'])
-    assert parsed[:2] == ('official', str(ROOT / '.venv-official'))
-    with pytest.raises(Stop, match='one of maintained, official, layers-old'):
-        bootstrap.parse(['--line', 'newest', 'tests'])
-    with pytest.raises(Stop, match='demo runs in the maintained line'):
-        bootstrap.parse(['--line', 'official', 'demo'])
-
-
-def test_a_line_does_not_go_into_the_folder_of_another(
-    setup: SetUp,
-) -> None:
+def test_an_environment_of_another_python_or_line(setup: SetUp) -> None:
+    tag = bootstrap.python_tag()
     setup.note(line='maintained')
+    assert bootstrap.check_owner(setup.env, tag) == ''
+    made = f'was made for --line maintained with {tag}, and this is --line '
+    told = bootstrap.check_owner(setup.env, 'cp399')
+    assert f'{made}maintained with cp399: name another' in told
     other = SetUp(setup.env, setup.cache, 'layers-newest')
-    assert 'was made for --line maintained' in other.problems()[0]
-    assert not setup.problems()
+    assert f'{made}layers-newest with {tag}' in other.problem()
 
 
 def test_each_line_names_files_that_exist(setup: SetUp) -> None:
@@ -347,13 +231,6 @@ def test_operators_for_the_gpu_need_its_compiler() -> None:
         assert built_for == 'cpu'
         assert f'nvcc is {shown},' in why
         assert 'CUDA 12.8' in why
-
-
-def test_error_lines_show_the_cause() -> None:
-    log = 'c++ -o nms.o\nnms.cpp:3: fatal error: torch.h\nninja: stopped\n'
-    log += 'error: subprocess-exited-with-error\nnote: an error elsewhere\n'
-    assert bare_machine.error_lines(log) == ['nms.cpp:3: fatal error: torch.h']
-    assert bare_machine.error_lines('one\n\ntwo\n') == ['one', 'two']
 
 
 # Steps, with the stand-in.
@@ -425,43 +302,37 @@ def test_step_cut_short_is_done_again(
     assert SetUp(setup.env, setup.cache).todo() == ['packages']
 
 
-def test_interrupted_build_leaves_nothing(setup: SetUp) -> None:
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
+def test_a_build_that_is_ended_goes_on_with_the_next_call(
+    number: signal.Signals, setup: SetUp
+) -> None:
     mode, pid = setup.env / 'bin/mode', setup.env / 'bin/pid'
     mode.write_text('hang')
     process = start(setup)
     wait_for(pid)
-    process.terminate()
+    process.send_signal(number)
     _, told = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert told.splitlines()[-1] == (
-        'bootstrap: interrupted; the same command goes on where this one '
-        'stopped'
-    )
-    assert not list(setup.cache.rglob('*.whl'))
-    assert not left_over(setup)
-    with pytest.raises(ProcessLookupError, match='No such process'):
-        os.kill(int(pid.read_text()), 0)
-    mode.write_text('build')
-    setup.run()
-    assert setup.todo() == []
-
-
-def test_killed_build_is_cleared_by_the_next(setup: SetUp) -> None:
-    mode, pid = setup.env / 'bin/mode', setup.env / 'bin/pid'
-    mode.write_text('hang')
-    process = start(setup)
-    wait_for(pid)
-    process.kill()
-    process.communicate(timeout=30)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(int(pid.read_text()), signal.SIGKILL)
-    assert left_over(setup)
     assert setup.wheels('*') == []
+    build = int(pid.read_text())
+    if number == signal.SIGTERM:
+        assert process.returncode == 130
+        assert told.splitlines()[-1] == (
+            'bootstrap: interrupted; the same command goes on where this one '
+            'stopped'
+        )
+        assert not left_over(setup)
+        with pytest.raises(ProcessLookupError, match='No such process'):
+            os.kill(build, 0)
+    else:  # which leaves no time to clear up
+        assert left_over(setup)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(build, signal.SIGKILL)
     mode.write_text('build')
     setup.run()
     (wheel,) = setup.wheels('*')
     assert Path(wheel).read_text() == 'whole\n'
     assert not left_over(setup)
+    assert setup.todo() == []
 
 
 def test_failed_build_shows_the_cause_and_the_log(setup: SetUp) -> None:
@@ -534,7 +405,6 @@ def test_command_runs_in_the_environment(
     assert cli('lint').returncode == 2
     demo = cli('demo', '--seed', '1')
     assert (demo.returncode, demo.stdout) == (0, f'{tmp_path} gpus=1\n')
-    assert re.search(r'demo took \d:\d\d in all$', demo.stderr)
     assert calls(setup) == [
         '-m pytest -n 2 --dist loadfile -k norm',
         '-m ruff check .',
@@ -552,14 +422,13 @@ def test_gpu_without_operators_is_hidden_and_said_so(setup: SetUp) -> None:
     assert 'bootstrap: the GPU stays unused: no nvcc\n' in demo.stderr
 
 
-def test_command_that_is_ended_ends_with_what_it_runs(setup: SetUp) -> None:
+def test_the_command_takes_the_place_of_the_process(setup: SetUp) -> None:
+    # So a request to end, and what the command ends with, are its own.
     setup.note(**setup.steps)
     (setup.env / 'bin/mode').write_text('hang')
     process = start(setup, 'demo')
     pid = setup.env / 'bin/pid'
     wait_for(pid)
-    process.terminate()
+    assert int(pid.read_text()) == process.pid
+    process.kill()
     process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM
-    with pytest.raises(ProcessLookupError, match='No such process'):
-        os.kill(int(pid.read_text()), 0)

@@ -274,17 +274,10 @@ GN = "model['backbone'].update(norm_cfg=dict(type='GN', {}))\n"
             r'model\.backbone\.norm_cfg is a GN without num_groups: set '
             r'model\.backbone\.norm_cfg\.num_groups=32',
         ),
-        ('num_groups=32.0', r'norm_cfg\.num_groups = 32\.0 must be a whole'),
         (
             'num_groups=3',
             r'norm_cfg\.num_groups = 3, where a layer has 8 channels: set one '
             r'of 1, 2, 4, 8, or',
-        ),
-        # What the host would find in the first forward, or never.
-        ('num_groups=4, eps="1e-5"', r"norm_cfg\.eps = '1e-5' must be a numb"),
-        (
-            'num_groups=4, requires_grad="False"',
-            r"norm_cfg\.requires_grad = 'False' must be True or False",
         ),
     ],
 )

@@ -192,7 +192,7 @@ def test_foreign_weight_is_rejected():
 
 
 def computes(layer: nn.Module, weight: torch.Tensor, bias=None) -> bool:
-    """Whether a layer convolves with this weight, standardized."""
+    """Return whether a layer convolves with this weight, standardized."""
     x = torch.randn(1, 4, 6, 6, dtype=weight.dtype)
     standard = reference.standardize_weight(weight).to(weight.dtype)
     bias = layer.bias if bias is None else bias

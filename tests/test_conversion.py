@@ -1,90 +1,29 @@
-"""ws_mm.convert on networks of timm, torchvision, mmseg and mmdet."""
+"""ws_mm.convert on networks of timm and torchvision."""
 
 import copy
-import importlib
 import pickle
-import re
-from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from comparison import relative_error
-from mmengine.config import Config, ConfigDict
-from mmengine.registry import MODELS, DefaultScope
+from networks import (  # noqa: F401
+    BOTH,
+    batch_norms,
+    image,
+    kinds,
+    log_of_convert,
+    randomized,
+    trains,
+)
 from torch import Tensor, nn
 
-from ws_mm import BCN, WSConv2d, bake, check, conversion, convert
+from ws_mm import BCN, WSConv2d, bake, check, convert
 
 timm = pytest.importorskip('timm')
 torchvision = pytest.importorskip('torchvision')
-BOTH = dict(conv={}, norm={})
-
-
-@torch.no_grad()
-def randomized(model: nn.Module) -> nn.Module:
-    """A network with the norms of a trained one, in eval mode."""
-    for module in model.modules():
-        if not conversion._looks_like_norm(module):
-            continue
-        for name, values in module.named_parameters(recurse=False):
-            values.copy_(torch.randn(values.shape))
-            if name == 'weight':
-                values.add_(values.sign() * 0.3)
-        for values in module.buffers(recurse=False):
-            if values.is_floating_point():
-                values.copy_(torch.rand(values.shape) + 0.2)
-    return model.eval()
-
-
-def image(size: int = 32, **options: Any) -> Tensor:
-    return torch.randn(1, 3, size, size, **options)
-
-
-def kinds(model: nn.Module) -> Counter:
-    return Counter(type(module).__name__ for module in model.modules())
-
-
-def batch_norms(model: nn.Module) -> list[str]:
-    """Names of what still wants a batch."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if {'running_mean', 'running_var'} <= module._buffers.keys()
-        and not isinstance(module, BCN)
-    ]
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, dict) else output
-    return [tensor for value in values for tensor in tensors_of(value)]
-
-
-def trains(model: nn.Module, run: Callable[[nn.Module], Any]) -> None:
-    """One step of one image, with random cotangents; all is finite."""
-    model.train()
-    outputs = [t for t in tensors_of(run(model)) if t.requires_grad]
-    assert outputs
-    torch.autograd.backward(outputs, [torch.randn_like(t) for t in outputs])
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    assert grads
-    assert all(t.isfinite().all() for t in (*outputs, *grads))
-    assert all(buffer.isfinite().all() for buffer in model.buffers())
-
-
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Collect the lines that convert logs."""
-    lines: list[str] = []
-    monkeypatch.setattr(
-        conversion, 'print_log', lambda line, **_: lines.append(line)
-    )
-    return lines
 
 
 class Formula(nn.Module):
@@ -360,136 +299,3 @@ def test_a_frozen_norm_of_eps_zero_gives_no_nan() -> None:
     frozen = torchvision.ops.misc.FrozenBatchNorm2d(8, eps=0.0)
     new = convert(nn.Sequential(frozen), norm={})
     assert new(torch.zeros(1, 8, 4, 4)).isfinite().all()
-
-
-def host_model(host: str, pattern: str) -> nn.Module:
-    """A network of a config that mmdet or mmseg ships, as it is built."""
-    pytest.importorskip(f'{host}.models', exc_type=ImportError)
-    package = importlib.import_module(host)
-    configs = Path(package.__file__).parent / '.mim/configs'
-    path = min(configs.glob(pattern))
-    with DefaultScope.overwrite_default_scope(host):
-        return MODELS.build(without_weights(Config.fromfile(path).model))
-
-
-def without_weights(value: Any) -> Any:
-    """A model that downloads nothing."""
-    if isinstance(value, dict):
-        return ConfigDict(
-            {
-                key: without_weights(inner)
-                for key, inner in value.items()
-                if key not in ('init_cfg', 'pretrained')
-            }
-        )
-    if isinstance(value, list):
-        return [without_weights(inner) for inner in value]
-    return value
-
-
-def all_heads(model: nn.Module) -> list[Any]:
-    """Everything that mmseg runs in training, on one image."""
-    features = model.extract_feat(image(64))
-    heads = [model.decode_head, getattr(model, 'auxiliary_head', None) or []]
-    if not isinstance(heads[1], nn.ModuleList):
-        heads[1] = [heads[1]] if heads[1] else []
-    return [head(features) for head in (heads[0], *heads[1])]
-
-
-def bcns(model: nn.Module) -> list[BCN]:
-    return [module for module in model.modules() if isinstance(module, BCN)]
-
-
-SEGMENTORS = [
-    'pidnet/pidnet-s_*',
-    'bisenetv2/bisenetv2_fcn_4xb4-160k*',
-    'ddrnet/ddrnet_23-slim_*',
-    'erfnet/*.py',
-    'stdc/stdc1_4xb12*',
-    'cgnet/*512x1024.py',
-]
-
-
-@pytest.mark.parametrize('pattern', SEGMENTORS)
-def test_a_segmentor_is_converted_as_it_was_built(
-    pattern: str, said: list[str]
-) -> None:
-    model = host_model('mmseg', pattern)
-    norms = len(batch_norms(model))
-    new = convert(model, norm={})
-    assert len(batch_norms(model)) == norms > 30
-    assert not batch_norms(new)
-    assert f' {norms} norms are now BCN' in said[0]
-    new.init_weights()
-    # PIDNet and DDRNet train norms on 1x1 maps, which BN cannot on one image.
-    trains(new, all_heads)
-    assert all(bcn.running_mean.any() for bcn in bcns(new))
-
-
-def test_a_segmentor_gets_ws_too(said: list[str]) -> None:
-    model = host_model('mmseg', SEGMENTORS[1])
-    new = convert(model, **BOTH, inputs=all_heads)
-    assert not batch_norms(new)
-    assert not check(new, all_heads).mistakes
-    assert kinds(new)['WSConv2d'] > 50
-    assert 'on 1x1 maps: 2 layers (backbone.' in said[0]
-    new.init_weights()
-    trains(new, all_heads)
-
-
-def test_pooled_maps_leave_two_channels_to_a_group(said: list[str]) -> None:
-    model = host_model('mmseg', 'fastscnn/*.py')
-    options = dict(norm=dict(num_groups=32), inputs=all_heads)
-    new = convert(model, **options)
-    (name,) = re.findall(r'on 1x1 maps: 1 layer \((\S*)\)', said[0])
-    pooled = new.get_submodule(name)
-    assert (pooled.num_features, pooled.num_groups) == (32, 16)
-    trains(new, all_heads)
-    # Of one channel there is nothing to normalize over.
-    single = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(1))
-    both = nn.Sequential(nn.BatchNorm2d(1), single)
-    x = image()[:, :1]
-    kept = convert(both, norm={}, inputs=x)
-    assert [type(kept[0]), type(kept[1][1])] == [BCN, nn.BatchNorm2d]
-    assert 'a single channel on 1x1 maps: 1 layer (1.1)' in said[-1]
-
-
-def test_a_detector_on_the_meta_device() -> None:
-    model = host_model('mmdet', 'yolof/yolof_r50-c5_8xb8-1x_coco.py')
-    model = model.to('meta')
-    norms = len(batch_norms(model))
-    inside = len(batch_norms(model.backbone))
-    new = convert(model, norm={}, skip=['backbone'])
-    assert len(bcns(new)) == norms - inside > 10
-    assert len(batch_norms(new)) == inside
-    assert all(t.is_meta for t in (*new.parameters(), *new.buffers()))
-
-
-class Own(nn.Module):
-    """A user's own backbone, with norms that no config names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8))
-        self.body = timm.create_model('test_resnet', features_only=True)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [self.stem(x), *self.body(x)[-1:]]
-
-
-def test_user_defined_backbone() -> None:
-    pytest.importorskip('mmseg.models', exc_type=ImportError)
-    MODELS.register_module(module=Own, force=True)
-    channels = dict(in_channels=8, channels=8, num_classes=2, in_index=0)
-    cfg = dict(
-        type='EncoderDecoder',
-        backbone=dict(type='mmengine.Own'),
-        decode_head=dict(type='FCNHead', norm_cfg=dict(type='BN'), **channels),
-    )
-    with DefaultScope.overwrite_default_scope('mmseg'):
-        model = MODELS.build(cfg)
-    new = convert(model, **BOTH, inputs=all_heads)
-    assert not batch_norms(new)
-    assert type(new.backbone.stem[0]) is WSConv2d
-    assert not check(new, all_heads).mistakes
-    trains(new, all_heads)

@@ -8,24 +8,14 @@ import torch
 import torch.nn.functional as F
 from in_process import load, tools  # noqa: F401
 from mmengine.registry import MODELS, init_default_scope
+from proofs.round_trip import ReleasedBCN, StandardizedConv
 from torch import nn
 
 pytest.importorskip('mmdet')
 
 
-class StandardizedConv(nn.Conv2d):
-    eps_mode = 'outside'
-
-    def forward(self, x):
-        w = self.weight - self.weight.mean((1, 2, 3), True)
-        var = w.square().sum((1, 2, 3), True) / (w[0].numel() - 1)
-        inside = self.eps_mode == 'inside'
-        w = w / ((var + 1e-5).sqrt() if inside else var.sqrt() + 1e-5)
-        return F.conv2d(x, w, None, self.stride, self.padding)
-
-
 class InsideConv(StandardizedConv):
-    eps_mode = 'inside'
+    eps_inside = True
 
 
 def timm_resnet(norm, standardized):
@@ -47,18 +37,6 @@ def timm_resnet(norm, standardized):
             setattr(net.get_submodule(parent), name, new)
     net.forward = net.forward_features
     return net
-
-
-class AuthorsBCN(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1, 32, 1))
-        self.bias = nn.Parameter(torch.zeros(1, 32, 1))
-        self.pbn = nn.BatchNorm2d(channels)
-
-    def forward(self, x):
-        y = F.group_norm(self.pbn(x), 32).reshape(x.shape[0], 32, -1)
-        return (y * self.weight + self.bias).reshape(x.shape)
 
 
 class Block(nn.Module):
@@ -107,7 +85,7 @@ def gn(channels, device=None, dtype=None):
 
 SOURCES = {
     'gn': lambda: ResNet18(StandardizedConv, gn),
-    'bcn': lambda: ResNet18(InsideConv, AuthorsBCN),
+    'bcn': lambda: ResNet18(InsideConv, ReleasedBCN),
     'bn': lambda: ResNet18(nn.Conv2d, nn.BatchNorm2d),
     'bn ws': lambda: ResNet18(StandardizedConv, nn.BatchNorm2d),
     'plain gn': lambda: ResNet18(nn.Conv2d, gn),
@@ -362,12 +340,7 @@ def test_gn_takes_the_affine_of_bn(layout, options, eps_mode, eps, convert):
         ('nf_resnet50', 'gain: .*ScaledStdConv2d.*no norm behind'),
     ],
 )
-def test_networks_of_timm_that_no_host_holds(
-    model,
-    match,
-    refuses,
-    tmp_path,
-):
+def test_networks_of_timm_that_no_host_holds(model, match, refuses, tmp_path):
     timm = pytest.importorskip('timm')
     with torch.device('meta'):
         names = timm.create_model(model).state_dict()
@@ -450,12 +423,7 @@ def test_every_exact_layout_has_a_swap():
     ],
 )
 def test_what_is_not_understood_is_refused(
-    layout,
-    options,
-    change,
-    match,
-    refuses,
-    tmp_path,
+    layout, options, change, match, refuses, tmp_path
 ):
     state = source_of(layout).state_dict()
     for name, values in change.items():

@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 import torch
 from mmengine.dist import get_rank
-from mmengine.evaluator import BaseMetric, Evaluator
-from mmengine.model import BaseModel, MMDistributedDataParallel
-from mmengine.runner import Runner
+from proofs import small_run
 from torch import Tensor, nn
 
 from ws_mm import BCN, WSConv2d, running_statistics
@@ -18,124 +16,38 @@ HOOK = dict(type='ws_mm.SyncEstimatesHook')
 EMA = dict(type='EMAHook', momentum=0.1, priority=49)
 
 
-class Small(BaseModel):
-    """A segmentor of two classes that notes what it validates with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            WSConv2d(3, 8, 3, bias=False),
-            BCN(8, 4),
-            nn.ReLU(),
-            WSConv2d(8, 8, 3, bias=False),
-            BCN(8, 4),
-            nn.ReLU(),
-            nn.Conv2d(8, 2, 1),
-        )
-        self.validated: list[dict[str, Tensor]] = []
-
-    def forward(self, inputs: Tensor, target: Tensor, mode: str) -> Any:
-        logits = self.body(inputs)
-        if mode == 'loss':
-            return dict(loss=nn.functional.cross_entropy(logits, target))
-        self.validated.append(
-            {k: v.clone() for k, v in self.named_buffers() if v.numel() > 1}
-        )
-        return [dict(score=logits.mean().item())]
-
-
-class Score(BaseMetric):
-    def process(self, data_batch: Any, data_samples: list[Any]) -> None:
-        self.results += data_samples
-
-    def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        return dict(score=sum(r['score'] for r in results))
-
-
-def make_data() -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(5)
-    return [
-        dict(
-            inputs=torch.randn(3, 9, 9, generator=generator) * (1 + i) + i,
-            target=torch.randint(2, (5, 5), generator=generator),
-        )
-        for i in range(8)
-    ]
-
-
 def train(
-    rank: int,
-    folder: Path,
-    by_epoch: bool,
-    hooks: list[dict[str, Any]],
-    steps: int = 4,
-    resume: bool = False,
-    broadcast_buffers: bool = False,
+    rank: int, folder: Path, by_epoch: bool, hooks: list[Any], **options: Any
 ) -> list[dict[str, Tensor]]:
-    """Train; the buffers of each validation of this rank."""
+    """Train; the statistics of each validation of this rank."""
+    assert get_rank() == rank
     torch.manual_seed(1)
     running_statistics._reported.clear()  # of earlier tests in this process
-    loader = dict(
-        batch_size=1,
-        num_workers=0,
-        dataset=make_data(),
-        collate_fn=dict(type='default_collate'),
+    model = small_run.Small(
+        WSConv2d(3, 8, 3, bias=False),
+        BCN(8, 4),
+        nn.ReLU(),
+        WSConv2d(8, 8, 3, bias=False),
+        BCN(8, 4),
+        nn.ReLU(),
+        nn.Conv2d(8, 2, 1),
     )
-    # As long as two iterations of two processes, or else for ever.
-    train_set = make_data()[:4] if by_epoch else make_data()
-    sampler = 'DefaultSampler' if by_epoch else 'InfiniteSampler'
-    if by_epoch:
-        loop = dict(by_epoch=True, max_epochs=steps // 2, val_interval=1)
-    else:
-        loop = dict(by_epoch=False, max_iters=steps, val_interval=2)
-    model = Small()
-    runner = Runner(
-        # On a CPU the Runner's own wrapper wants a config for it.
-        model=MMDistributedDataParallel(
-            model, broadcast_buffers=broadcast_buffers
-        ),
-        work_dir=str(folder),
-        train_dataloader=dict(
-            **{**loader, 'dataset': train_set}, sampler=dict(type=sampler)
-        ),
-        val_dataloader=dict(
-            **loader, sampler=dict(type='DefaultSampler', shuffle=False)
-        ),
-        train_cfg=loop,
-        val_cfg=dict(),
-        # Without a folder mmengine leaves one where it was called from.
-        val_evaluator=Evaluator(Score(collect_dir=str(folder / 'collect'))),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.05)),
-        default_hooks=dict(
-            logger=None,
-            checkpoint=dict(
-                type='CheckpointHook',
-                by_epoch=by_epoch,
-                interval=1 if by_epoch else 2,
-            ),
-        ),
-        custom_hooks=hooks,
-        launcher='pytorch',
-        resume=resume,
-        randomness=dict(seed=3),
-        log_level='WARNING',
-        experiment_name=f'{folder}-{resume}'.replace('/', '-'),
-    )
-    runner.train()
-    assert get_rank() == rank
-    return model.validated[:: len(make_data()) // 2]
+    # Two iterations of two processes are an epoch.
+    images = small_run.make_data(4)
+    options |= dict(by_epoch=by_epoch, ranks=True)
+    small_run.train(folder, model, images, hooks, **options)
+    return [running(seen) for seen in model.validated[:: len(images) // 2]]
+
+
+def running(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The running statistics among the tensors of a model."""
+    return {k: v for k, v in state.items() if 'running' in k}
 
 
 def saved(folder: Path) -> list[dict[str, Tensor]]:
     """The estimates in each checkpoint, in their order."""
     found = [
-        {
-            name: values
-            for name, values in torch.load(path, weights_only=False)[
-                'state_dict'
-            ].items()
-            if 'running' in name
-        }
+        running(torch.load(path, weights_only=False)['state_dict'])
         for path in sorted(folder.glob('*_[0-9].pth'))
     ]
     assert len(found) == 2

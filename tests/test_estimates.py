@@ -12,10 +12,9 @@ import tiny_runs
 import torch
 from comparison import TOLERANCE, disagreements
 from mmengine.config import Config
-from mmengine.evaluator import BaseMetric, Evaluator
-from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
+from proofs import small_run
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
@@ -294,116 +293,26 @@ def test_ranks_with_unequal_loaders_do_not_wait(world):
 
 # With mmengine's Runner.
 
-
-class Small(BaseModel):
-    """A segmentor of two classes that notes what it validates with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            WSConv2d(3, 8, 3, bias=False),
-            BCN(8, 4, momentum=0.1),
-            nn.ReLU(),
-            nn.Conv2d(8, 8, 3),
-            nn.BatchNorm2d(8),
-            nn.Dropout(0.2),
-            nn.Conv2d(8, 2, 1),
-        )
-        self.validated: list[dict[str, Tensor]] = []
-        self.trained: list[float] = []
-
-    def forward(self, inputs: Tensor, target: Tensor, mode: str) -> Any:
-        logits = self.body(inputs)
-        if mode == 'loss':
-            if torch.is_grad_enabled():
-                self.trained.append(inputs.sum().item())
-            return dict(loss=nn.functional.cross_entropy(logits, target))
-        self.validated.append(state(self))
-        return [dict(score=logits.mean().item())]
-
-
-class Score(BaseMetric):
-    def process(self, data_batch: Any, data_samples: list[Any]) -> None:
-        self.results += data_samples
-
-    def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        return dict(score=sum(r['score'] for r in results))
-
-
-class Images(list):
-    """A data set that can be given attributes."""
-
-
-def make_data() -> Images:
-    generator = torch.Generator().manual_seed(5)
-    return Images(
-        dict(
-            inputs=torch.randn(3, 9, 9, generator=generator) * (1 + i) + i,
-            target=torch.randint(2, (5, 5), generator=generator),
-        )
-        for i in range(6)
-    )
-
-
+IMAGES = small_run.make_data(6)
 # All images, so that their order does not matter to the first norm.
 HOOK = dict(type='ws_mm.UpdateEstimatesHook', num_batches=3)
 ESTIMATES = [f'body.{i}.running_{k}' for i in (1, 4) for k in ('mean', 'var')]
 
 
-def train(
-    folder: Path,
-    hooks: list[dict[str, Any]],
-    by_epoch: bool = False,
-    steps: int = 4,
-    resume: bool = False,
-    wrap: bool = False,
-    workers: int = 0,
-) -> Small:
+def train(folder: Path, hooks: list[Any], **options: Any) -> small_run.Small:
     torch.manual_seed(1)
-    model = Small()
-    loader = dict(
-        batch_size=2,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        dataset=make_data(),
-        collate_fn=dict(type='default_collate'),
+    model = small_run.Small(
+        WSConv2d(3, 8, 3, bias=False),
+        BCN(8, 4, momentum=0.1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.Dropout(0.2),
+        nn.Conv2d(8, 2, 1),
     )
-    sampler = 'DefaultSampler' if by_epoch else 'InfiniteSampler'
-    if by_epoch:
-        loop = dict(by_epoch=True, max_epochs=steps // 2, val_interval=1)
-    else:
-        loop = dict(by_epoch=False, max_iters=steps, val_interval=2)
-    runner = Runner(
-        model=MMDistributedDataParallel(model) if wrap else model,
-        work_dir=str(folder),
-        train_dataloader=dict(**loader, sampler=dict(type=sampler)),
-        val_dataloader=dict(
-            **{**loader, 'batch_size': 6},
-            sampler=dict(type='DefaultSampler', shuffle=False),
-        ),
-        train_cfg=loop,
-        val_cfg=dict(),
-        val_evaluator=Evaluator(Score(collect_dir=str(folder / 'collect'))),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.05)),
-        default_hooks=dict(
-            logger=None,
-            checkpoint=dict(
-                type='CheckpointHook',
-                by_epoch=by_epoch,
-                interval=1 if by_epoch else 2,
-                save_best='score',
-                rule='less',
-            ),
-        ),
-        custom_hooks=hooks,
-        launcher='pytorch' if wrap else 'none',
-        resume=resume,
-        randomness=dict(seed=3),
-        log_level='WARNING',
-        experiment_name=f'{folder}-{resume}-{steps}'.replace('/', '-'),
-    )
-    runner.train()
-    return model
+    options = dict(batch_size=2, val_batch_size=6, **options)
+    options |= dict(save_best='score', rule='less')
+    return small_run.train(folder, model, IMAGES, hooks, **options)
 
 
 def ema(update_buffers: bool, priority: Any = 49) -> dict[str, Any]:
@@ -430,7 +339,7 @@ def saved(folder: Path) -> list[dict[str, Any]]:
 
 def measured(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of the first norm, over all images, with these weights."""
-    images = torch.stack([each['inputs'] for each in make_data()]).double()
+    images = torch.stack([each['inputs'] for each in IMAGES]).double()
     filters = reference.standardize_weight(weights['body.0.weight'])
     moments = of_all_values([nn.functional.conv2d(images, filters)])
     return {f'body.1.{name}': values for name, values in moments.items()}
@@ -455,7 +364,7 @@ def check_saved(folder: Path, validated: list[dict[str, Tensor]]) -> None:
 @pytest.mark.parametrize('by_epoch', [True, False], ids=['epoch', 'iter'])
 @pytest.mark.parametrize('hooks', CASES.values(), ids=CASES)
 def test_checkpoint_holds_the_validated_statistics(tmp_path, hooks, by_epoch):
-    model = train(tmp_path, [*hooks, HOOK], by_epoch)
+    model = train(tmp_path, [*hooks, HOOK], by_epoch=by_epoch)
     check_saved(tmp_path, model.validated)
     (best,) = (torch.load(f, weights_only=False) for f in tmp_path.glob('b*'))
     assert any(
@@ -503,7 +412,7 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path, hooks):
 
 
 def train_rank(rank: int, folder: Path, hooks: list[Any]) -> Any:
-    model = train(folder, hooks, wrap=True)
+    model = train(folder, hooks, ranks=True)
     return model.validated
 
 

@@ -1,5 +1,7 @@
 """The experiment runner on real, tiny trainings."""
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -60,11 +62,17 @@ def write_grid(path: Path, cells: list[dict], images: int = 24) -> Path:
 
 
 def call(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, ROOT / 'tools/experiments/run.py', *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    """Call run.py's main; each training is a process of its own."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            run.main(list(map(str, arguments)))
+        except SystemExit as stop:
+            # As Python does with what a script ends with.
+            code = stop.code if isinstance(stop.code, int) else 1
+            print(stop.code, file=err)
+    return subprocess.CompletedProcess(
+        arguments, code, out.getvalue(), err.getvalue()
     )
 
 

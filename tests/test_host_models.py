@@ -1,4 +1,4 @@
-"""What mmdet, mmseg and mmengine do to a layer, on their own models."""
+"""Operations of mmdet, mmseg and mmengine on our layers."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -12,6 +12,7 @@ import tiny_runs
 import torch
 import torch.distributed as dist
 from comparison import relative_error
+from host_parts import BCN4, BN, WS, features, image, resnet, trained
 from mmengine.config import Config
 from mmengine.model import (
     BaseModel,
@@ -22,7 +23,7 @@ from mmengine.model import (
 from mmengine.model.efficient_conv_bn_eval import (
     turn_on_efficient_conv_bn_eval,
 )
-from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import (
     Runner,
@@ -38,48 +39,9 @@ from ws_mm import BCN, WSConv2d, bake, hooks
 
 mmdet = pytest.importorskip('mmdet.models', exc_type=ImportError)
 mmseg = pytest.importorskip('mmseg.models', exc_type=ImportError)
-mmseg_heads = pytest.importorskip('mmseg.models.decode_heads')
 mmdet_structures = pytest.importorskip('mmdet.structures')
 BitmapMasks = pytest.importorskip('mmdet.structures.mask').BitmapMasks
 bricks = pytest.importorskip('mmcv.cnn')
-
-WS = dict(type='ws_mm.WSConv2d')
-BCN4 = dict(type='ws_mm.BCN', num_groups=4)
-BN = dict(type='BN')
-
-
-def resnet(depth: int = 18, **options) -> nn.Module:
-    """mmdet's ResNet, an eighth as wide."""
-    options = dict(base_channels=8, norm_eval=False) | options
-    return mmdet.ResNet(depth, **options)
-
-
-@torch.no_grad()
-def trained(model: nn.Module) -> nn.Module:
-    """A model in eval mode, its norms with the state of a trained one's."""
-    for name, values in model.named_buffers():
-        if name.endswith('running_mean'):
-            values.normal_()
-        elif name.endswith('running_var'):
-            values.uniform_(0.2, 3)
-    for module in model.modules():
-        if isinstance(module, (nn.BatchNorm2d, BCN)):
-            for parameter in module.parameters():
-                parameter.normal_().add_(parameter.sign() * 0.2)
-    # mmdet's train() returns nothing.
-    model.eval()
-    return model
-
-
-def image(size: int = 32, images: int = 1) -> Tensor:
-    return torch.randn(images, 3, size, size)
-
-
-def features(model: nn.Module, x: Tensor | list[Tensor]) -> Tensor:
-    """All outputs of a model as one vector."""
-    levels = model(x)
-    levels = [levels] if isinstance(levels, Tensor) else levels
-    return torch.cat([level.flatten() for level in levels])
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -439,230 +401,3 @@ def test_every_branch_learns_from_scratch(package: str, depth: int) -> None:
         optimizer.step()
     dead = [n for n, p in model.named_parameters() if not found[n].any()]
     assert not dead
-
-
-class ConvNeXt(nn.Module):
-    """Modules named as those whose names layer-wise decay reads."""
-
-    def __init__(self, norm: dict) -> None:
-        super().__init__()
-        block = bricks.ConvModule(
-            3, 8, 3, bias=True, conv_cfg=WS, norm_cfg=norm
-        )
-        self.stages = nn.ModuleList([nn.ModuleList([block])])
-
-
-def rates(
-    paramwise: dict[str, Any],
-    kind: str = 'DefaultOptimWrapperConstructor',
-    norm: dict = BCN4,
-) -> dict[str, tuple[float, float]]:
-    """Learning rate and decay of each parameter, where both start at 1."""
-    model = nn.Module()
-    model.backbone = ConvNeXt(norm)
-    if paramwise.get('bypass_duplicate'):
-        model.again = model.backbone.stages
-    optimizer = dict(type='SGD', lr=1.0, weight_decay=1.0)
-    scope = kind.partition('.')[0] if '.' in kind else 'mmengine'
-    with DefaultScope.overwrite_default_scope(scope):
-        wrapper = build_optim_wrapper(
-            model,
-            dict(
-                optimizer=optimizer,
-                constructor=kind,
-                paramwise_cfg=paramwise,
-            ),
-        )
-    names = {p: name for name, p in model.named_parameters()}
-    return {
-        names[p].removeprefix('backbone.stages.0.0.'): (
-            group['lr'],
-            group['weight_decay'],
-        )
-        for group in wrapper.optimizer.param_groups
-        for p in group['params']
-        if p in names
-    }
-
-
-DECAY = dict(decay_rate=0.5, num_layers=6)
-CONSTRUCTORS = {
-    'norm_decay_mult': (dict(norm_decay_mult=0.0), (1, 0)),
-    'bias': (dict(bias_lr_mult=2.0), (1, 1)),
-    'bias and norm': (
-        dict(bias_decay_mult=0.5, norm_decay_mult=0.1),
-        (1, 0.1),
-    ),
-    'flat': (dict(norm_decay_mult=0.1, flat_decay_mult=0.0), (1, 0.1)),
-    'custom_keys': (
-        dict(
-            custom_keys={'0.bn': dict(lr_mult=0.1, decay_mult=0.2)},
-            norm_decay_mult=0.0,
-        ),
-        (0.1, 0.2),
-    ),
-    'bypass_duplicate': (
-        dict(norm_decay_mult=0.0, bypass_duplicate=True),
-        (1, 0),
-    ),
-    'mmseg.ForceDefaultOptimWrapperConstructor': (
-        dict(norm_decay_mult=0.1, bias_lr_mult=2.0),
-        (1, 0.1),
-    ),
-    **{
-        f'{scope}.LearningRateDecayOptimizerConstructor {kind}': (
-            DECAY | dict(decay_type=kind),
-            (lr, 0),
-        )
-        for scope in ('mmdet', 'mmseg')
-        for kind, lr in (('layer_wise', 2**-6), ('stage_wise', 2**-6))
-    },
-}
-
-
-@pytest.mark.parametrize('case', CONSTRUCTORS)
-def test_optimizers_take_all_four_parameters_for_a_norm(case: str) -> None:
-    paramwise, expected = CONSTRUCTORS[case]
-    kind = case.partition(' ')[0] if '.' in case else None
-    found = rates(paramwise, *[kind] if kind else [])
-    norm = {
-        name: rate for name, rate in found.items() if name.startswith('bn.')
-    }
-    assert set(norm) == {'bn.weight', 'bn.bias', 'bn.bn_weight', 'bn.bn_bias'}
-    assert set(norm.values()) == {expected}
-    # The convolution is told apart.
-    assert found['conv.weight'] == (1, 1) or 'LearningRate' in case
-    if 'bias' in case:
-        assert found['conv.bias'] not in (expected, (1, 1))
-
-
-def test_bias_decay_alone_reaches_a_bias_as_it_does_in_group_norm() -> None:
-    # The host goes by the name `bias` here, whatever the module is.
-    found = rates(dict(bias_decay_mult=0.5))
-    norm = {name: wd for name, (_, wd) in found.items() if 'bn.' in name}
-    group_norm = dict(type='GN', num_groups=4)
-    other = rates(dict(bias_decay_mult=0.5), norm=group_norm)
-    assert norm.pop('bn.bias') == other['gn.bias'][1] == 0.5
-    assert set(norm.values()) == {other['gn.weight'][1]} == {1}
-
-
-def hrnet(**options: Any) -> nn.Module:
-    """HRNet-W18: 18, 36, 72 and 144 channels, one block each."""
-    widths = [18, 36, 72, 144]
-    extra = {
-        f'stage{branches}': dict(
-            num_modules=1,
-            num_branches=branches,
-            block='BASIC' if branches > 1 else 'BOTTLENECK',
-            num_blocks=[1] * branches,
-            num_channels=widths[:branches] if branches > 1 else [64],
-        )
-        for branches in (1, 2, 3, 4)
-    }
-    return mmdet.HRNet(extra, norm_eval=False, **options)
-
-
-ONE_STAGE = dict(
-    num_stages=1, strides=[1], dilations=[1], out_indices=[0], norm_eval=False
-)
-# Channels as published, where 32 does not divide them: 18 to 144 in HRNet-W18,
-# 72 and 168 in RegNetX-1.6GF, 26 in Res2Net-50, 48 in DeepLabV3+. Maps of one
-# value per channel: the pooled ones of ResNeSt and ASPP.
-BACKBONES: dict[str, Callable[..., nn.Module]] = {
-    'HRNet': hrnet,
-    'RegNet': lambda **options: mmdet.RegNet(
-        dict(w0=80, wa=88, wm=2.25, group_w=24, depth=2, bot_mul=1.0),
-        strides=(2, 2),
-        dilations=(1, 1),
-        out_indices=(0, 1),
-        norm_eval=False,
-        **options,
-    ),
-    'Res2Net': lambda **options: mmdet.Res2Net(
-        depth=50, scales=4, base_width=26, **ONE_STAGE, **options
-    ),
-    'ResNeSt of mmdet': lambda **options: mmdet.ResNeSt(
-        depth=50, **ONE_STAGE, **options
-    ),
-    'ResNeSt of mmseg': lambda **options: mmseg.ResNeSt(
-        depth=50, **ONE_STAGE, **options
-    ),
-}
-HEAD = dict(
-    in_channels=16,
-    channels=64,
-    num_classes=2,
-    in_index=1,
-    dilations=(1, 6),
-    conv_cfg=WS,
-)
-HEADS: dict[str, Callable[..., nn.Module]] = {
-    'DeepLabV3': lambda **options: mmseg_heads.ASPPHead(**HEAD, **options),
-    'DeepLabV3+': lambda **options: mmseg_heads.DepthwiseSeparableASPPHead(
-        c1_in_channels=16, c1_channels=48, **HEAD, **options
-    ),
-}
-
-
-def step_of_one_image(model: nn.Module, inputs: Any) -> None:
-    """Train on one image; everything is finite, and in eval after it."""
-    for training in (True, False):
-        model.train(training)
-        output = features(model, inputs)
-        assert output.isfinite().all()
-        if training:
-            output.backward(torch.randn_like(output))
-            used = [p.grad for p in model.parameters() if p.grad is not None]
-            assert used
-            assert all(gradient.isfinite().all() for gradient in used)
-    assert all(values.isfinite().all() for values in model.buffers())
-
-
-def group_counts(model: nn.Module) -> dict[int, int]:
-    """Groups by channels of the BCN layers."""
-    return {
-        module.num_features: module.num_groups
-        for module in model.modules()
-        if isinstance(module, BCN)
-    }
-
-
-@pytest.mark.parametrize(
-    ('name', 'groups', 'counts'),
-    [
-        ('HRNet', 32, {18: 9, 36: 18, 72: 24, 144: 24}),
-        ('RegNet', 32, {72: 24, 168: 28}),
-        ('Res2Net', 32, {26: 13, 104: 26}),
-        ('ResNeSt of mmdet', 16, {32: 16}),
-        ('ResNeSt of mmseg', 16, {32: 16}),
-    ],
-)
-def test_backbones_train_on_one_image(
-    name: str, groups: int, counts: dict[int, int]
-) -> None:
-    norm = dict(type='ws_mm.BCN', num_groups=groups)
-    model = BACKBONES[name](conv_cfg=WS, norm_cfg=norm)
-    found = group_counts(model)
-    assert found.items() >= counts.items()
-    step_of_one_image(model, image(64))
-
-
-@pytest.mark.parametrize('package', ['mmdet', 'mmseg'])
-def test_one_value_per_group_is_refused_with_the_key(package: str) -> None:
-    # 32 pooled channels in 32 groups, as published with BatchNorm.
-    norm = dict(type='ws_mm.BCN', num_groups=32)
-    model = BACKBONES[f'ResNeSt of {package}'](conv_cfg=WS, norm_cfg=norm)
-    with pytest.raises(ValueError, match=r'num_groups=32.*norm_cfg=dict'):
-        model(image())
-
-
-@pytest.mark.parametrize('name', HEADS)
-def test_heads_train_on_one_image(name: str) -> None:
-    with DefaultScope.overwrite_default_scope('mmseg'):
-        head = HEADS[name](norm_cfg=dict(type='ws_mm.BCN'))
-    levels = [torch.randn(1, 16, size, size) for size in (8, 4)]
-    step_of_one_image(head, levels)
-    # The pooled branch learned from its one value per channel, too.
-    assert head.image_pool[1].bn.running_mean.all()
-    if name == 'DeepLabV3+':
-        assert group_counts(head)[48] == 24

@@ -1,9 +1,12 @@
 """The hosts' own tools, with nothing but the layers in the config."""
 
+import functools
 import json
 import pickle
 import re
 from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 import torch
@@ -79,24 +82,40 @@ def logged(folder: Path, metric: str) -> list[float]:
     return [line[metric] for line in lines if metric in line]
 
 
-def test_one_process(host: str, config: Path, tmp_path: Path) -> None:
-    run, tested = tmp_path / 'run', tmp_path / 'tested'
-    done = call(tool(host, 'train.py'), config, '--work-dir', run)
-    assert done.returncode == 0, done.stdout
+@pytest.fixture(scope='module')
+def run_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Train and test by a host's tools, once for each host."""
+
+    @functools.cache
+    def run(host: str) -> tuple[Path, CompletedProcess]:
+        folder = tmp_path_factory.mktemp(host)
+        data = write_data(folder / 'data')
+        config = write_config(data, TEXTS[host], VALIDATED)
+        work = ('--work-dir', folder / 'run')
+        done = call(tool(host, 'train.py'), config, *work)
+        assert done.returncode == 0, done.stdout
+        done = call(
+            *(tool(host, 'test.py'), config, folder / 'run' / SAVED[host]),
+            *('--work-dir', folder / 'tested', '--out', folder / 'out.pkl'),
+        )
+        assert done.returncode == 0, done.stdout
+        return folder, done
+
+    return run
+
+
+def test_one_process(host: str, run_of: Any) -> None:
+    folder, tested = run_of(host)
+    run = folder / 'run'
     saved = torch.load(run / SAVED[host], weights_only=False)
     names = [k for k in saved['state_dict'] if k.endswith('running_mean')]
     assert names
     # The estimates have moved; nothing else of ws_mm is in the file.
     assert all(saved['state_dict'][name].any() for name in names)
-    done = call(
-        *(tool(host, 'test.py'), config, run / SAVED[host]),
-        *('--work-dir', tested),
-    )
-    assert done.returncode == 0, done.stdout
-    assert 'unexpected key' not in done.stdout
-    assert 'missing key' not in done.stdout
+    assert 'unexpected key' not in tested.stdout
+    assert 'missing key' not in tested.stdout
     (validated,) = logged(run, METRIC[host])
-    found = re.findall(rf'{METRIC[host]}: ([\d.]+)', done.stdout)
+    found = re.findall(rf'{METRIC[host]}: ([\d.]+)', tested.stdout)
     assert float(found[-1]) == pytest.approx(validated, abs=1e-3)
 
 
@@ -118,29 +137,45 @@ def test_two_processes(host: str, config: Path, tmp_path: Path) -> None:
     assert any(k.endswith('bn_weight') for k in saved)
 
 
-def count(host: str, config: Path, *options: str) -> dict[str, str]:
+# A host's script several times, with nothing of ws_mm imported before.
+SCRIPT = """
+import runpy
+import sys
+
+script, *calls = sys.argv[1:]
+for words in calls:
+    sys.argv = [script, *words.split('|')]
+    runpy.run_path(script, run_name='__main__')
+"""
+
+
+def test_count_of_operations(host: str, config: Path, tmp_path: Path) -> None:
+    words = [str(config)]
+    options = []
     if host == 'mmdet':
+        words += ['--num-images', '1']
         # Else the number of RoIs depends on the random weights: overlaps are
         # suppressed, and boxes that clip to nothing are dropped.
-        options += (
+        options += [
             'model.test_cfg.rpn.nms.iou_threshold=1.0',
             'model.test_cfg.rpn.max_per_img=4',
-        )
-    done = call(
-        *(tool(host, 'analysis_tools/get_flops.py'), config),
-        *(['--shape', '64', '64'] if host == 'mmseg' else []),
-        *(['--num-images', '1'] if host == 'mmdet' else []),
-        *(['--cfg-options', *options] if options else []),
-    )
+        ]
+    else:
+        words += ['--shape', '64', '64']
+    calls = [
+        '|'.join([*words, '--cfg-options', *options, *more])
+        for more in (['model.backbone.conv_cfg=None'], ['randomness.seed=0'])
+    ]
+    script = tmp_path / 'several.py'
+    script.write_text(SCRIPT)
+    done = call(script, tool(host, 'analysis_tools/get_flops.py'), *calls)
     if '"input_shape" and "inputs" cannot be both set' in done.stdout:
         pytest.skip('get_flops.py of mmseg 1.2.2 fails with any model')
     assert done.returncode == 0, done.stdout
-    return dict(re.findall(r'(Flops|Params): (.*)', done.stdout))
-
-
-def test_count_of_operations(host: str, config: Path) -> None:
-    plain = count(host, config, 'model.backbone.conv_cfg=None')
-    assert count(host, config) == plain
+    counts = re.findall(r'(Flops|Params): (.*)', done.stdout)
+    assert [name for name, _ in counts] == ['Flops', 'Params'] * 2
+    plain, ours = counts[:2], counts[2:]
+    assert ours == plain
 
 
 def test_counts_of_the_layers() -> None:
@@ -163,21 +198,13 @@ def test_counts_of_the_layers() -> None:
     assert of(BCN(16, 4, outer_affine='channel'), 16, 9, 9) == both
 
 
-def test_results_are_analyzed(tmp_path: Path) -> None:
-    config = write_config(write_data(tmp_path / 'data'), DET, VALIDATED)
-    run, out = tmp_path / 'run', tmp_path / 'out.pkl'
-    done = call(tool('mmdet', 'train.py'), config, '--work-dir', run)
-    assert done.returncode == 0, done.stdout
-    checkpoint = run / 'epoch_1.pth'
-    done = call(
-        *(tool('mmdet', 'test.py'), config, checkpoint),
-        *('--work-dir', tmp_path / 'tested', '--out', out),
-    )
-    assert done.returncode == 0, done.stdout
+def test_results_are_analyzed(run_of: Any, tmp_path: Path) -> None:
+    folder, _ = run_of('mmdet')
+    out = folder / 'out.pkl'
     assert len(pickle.loads(out.read_bytes())) == 2
     done = call(
         tool('mmdet', 'analysis_tools/analyze_results.py'),
-        *(config, out, tmp_path / 'shown', '--topk', '1'),
+        *(folder / 'data/tiny.py', out, tmp_path / 'shown', '--topk', '1'),
     )
     assert done.returncode == 0, done.stdout
     assert list((tmp_path / 'shown').rglob('*.png'))

@@ -118,7 +118,7 @@ def test_mmseg_reads_it(data: Path) -> None:
             palette=[list(color) for color in odd_data.PALETTE],
         ),
         pipeline=[
-            dict(type='mmseg.LoadImageFromFile'),
+            dict(type='LoadImageFromFile'),
             dict(type='mmseg.LoadAnnotations'),
         ],
     )

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import ws_mm
 from ws_mm import hooks
 from ws_mm.running_statistics import RunningStatistics
+from ws_mm.shapes import build_without_memory
 from ws_mm.symbolic import recorded
 
 CHANNELS = 6
@@ -32,9 +33,12 @@ class RunningRMS(RunningStatistics):
 
     statistics: ClassVar = {'running_square': 1.0}
 
-    def __init__(self, num_features: int, momentum: float = 0.1) -> None:
+    def __init__(
+        self, num_features: int, momentum: float = 0.1, eps: float = 1e-5
+    ) -> None:
         super().__init__()
         self.num_features, self.momentum = num_features, momentum
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(num_features))
         self.register_statistics(num_features)
 
@@ -50,7 +54,7 @@ class RunningRMS(RunningStatistics):
         return dict(running_square=square.mean((0, *range(2, input.dim()))))
 
     def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
-        scale = self.weight / (self.running_square.double() + 1e-5).sqrt()
+        scale = self.weight / (self.running_square.double() + self.eps).sqrt()
         return scale, torch.zeros_like(scale), nn.Identity()
 
 
@@ -298,3 +302,52 @@ def test_one_row_puts_it_into_the_benchmark(monkeypatch):
     assert row['ms'] > 0
     assert row['ratio'] > 0
     assert row['saved_bytes'] > 0
+
+
+@MODELS.register_module()
+class Halved(ws_mm.WSConv2d):
+    """A convolution that the package does not know."""
+
+
+@pytest.mark.parametrize(
+    ('pattern', 'prefix', 'changed', 'shared'),
+    [
+        (
+            'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py',
+            '',
+            ['backbone', 'neck'],
+            'bbox_head',
+        ),
+        (
+            'mmseg::pspnet/pspnet_r18b-d8_*-512x1024.py',
+            'ws_mm.',
+            ['backbone', 'decode_head', 'auxiliary_head'],
+            None,
+        ),
+    ],
+)
+def test_apply_norm_puts_it_into_a_config(pattern, prefix, changed, shared):
+    package = pattern.partition('::')[0]
+    pytest.importorskip(f'{package}.models', exc_type=ImportError)
+    from shipped import read
+
+    cfg = read(pattern)
+    norm = dict(type=f'{prefix}RunningRMS', momentum=0.02)
+    conv = f'{prefix}Halved'
+    _, left = ws_mm.apply_norm(cfg, conv, norm)
+    built = build_without_memory(cfg.model, cfg.default_scope)
+    assert ws_mm.check(built).mistakes == []
+    assert cfg.custom_hooks == [dict(type='ws_mm.SyncEstimatesHook')]
+    for part in changed:
+        assert cfg.model[part].norm_cfg == norm
+        assert cfg.model[part].conv_cfg == dict(type=conv)
+        kinds = {type(layer) for layer in built.get_submodule(part).modules()}
+        assert kinds >= {RunningRMS, Halved}
+        assert not kinds & {nn.BatchNorm2d, nn.SyncBatchNorm, ws_mm.WSConv2d}
+    if shared:
+        # Levels would mix its statistics, as they do BCN's.
+        assert cfg.model[shared].norm_cfg == dict(type='GN', num_groups=32)
+        assert 'GN instead of RunningRMS' in str(left)
+    assert ws_mm.apply_norm(cfg, conv, norm)[0] == []
+    with pytest.raises(ValueError, match='momentun.*--norm-options'):
+        ws_mm.apply_norm(cfg, conv, norm | dict(momentun=0.02))

@@ -23,21 +23,6 @@ GN = "type='GN', num_groups=4"
 BCN = "type='ws_mm.BCN', num_groups=4"
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """Run the main of a script; return its exit code."""
-
-    def run(name, *args):
-        monkeypatch.setattr('sys.argv', [name, *map(str, args)])
-        try:
-            load(name).main()
-        except SystemExit as stop:
-            return stop.code
-        return 0
-
-    return run
-
-
 def write(folder: Path, text: str, extra: str = '') -> tuple[Path, Path]:
     """A config and a random checkpoint of it."""
     config, weights = folder / 'tiny.py', folder / 'tiny.pth'

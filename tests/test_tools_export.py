@@ -42,17 +42,6 @@ model['decode_head'] |= dict(in_channels=16, in_index=1)
 """
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """Run the main of a script."""
-
-    def run(name, *args):
-        monkeypatch.setattr('sys.argv', [name, *map(str, args)])
-        load(name).main()
-
-    return run
-
-
 def randomize(model):
     """Weights, affines and estimates that no default hides behind."""
     generator = torch.Generator().manual_seed(0)

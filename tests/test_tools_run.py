@@ -119,27 +119,18 @@ def test_augmentation_merges_boxes_of_the_flipped_image(
 def test_a_killed_training_resumes_from_its_last_whole_checkpoint(
     forks: Forks, det: Path, tmp_path: Path
 ) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / 'tools' / 'train.py'),
-        str(det / 'tiny.py'),
-        *('--work-dir', str(tmp_path), '--cfg-options'),
-    ]
-    env = os.environ | {
-        'CUDA_VISIBLE_DEVICES': '',
-        'OMP_NUM_THREADS': '1',
-        'PYTHONPATH': str(ROOT),
-    }
-    with subprocess.Popen(
-        [*command, 'train_cfg.max_epochs=1000'],
-        env=env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        while process.poll() is None:
-            if len(list(tmp_path.glob('*.pth'))) > 10:
-                process.send_signal(signal.SIGKILL)
-            time.sleep(0.02)
+    process = forks.start(
+        'train',
+        det / 'tiny.py',
+        *('--work-dir', tmp_path, '--cfg-options'),
+        'train_cfg.max_epochs=1000',
+        log=tmp_path / 'log',
+    )
+    while len(list(tmp_path.glob('*.pth'))) <= 10:
+        assert forks.poll(process) is None
+        time.sleep(0.02)
+    os.kill(process, signal.SIGKILL)
+    assert forks.wait(process) == -signal.SIGKILL
     numbers = sorted(
         int(path.stem.removeprefix('epoch_'))
         for path in tmp_path.glob('epoch_*.pth')
@@ -171,33 +162,37 @@ def test_a_killed_training_resumes_from_its_last_whole_checkpoint(
     assert not list(tmp_path.glob('*.part'))
 
 
-@pytest.mark.parametrize('scope', ['mmseg', 'mmdet'])
 def test_a_base_of_a_renamed_distribution_is_found_by_the_host(
-    scope: str, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    runtime = f'{scope}::_base_/default_runtime.py'
-    config = tmp_path / 'config.py'
-    config.write_text(f"_base_ = __import__('ws_mm') and '{runtime}'")
     # What MMDetection's and MMSegmentation's own train.py begin with.
     code = (
+        'import sys\n'
         'from mmengine.config import Config\n'
-        f'print(Config.fromfile({str(config)!r}).default_scope)\n'
+        'for path in sys.argv[1:]:\n'
+        '    print(Config.fromfile(path).default_scope)\n'
         'from mmengine.config.utils import MODULE2PACKAGE\n'
         'from mmengine.utils import is_installed\n'
-        f'assert is_installed(MODULE2PACKAGE[{scope!r}])\n'
+        "assert is_installed(MODULE2PACKAGE['mmseg'])\n"
+        "assert is_installed(MODULE2PACKAGE['mmdet'])\n"
         # Its messages say pip install and this name: it stays where it is
         # right.
         "if is_installed('mmsegmentation'):\n"
         "    assert MODULE2PACKAGE['mmseg'] == 'mmsegmentation'"
     )
+    configs = []
+    for scope in ('mmseg', 'mmdet'):
+        configs.append(tmp_path / f'{scope}.py')
+        runtime = f'{scope}::_base_/default_runtime.py'
+        configs[-1].write_text(f"_base_ = __import__('ws_mm') and '{runtime}'")
     done = subprocess.run(
-        [sys.executable, '-c', code],
+        [sys.executable, '-c', code, *map(str, configs)],
         env=os.environ | {'PYTHONPATH': str(ROOT)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == scope
+    assert done.stdout.split() == ['mmseg', 'mmdet']
 
 
 def fake_slurm(folder: Path) -> Path:
@@ -267,14 +262,21 @@ def test_segmentation_trains_under_slurm_and_is_tested_augmented(
 
 
 def test_sync_bn_without_gpu_is_refused_once_for_all_processes(
-    tmp_path: Path,
+    forks: Forks, tmp_path: Path
 ) -> None:
     norm = "model['backbone'].update(norm_cfg=dict(type='SyncBN'))\n"
     config = write_config(write_data(tmp_path / 'data'), DET, norm)
-    done = call('dist_train.sh', config, 2, '--work-dir', tmp_path / 'work')
-    assert done.returncode != 0
-    assert len(re.findall(r'^error: SyncBN', done.stdout, re.MULTILINE)) == 1
-    assert "Set the type in norm_cfg to 'BN', 'GN' or" in done.stdout
+    ranks = forks.start_ranks(
+        *('train', config, '--work-dir', tmp_path / 'work'), logs=tmp_path
+    )
+    assert forks.wait(ranks[0]) == 1
+    # The second one waits until the launcher ends it.
+    assert forks.poll(ranks[1]) is None
+    os.kill(ranks[1], signal.SIGKILL)
+    first, second = ((tmp_path / f'log {r}').read_text() for r in range(2))
+    assert len(re.findall(r'^error: SyncBN', first, re.MULTILINE)) == 1
+    assert "Set the type in norm_cfg to 'BN', 'GN' or" in first
+    assert 'error' not in second
 
 
 @pytest.mark.parametrize(

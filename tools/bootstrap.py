@@ -17,7 +17,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
@@ -26,9 +25,7 @@ from support.bare_machine import (
     Stop,
     captured,
     check_compiler,
-    check_folder,
     check_python,
-    clock,
     compiler,
     locked,
     run_logged,
@@ -76,10 +73,9 @@ LINES = {
     'official': Line(
         ((3, 10),), 'mmcv', (*LAYERS, 'configs', 'host_tools', 'packaging')
     ),
-    'layers-oldest': Line(((3, 10),), '', (*LAYERS, 'host_layer')),
-    'layers-newest': Line(RECENT, '', (*LAYERS, 'host_layer')),
+    'layers-oldest': Line(((3, 10),), '', (*LAYERS, 'host_layer', 'dtypes')),
+    'layers-newest': Line(RECENT, '', (*LAYERS, 'host_layer', 'dtypes')),
 }
-DISK_GB = 10
 MARKER = '.ws_mm_bootstrap'  # in every environment that was made here
 STATE = '.ws_mm_state.json'  # which steps are done, and of which input
 
@@ -240,34 +236,18 @@ class SetUp:
         )
         return environ
 
-    def problems(self) -> List[str]:
-        """Return a line for each thing that would stop the set-up later."""
+    def problem(self) -> str:
+        """Return what would stop the set-up later, or an empty string."""
         if not sys.platform.startswith('linux'):
-            return [f'this system is {sys.platform}: use linux (or its WSL)']
-        found = [check_owner(self.env, python_tag(), self.line)]
-        todo = self.todo()
-        if todo and not found[0]:
-            need = DISK_GB if 'packages' in todo else 1
-            fix = 'use another folder with '
-            found += [
-                check_folder(
-                    self.env,
-                    'the environment',
-                    fix + '--env DIR or $WS_MM_ENV',
-                    need,
-                ),
-                check_folder(
-                    self.cache, 'the cache', fix + '$XDG_CACHE_HOME', need
-                ),
-                check_compiler() if self.must_build() else '',
-            ]
-        return [line for line in found if line]
+            return f'this system is {sys.platform}: use linux (or its WSL)'
+        owned = check_owner(self.env, python_tag(), self.line)
+        return owned or (check_compiler() if self.must_build() else '')
 
     def run(self) -> None:
         """Do every step that is not done."""
-        problems = self.problems()
-        if problems:
-            raise Stop('\nbootstrap: '.join(problems))
+        problem = self.problem()
+        if problem:
+            raise Stop(problem)
         if not self.todo():
             return
         self.env.mkdir(parents=True, exist_ok=True)
@@ -387,18 +367,6 @@ class SetUp:
         return [[self.python, '-m', *words] for words in modules]
 
 
-def run(command: Sequence[str], cwd: Path, environ: Dict[str, str]) -> int:
-    """Run a command on this terminal and return its exit code."""
-    process = subprocess.Popen(list(command), cwd=str(cwd), env=environ)
-    # Ctrl-C reaches the command by itself, which ends in its own way.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *unused: process.terminate())
-    code = process.wait()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, interrupt)
-    return code if code >= 0 else 128 - code
-
-
 def interrupt(*unused: object) -> None:
     """Treat a request to end as Ctrl-C, so that nothing is left behind."""
     raise KeyboardInterrupt
@@ -406,7 +374,6 @@ def interrupt(*unused: object) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
-    start = time.monotonic()
     signal.signal(signal.SIGTERM, interrupt)
     try:
         line, folder, command, args = parse(argv)
@@ -418,7 +385,6 @@ def main(argv: Sequence[str]) -> int:
         env = Path(folder).expanduser().absolute()
         setup = SetUp(env, cache_dir(), line)
         setup.run()
-        say(f'{env} is ready after {clock(time.monotonic() - start)}')
         environ = setup.environ()
         cpu_only = read_state(env).get('cpu_only')
         if cpu_only:
@@ -426,17 +392,17 @@ def main(argv: Sequence[str]) -> int:
             environ['CUDA_VISIBLE_DEVICES'] = ''
         if command == 'env':
             print(f'source {shlex.quote(str(env / "bin/activate"))}')
+            return 0
         # Only the demo takes paths that are the caller's.
-        cwd = Path.cwd() if command == 'demo' else ROOT
-        codes = [0]
-        for each in setup.commands(command, args):
-            say(' '.join(each[1:]))
-            codes.append(run(each, cwd, environ))
-            if codes[-1] > 128:  # ended by a signal
-                break
-        if command != 'env':
-            say(f'{command} took {clock(time.monotonic() - start)} in all')
-        return max(codes)
+        if command != 'demo':
+            os.chdir(str(ROOT))
+        *first, last = setup.commands(command, args)
+        codes = [subprocess.call(each, env=environ) for each in first]
+        if any(codes):
+            codes.append(subprocess.call(last, env=environ))
+            return next(code for code in codes if code)
+        # In place of this process: signals and exit code are the command's.
+        os.execve(last[0], last, environ)
     except (Stop, OSError) as error:
         say(str(error))
         return 1

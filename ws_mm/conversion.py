@@ -369,7 +369,7 @@ def _own_words(layer: str = '') -> Iterator[None]:
 
 
 def _looks_like_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm, or has the name and state of one."""
+    """Recognize a norm, also by its name and state."""
     if isinstance(module, NORMS) or replacement.is_batch_norm(module):
         return True
     return (
@@ -380,7 +380,7 @@ def _looks_like_norm(module: nn.Module) -> bool:
 
 
 def _needs_a_batch(norm: nn.Module) -> bool:
-    """Whether a norm learns statistics, for which one image is too few."""
+    """Return whether a norm learns statistics from its batches."""
     if isinstance(norm, replacement.INSTANCE_NORMS):
         return False
     statistics = {'running_mean', 'running_var'} & norm._buffers.keys()
@@ -388,7 +388,7 @@ def _needs_a_batch(norm: nn.Module) -> bool:
 
 
 def _mixes(norm: nn.Module, path: tuple[str, ...]) -> bool:
-    """Whether a norm sees the convolution mixed with other values."""
+    """Return whether a norm sees the convolution mixed with others."""
     per_channel = isinstance(
         norm, (RunningStatistics, replacement.INSTANCE_NORMS)
     ) or replacement.is_batch_norm(norm)

@@ -2,13 +2,10 @@
 
 import itertools
 import logging
-import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.dist import all_reduce, get_dist_info
 from mmengine.logging import print_log
@@ -96,7 +93,7 @@ def measure(
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # it would broadcast buffers in each forward
     forward = forward or partial(_run, host=_host_model(model), device=device)
-    with restored(model), _restored_random_states():
+    with restored(model):
         model.train()
         running = {
             layer: _Running(layer)
@@ -307,16 +304,3 @@ def _run(
     if isinstance(batch, (list, tuple)):
         batch = batch[0]
     return model(batch if device is None else batch.to(device))
-
-
-@contextmanager
-def _restored_random_states() -> Iterator[None]:
-    states = random.getstate(), np.random.get_state()
-    on_gpu = torch.cuda.is_initialized()
-    devices = [torch.cuda.current_device()] if on_gpu else []
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])

@@ -104,7 +104,7 @@ def _unpickled(norm: type[nn.Module]) -> Any:
 
 
 def standardizes(conv: nn.Module) -> bool:
-    """Whether a convolution standardizes its filters, by any formula."""
+    """Return whether a convolution standardizes, by any formula."""
     return any(
         base in WS_TO_PLAIN or base.__name__ in FOREIGN_WS
         for base in type(conv).__mro__
@@ -189,12 +189,12 @@ def rows_of(conv: Any, weight: Tensor) -> Tensor:
 
 
 def is_ours(conv: nn.Module) -> bool:
-    """Whether a convolution is a WS convolution of ws_mm itself."""
+    """Return whether a convolution is one of ws_mm itself."""
     return type(conv) is WSConv2dSame or type(conv) in WS_TO_PLAIN
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm with running statistics, not of ws_mm.
+    """Recognize a norm with running statistics that is not of ws_mm.
 
     True for torchvision's ``FrozenBatchNorm2d`` and mmcv's own
     ``SyncBatchNorm``, too, which are no subclasses of torch's.

@@ -46,7 +46,7 @@ def write_dataset(scene: Scene, target: Path) -> bool:
             differs.
 
     Returns:
-        Whether it was written; False where it was there already.
+        True; False if it was there already.
 
     Raises:
         FileExistsError: ``target`` is something else.

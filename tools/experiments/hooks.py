@@ -3,8 +3,6 @@
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
 from ws_mm import update_estimates
+from ws_mm.restoring import restored
 from ws_mm.running_statistics import RunningStatistics
 from ws_mm.singularities import NORMS
 
@@ -66,7 +65,7 @@ class TrainModeGapHook(Hook):
     def after_train(self, runner: Any) -> None:
         """Run the validation images through training-mode norms."""
         norms = [m for m in runner.model.modules() if isinstance(m, NORMS)]
-        with kept(runner.model):
+        with restored(runner.model):
             runner.model.eval()
             for norm in norms:
                 norm.training = True
@@ -101,7 +100,7 @@ class RecalibratedHook(Hook):
             isinstance(module, RunningStatistics) for module in model.modules()
         ):
             return
-        with kept(model):
+        with restored(model):
             update_estimates(
                 model, runner.train_dataloader, num_batches=self.num_batches
             )
@@ -199,7 +198,7 @@ def length(values: list[Tensor]) -> float:
 
 def gradient(model: Any, batch: Batch) -> list[Tensor]:
     """Gradient of the loss of a batch; the model stays as it is."""
-    with kept(model):
+    with restored(model):
         torch.manual_seed(0)  # detectors sample; both times the same
         loss, _ = model.parse_losses(losses(model, batch))
         parameters = learned(model)
@@ -208,20 +207,3 @@ def gradient(model: Any, batch: Batch) -> list[Tensor]:
         torch.zeros_like(p) if g is None else g
         for p, g in zip(parameters, found, strict=True)
     ]
-
-
-@contextmanager
-def kept(model: nn.Module) -> Iterator[None]:
-    """Put buffers, modes and the random state back afterwards."""
-    buffers = {b: b.detach().clone() for b in model.buffers()}
-    modes = {m: m.training for m in model.modules()}
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in buffers.items():
-                buffer.copy_(value)
-        for module, mode in modes.items():
-            module.training = mode
-        torch.set_rng_state(state)

@@ -7,7 +7,6 @@ no weights that would have to be downloaded.
 
 import math
 import sys
-from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from proofs import odd_data
 from support import launch
-from support.checks import SetupError, iter_datasets
+from support.checks import SetupError, iter_datasets, iter_nodes
 
 # Pixels of the shorter side of an image.
 SIDE = 96
@@ -64,7 +63,7 @@ def shrink_images(cfg: Config) -> None:
     for key in ('train_dataloader', 'test_dataloader'):
         sizes = [
             smallest(node[name])
-            for _, node in _nodes(cfg[key])
+            for node in _dicts(cfg[key])
             for name in SIZES & set(node)
         ]
         factors[key] = min(1.0, SIDE / min(sizes, default=math.inf))
@@ -113,7 +112,7 @@ def fit_data(cfg: Config, data: Path) -> None:
     for key in ('train_dataloader', 'test_dataloader'):
         loader = cfg[key]
         loader.update(batch_size=1, num_workers=0, persistent_workers=False)
-        for _, node in _nodes(loader):
+        for node in _dicts(loader):
             if 'times' in node:
                 node.times = 1
             # Ids of ADE20K begin at 1, and polygons cannot hold run lengths.
@@ -164,7 +163,7 @@ def fit_data(cfg: Config, data: Path) -> None:
                 filter_cfg=dict(filter_empty_gt=False),
                 test_mode=key != 'train_dataloader',
             )
-    for _, node in _nodes(cfg.test_evaluator):
+    for node in _dicts(cfg.test_evaluator):
         if 'ann_file' in node:
             node.ann_file = str(data / 'instances.json')
     if panoptic:
@@ -175,15 +174,9 @@ def fit_data(cfg: Config, data: Path) -> None:
         cfg.val_cfg.type = 'ValLoop'
 
 
-def _nodes(node: Any, key: str = '') -> Iterable[tuple[str, Any]]:
-    """Every dict of a config, with the key that it stands under."""
-    if isinstance(node, dict):
-        yield key, node
-        for name, value in list(node.items()):
-            yield from _nodes(value, name)
-    elif isinstance(node, (list, tuple)):
-        for value in node:
-            yield from _nodes(value, key)
+def _dicts(node: Any) -> list[Any]:
+    """Every dict of a config."""
+    return [each for _, each in iter_nodes('', node) if isinstance(each, dict)]
 
 
 def fit(cfg: Config, data: Path) -> Config:
@@ -201,7 +194,7 @@ def fit(cfg: Config, data: Path) -> Config:
             num_stuff_classes=1,
         ),
     )
-    for _, node in _nodes(new.model):
+    for node in _dicts(new.model):
         # Masks of 100 objects are most of the time of a test, and a small
         # map has no 900 places for queries.
         for name, most in (('max_per_img', 10), ('num_queries', 100)):

@@ -138,13 +138,12 @@ def failures(
     return lines
 
 
-def soak(iterations: int, autocast: bool = True) -> dict[str, Any]:
+def soak(iterations: int) -> dict[str, Any]:
     """Train and measure.
 
     Args:
         iterations: Iterations of one image; a tenth of them warms up, the
             next and the last tenth are compared.
-        autocast: Run in bfloat16.
     """
     import mmdet.utils
     from mmdet.registry import MODELS
@@ -173,7 +172,7 @@ def soak(iterations: int, autocast: bool = True) -> dict[str, Any]:
     for index in range(iterations):
         data = rectangles(rng, empty=index % 8 == 7)
         start = time.process_time()
-        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        with torch.autocast('cpu', torch.bfloat16):
             values = model.train_step(data, optimizer)
         ms.append(1e3 * (time.process_time() - start))
         no_rois += seen['rois'] == 0
@@ -210,7 +209,7 @@ def soak(iterations: int, autocast: bool = True) -> dict[str, Any]:
         'loss_of_first_and_last': numbers['loss'],
         'iterations_without_rois': no_rois,
         'buffers': sum(1 for _ in model.buffers()),
-        'autocast': 'bfloat16' if autocast else 'off',
+        'autocast': 'bfloat16',
         'threads': torch.get_num_threads(),
         'torch': torch.__version__,
         'machine': f'{platform.machine()}, {os.cpu_count()} cores',
@@ -222,18 +221,11 @@ def main() -> None:
     """Print the measurements; exit with 1 where one is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--iterations', type=int, default=10000)
-    parser.add_argument(
-        '--no-autocast', action='store_true', help='train in float32'
-    )
-    parser.add_argument('--out', type=Path, help='write the JSON line, too')
     args = parser.parse_args()
     if args.iterations < 20:
         parser.error('--iterations must be 20 or more')
-    result = soak(args.iterations, not args.no_autocast)
-    line = json.dumps(result)
-    print(line)
-    if args.out:
-        args.out.write_text(line + '\n')
+    result = soak(args.iterations)
+    print(json.dumps(result))
     sys.exit(1 if result['failures'] else 0)
 
 

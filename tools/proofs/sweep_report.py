@@ -168,8 +168,6 @@ def _left_alone(models: Iterable[dict[str, Any]]) -> dict[str, Any]:
                 text = f'{ALONE}, since a package for the model is missing'
             if 'is not installed' in text:
                 text = 'a package that it needs is missing'
-            if text.startswith('groups of BCN'):
-                text = 'fewer than 32 groups of BCN'
             generic.add(text)
             examples.setdefault(text, f'{model["config"]} {key}')
         counts.update(generic)

@@ -12,7 +12,6 @@ OK, REFUSED, TRACEBACK, NOT_FINITE, TIMEOUT = (
     'not finite',
     'timeout',
 )
-STEPS = ('apply', 'check', 'train', 'test', 'bake', 'baked test', 'export')
 # The layers that a config gets, and what is done with it.
 GOALS = {
     'BCN': ('apply', 'check', 'train', 'test', 'export'),

@@ -1,7 +1,6 @@
 r"""Use the tools on configs of mmdet and mmseg as their users do.
 
     python tools/proofs/try_configs.py work_dirs/trial
-    python tools/proofs/try_configs.py work_dirs/trial --only unet mmdet::solo
 
 Each config is converted (apply_norm.py); one on a tiny odd data set inherits
 from the result (odd_data.py, fit_config.py). That is checked (check_model.py),
@@ -37,7 +36,6 @@ from proofs.trial_report import (
     NOT_FINITE,
     OK,
     REFUSED,
-    STEPS,
     TIMEOUT,
     TRACEBACK,
     latest,
@@ -46,7 +44,7 @@ from proofs.trial_report import (
     table,
 )
 from support import launch
-from support.checks import SetupError, check_writable
+from support.checks import check_writable
 
 TOOLS = Path(__file__).resolve().parents[1]
 CONFIGS = (
@@ -132,35 +130,9 @@ def parse_args() -> argparse.Namespace:
         f'(default: {len(CONFIGS)} of different families)',
     )
     parser.add_argument(
-        '--only',
-        nargs='+',
-        default=[''],
-        metavar='TEXT',
-        help='only configs with one of these texts in their name',
-    )
-    parser.add_argument(
-        '--stages',
-        nargs='+',
-        default=STEPS,
-        choices=STEPS,
-        help='only these steps (default: all)',
-    )
-    parser.add_argument(
         '--again',
         action='store_true',
         help='repeat what has a record, such as after a change of the code',
-    )
-    parser.add_argument(
-        '--keep',
-        action='store_true',
-        help='keep checkpoints and exported models: some 500 MB a config',
-    )
-    parser.add_argument(
-        '--timeout',
-        type=int,
-        default=600,
-        metavar='SECONDS',
-        help='of one step (default: 600)',
     )
     parser.add_argument(
         '--publish',
@@ -271,7 +243,12 @@ def _as_script(command: list[str], folder: Path, log: Path) -> None:
 
 
 def run_step(
-    step: str, config: str, goal: str, folder: Path, data: Path, timeout: int
+    step: str,
+    config: str,
+    goal: str,
+    folder: Path,
+    data: Path,
+    timeout: int = 600,
 ) -> dict[str, Any]:
     """Run one step; return its record."""
     command = command_of(step, config, goal, folder)
@@ -342,8 +319,6 @@ def try_config(
         if goal == 'original' and not (folder / 'user.py').is_file():
             write_user_config(config, folder / 'user.py', data)
         for step in steps:
-            if step not in args.stages:
-                continue
             if f'{config} {goal} {step}' in done and not args.again:
                 continue
             # Nothing of an earlier try takes part.
@@ -355,17 +330,17 @@ def try_config(
             if not needed(step, folder):
                 print(f'{goal} {step}: nothing to start from', flush=True)
                 continue
-            record = run_step(step, config, goal, folder, data, args.timeout)
+            record = run_step(step, config, goal, folder, data)
             records.add(record)
             print(
                 f'{goal} {step}: {record["outcome"]} '
                 f'({record["seconds"]} s) {record["message"][:300]}',
                 flush=True,
             )
-        if not args.keep:
-            for path in folder.rglob('*'):
-                if path.suffix in ('.pth', '.onnx'):
-                    path.unlink()
+        # Some 500 MB a config.
+        for path in folder.rglob('*'):
+            if path.suffix in ('.pth', '.onnx'):
+                path.unlink()
 
 
 def main() -> None:
@@ -382,18 +357,8 @@ def main() -> None:
     data = out / 'data'
     if not (data / 'instances.json').is_file():
         odd_data.write(data)
-    chosen = [
-        config
-        for config in args.configs
-        if any(text in config for text in args.only)
-    ]
-    if not chosen:
-        raise SetupError(
-            f'--only {" ".join(args.only)}: no config has one of these in '
-            f'its name. They are: {", ".join(args.configs)}'
-        )
-    for index, config in enumerate(chosen, 1):
-        print(f'[{index}/{len(chosen)}] {config}', flush=True)
+    for index, config in enumerate(args.configs, 1):
+        print(f'[{index}/{len(args.configs)}] {config}', flush=True)
         try_config(config, args, data, records)
     summary = summarize(records)
     texts = {

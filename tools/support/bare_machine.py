@@ -1,4 +1,4 @@
-"""Checks of a bare machine, and long commands with a status line.
+"""Checks of a bare machine, and commands whose output goes to a log.
 
 For tools/bootstrap.py: standard library only, readable by Python 3.6.
 """
@@ -11,9 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence
 
@@ -27,11 +24,6 @@ class Stop(Exception):
 def say(line: str) -> None:
     """Print a line of our own, apart from what the command prints."""
     print('bootstrap: ' + line, file=sys.stderr, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """Return a duration in seconds as m:ss."""
-    return '%d:%02d' % divmod(int(seconds), 60)
 
 
 # Checks: each returns the line to show, empty if all is well.
@@ -59,25 +51,6 @@ def check_python(
     return f'Python {found} is too {age} ({needed} is needed): {fix}'
 
 
-def check_folder(path: Path, what: str, fix: str, need_gb: float) -> str:
-    """Check that a folder can be made and has room."""
-    while not path.exists():
-        path = path.parent
-    try:
-        with tempfile.TemporaryFile(dir=str(path)):
-            pass
-    except OSError as error:
-        why = error.strerror
-        return f'{path} cannot be written ({why}), where {what} goes: {fix}'
-    free = shutil.disk_usage(str(path)).free / 1e9
-    if free >= need_gb:
-        return ''
-    return (
-        f'{path}, where {what} goes, has {free:.1f} GB free and {need_gb} GB '
-        f'are needed: free some, or {fix}'
-    )
-
-
 def compiler() -> List[str]:
     """Return the command of the C++ compiler, or an empty list."""
     if os.environ.get('CXX'):
@@ -99,44 +72,6 @@ def check_compiler() -> str:
 
 
 # Running long commands.
-
-
-class Progress:
-    """A status line that keeps moving while a command is silent."""
-
-    def __init__(self, title: str) -> None:
-        self.title, self.text = title, ''
-        self.start = time.monotonic()
-        self.tty = sys.stderr.isatty()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._show, daemon=True)
-
-    def line(self) -> str:
-        """Return the status line."""
-        elapsed = clock(time.monotonic() - self.start)
-        return f'{self.title}  {elapsed}  {self.text}'.strip()
-
-    def _show(self) -> None:
-        # A terminal shows one line that changes; a log file gets few lines.
-        while not self._stop.wait(1 if self.tty else 30):
-            if self.tty:
-                width = shutil.get_terminal_size().columns - 12
-                sys.stderr.write('\r\033[Kbootstrap: ' + self.line()[:width])
-                sys.stderr.flush()
-            else:
-                say(self.line())
-
-    def __enter__(self) -> 'Progress':
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: object, *unused: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        if self.tty:
-            sys.stderr.write('\r\033[K')
-        self.text = 'done' if kind is None else 'stopped'
-        say(self.line())
 
 
 def error_lines(text: str) -> List[str]:
@@ -169,33 +104,28 @@ def run_logged(
     log: Path,
     environ: Dict[str, str],
 ) -> None:
-    """Run a command; show its last line, write all of its output to a log."""
+    """Run a command with all of its output in a log."""
+    say(f'{title}: output in {log}')
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open('w') as file, Progress(title) as progress:
+    with log.open('w') as file:
         process = subprocess.Popen(
             list(command),
-            stdout=subprocess.PIPE,
+            stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            universal_newlines=True,
-            errors='replace',
             env=environ,
             start_new_session=True,
         )
         try:
-            for line in process.stdout or ():
-                progress.text = line.strip()[:60] or progress.text
-                file.write(line)
             process.wait()
         finally:
             end_group(process)
-        if process.returncode:
-            file.flush()
-            shown = '\n  '.join(error_lines(log.read_text(errors='replace')))
-            raise Stop(f'{title} failed (all output: {log})\n  {shown}')
+    if process.returncode:
+        shown = '\n  '.join(error_lines(log.read_text(errors='replace')))
+        raise Stop(f'{title} failed (all output: {log})\n  {shown}')
 
 
-def end_group(process: 'subprocess.Popen[str]') -> None:
+def end_group(process: 'subprocess.Popen[bytes]') -> None:
     """End a command that is still running, with all that it started."""
     # Pip undoes a half-done installation when it is interrupted.
     for number, seconds in ((signal.SIGINT, 10), (signal.SIGKILL, 10)):

@@ -66,7 +66,7 @@ def choose(
     if compat.is_recording():
         return plain  # first: a compiler cannot read the environment
     choice = os.environ.get(VARIABLE, 'auto')
-    if choice not in CHOICES:
+    if choice != 'auto' and choice not in CHOICES:
         raise ValueError(
             f'{VARIABLE}={choice!r} in the environment is not one of '
             f'{", ".join(map(repr, CHOICES))}'

@@ -11,8 +11,8 @@ CPU tensors; that is how the tests run them where there is no GPU.
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, lru_cache, reduce
-from operator import itemgetter, or_
+from functools import cache, lru_cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -159,8 +159,12 @@ def _options() -> dict[str, bool]:
 
 def _addresses(tensors: tuple[Tensor | None, ...]) -> Addresses | None:
     """Addresses, 0 where there is no tensor; None if one is not aligned."""
-    found = [0 if x is None else x.data_ptr() for x in tensors]
-    return None if reduce(or_, found) & 15 else found
+    found, together = [], 0
+    for x in tensors:
+        address = 0 if x is None else x.data_ptr()
+        together |= address
+        found.append(address)
+    return None if together & 15 else found
 
 
 HERE: AbstractContextManager[Any] = nullcontext()
@@ -595,7 +599,8 @@ def batch_channel_norm(
     output: Tensor | None = None
     plan: NormPlan | None = None
     memory_format = _memory_format(input)
-    fit = all(x.dtype == torch.float32 and x.is_contiguous() for x in running)
+    mean, var = running
+    fit = _is_dense_float32(mean) and _is_dense_float32(var)
     if source == 'ranks' and fit:
         from . import cuda_ranks
 
@@ -608,8 +613,10 @@ def batch_channel_norm(
             input.dtype,
             memory_format,
             input.device,
-            *[None if x is None else (x.numel(), x.device) for x in running],
-            *[None if x is None else (x.numel(), x.device) for x in affines],
+            *[
+                None if x is None else (x.numel(), x.device)
+                for x in (mean, var, *affines)
+            ],
             num_groups,
             eps,
             source == 'batch',
@@ -619,7 +626,12 @@ def batch_channel_norm(
         output = attempt(
             _apply(BatchChannelNorm, input),
             input.contiguous(memory_format=memory_format),
-            *[None if x is None else x.float().contiguous() for x in affines],
+            *[
+                x
+                if x is None or _is_dense_float32(x)
+                else x.float().contiguous()
+                for x in affines
+            ],
             (running, float(momentum), plan),
         )
     if output is None:  # nothing has been updated
@@ -628,6 +640,10 @@ def batch_channel_norm(
             *(momentum, eps, source, update),
         )
     return output
+
+
+def _is_dense_float32(x: Tensor) -> bool:
+    return x.dtype is torch.float32 and x.is_contiguous()
 
 
 class BatchChannelNorm(torch.autograd.Function):
@@ -746,10 +762,5 @@ def _batch_channel_norm_backward(
                     plan.check, values, plan.entries, plan.settings
                 )
     found = grads.split_with_sizes(plan.entries)
-    return [
-        gradient,
-        *(
-            None if affine is None else value
-            for affine, value in zip(affines, found, strict=True)
-        ),
-    ]
+    pairs = zip(affines, found, strict=True)
+    return [gradient, *[None if x is None else dx for x, dx in pairs]]

@@ -158,8 +158,11 @@ def channel_norm(
     """
     num_channels = input.shape[1]
     group_size = num_channels // num_groups
-    on_cpu = input.device.type == 'cpu' and input.numel() > 0
-    if on_cpu and not compat.is_recording():
+    if (
+        input.device.type == 'cpu'
+        and input.numel() > len(input) * num_channels > 0
+        and not compat.is_recording()
+    ):
         input = _centered(input, num_groups)
     if weight is not None and weight.numel() != num_channels:
         weight = weight.repeat_interleave(group_size)
@@ -176,11 +179,10 @@ def _centered(input: Tensor, num_groups: int) -> Tensor:
     where a mean is large.
     """
     with torch.no_grad():
-        spatial = tuple(range(2, input.dim()))
-        means = input.mean(spatial, keepdim=True) if spatial else input
-        rows = means.reshape(len(input), num_groups, -1)
-        middle = rows.mean(2, keepdim=True).expand_as(rows)
-    return input.sub_(middle.reshape(means.shape))
+        means = input.mean(tuple(range(2, input.dim())), keepdim=True)
+        rows = means.view(len(input), num_groups, -1)
+        rows.copy_(rows.mean(2, keepdim=True))
+    return input.sub_(means)
 
 
 @torch.no_grad()

@@ -14,16 +14,15 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from mmdet.engine.hooks.sync_norm_hook import SyncNormHook, get_norm_states
-from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import SyncBuffersHook
-from mmengine.model import BaseModel, MMDistributedDataParallel
-from mmengine.runner import Runner
+from mmengine.model import MMDistributedDataParallel
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from proofs import small_run
 from proofs.peers.authors import BCNorm
 from proofs.peers.rows import main, observe
 from support.ranks import in_ranks
@@ -57,40 +56,6 @@ def buffers_of(model: nn.Module) -> Buffers:
     }
 
 
-class Small(BaseModel):
-    """A segmentor of two classes that notes what it validates with."""
-
-    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 8, 3),
-            norm(8),
-            nn.ReLU(),
-            nn.Conv2d(8, 2, 1),
-        )
-        self.validated: list[Buffers] = []
-
-    def forward(self, inputs: Tensor, target: Tensor, mode: str) -> Any:
-        """Loss, or a score for each image."""
-        logits = self.body(inputs)
-        if mode == 'loss':
-            return dict(loss=nn.functional.cross_entropy(logits, target))
-        self.validated.append(buffers_of(self))
-        return [dict(score=0.0)]
-
-
-class Score(BaseMetric):
-    """Validation needs a metric."""
-
-    def process(self, data_batch: Any, data_samples: list[Any]) -> None:
-        """Keep the samples."""
-        self.results += data_samples
-
-    def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        """A constant."""
-        return dict(score=0.0)
-
-
 def train(
     rank: int, folder: str, norm: str, by_epoch: bool, hooks: list[Any]
 ) -> Buffers:
@@ -103,41 +68,20 @@ def train(
         )
         for i in range(4)
     ]
-    loader = dict(
-        batch_size=1,
-        num_workers=0,
-        dataset=images,
-        sampler=dict(type='DefaultSampler', shuffle=False),
-        collate_fn=dict(type='default_collate'),
+    norm_layer = NORMS[norm](8)
+    model = small_run.Small(
+        nn.Conv2d(3, 8, 3), norm_layer, nn.ReLU(), nn.Conv2d(8, 2, 1)
     )
-    if by_epoch:
-        loop = dict(by_epoch=True, max_epochs=1, val_interval=1)
-    else:
-        loop = dict(by_epoch=False, max_iters=2, val_interval=2)
-    model = Small(NORMS[norm])
-    runner = Runner(
-        model=MMDistributedDataParallel(model, broadcast_buffers=False),
-        work_dir=folder,
-        train_dataloader=loader,
-        val_dataloader=loader,
-        train_cfg=loop,
-        val_cfg=dict(),
-        val_evaluator=Evaluator(Score()),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
-        default_hooks=dict(
-            logger=None,
-            checkpoint=dict(
-                type='CheckpointHook',
-                by_epoch=by_epoch,
-                interval=1 if by_epoch else 2,
-            ),
-        ),
-        custom_hooks=hooks,
-        launcher='pytorch',
-        log_level='ERROR',
-        experiment_name='peers',
+    small_run.train(
+        Path(folder),
+        model,
+        images,
+        hooks,
+        by_epoch=by_epoch,
+        steps=2,
+        shuffle=False,
+        ranks=True,
     )
-    runner.train()
     return model.validated[0]
 
 

@@ -1,0 +1,137 @@
+"""Baked and folded models compute the same, or are rejected."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from comparison import relative_error
+from small_nets import Net, Run, image, layers, randomize
+from torch import nn
+
+from ws_mm import BCN, WSConv2d, bake, check
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.half])
+@pytest.mark.parametrize('eps_mode', ['outside', 'inside'])
+def test_baked_weight_is_bit_identical(dtype, eps_mode, monkeypatch):
+    conv = randomize(WSConv2d(4, 6, 3, eps=0.1, eps_mode=eps_mode)).to(dtype)
+    seen = {}
+    monkeypatch.setattr(
+        nn.Conv2d,
+        '_conv_forward',
+        lambda self, x, weight, bias: seen.setdefault('weight', weight),
+    )
+    conv(torch.ones(1, 4, 3, 3, dtype=dtype))
+    baked = bake(conv)
+    assert type(baked) is nn.Conv2d
+    assert torch.equal(baked.weight, seen['weight'])
+    assert isinstance(conv, WSConv2d)
+    assert not torch.equal(conv.weight, baked.weight)
+
+
+@pytest.mark.parametrize('fold', [False, True])
+@pytest.mark.parametrize('outer_affine', ['group', 'channel'])
+@pytest.mark.parametrize(
+    ('dtype', 'tolerance'), [(torch.float32, 2e-6), (torch.float64, 1e-12)]
+)
+def test_baked_model_computes_the_same(fold, outer_affine, dtype, tolerance):
+    net = Net(norm=lambda c: BCN(c, 4, outer_affine=outer_affine, eps=0.1))
+    net = randomize(net).to(dtype).eval()
+    baked = bake(net, image(dtype), fold_estimates=fold)
+    assert type(baked.conv1) is nn.Conv2d
+    assert type(baked.bn1) is (nn.GroupNorm if fold else BCN)
+    x = image(dtype)
+    # Sharing parameters with the copy would make them equal in any case.
+    expected = net(x)
+    randomize(net)
+    assert relative_error(baked(x), expected) <= tolerance
+    keys, own = set(baked.state_dict()), set(net.state_dict())
+    assert keys - own == ({'conv2.bias'} - own if fold else set())
+    assert all('running' in k or '.bn_' in k for k in own - keys)
+    host = Net(nn.Conv2d, lambda c: nn.GroupNorm(4, c, 0.1)).to(dtype).eval()
+    host.conv1.bias.data.zero_()
+    if fold:
+        host.load_state_dict(baked.state_dict())
+        assert relative_error(host(x), expected) <= tolerance
+
+
+@pytest.mark.parametrize('fold', [False, True])
+def test_filters_that_layers_share_are_baked_for_each(fold):
+    def run(m, x):
+        ws = m.bn(m.conv(x)) + m.other(m.twin(x))
+        return ws + m.third(m.raw(x)) + m.plain(x)
+
+    more = dict(twin=WSConv2d(3, 8, 1), other=BCN(8, 4))
+    more |= dict(raw=nn.Conv2d(3, 8, 1), third=BCN(8, 4))
+    model = randomize(Run(run, **layers(plain=nn.Conv2d(3, 8, 1), **more)))
+    for twin in (model.twin, model.raw, model.plain):
+        twin.weight = model.conv.weight
+    x = image()
+    baked = bake(model.eval(), x, fold_estimates=fold)
+    assert relative_error(baked(x), model(x)) <= 2e-6
+
+
+def test_fold_without_affines():
+    net = Net(norm=lambda c: BCN(c, 4, affine=False)).double()
+    randomize(net).eval()
+    x = image(torch.float64)
+    baked = bake(net, x, fold_estimates=True)
+    assert relative_error(baked(x), net(x)) <= 1e-12
+
+
+def twice(m, x):
+    return m.bn(m.conv(x)), m.bn(m.conv(2 * x))
+
+
+def test_a_pair_run_twice_is_folded():
+    model = randomize(Run(twice, **layers()))
+    model.alias = model.conv
+    x = image()
+    baked = bake(model.eval(), x, fold_estimates=True)
+    assert baked.alias is baked.conv
+    for actual, expected in zip(baked(x), model(x), strict=True):
+        assert relative_error(actual, expected) <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ('run', 'why'),
+    [
+        (
+            lambda m, x: m.bn(y := m.conv(x)) + m.other(y),
+            'conv feeds bn and other',
+        ),
+        (
+            lambda m, x: m.other(m.conv(x)) + m.bn(m.bn(m.plain(x))),
+            'bn does not follow',
+        ),
+        (
+            lambda m, x: m.bn(m.conv(x)) + m.bn(m.plain(x)),
+            'bn is shared by conv and plain',
+        ),
+        (
+            lambda m, x: m.bn(y := m.conv(x)) + y.exp(),
+            'conv feeds bn and exp in the model itself',
+        ),
+        (lambda m, x: m.bn(m.conv(x)), 'other is not reached'),
+        (
+            lambda m, x: m.bn(F.relu(m.conv(x), True)),
+            'bn does not follow',
+        ),
+    ],
+)
+def test_fold_refuses_what_it_cannot_prove(run, why):
+    model = Run(run, **layers(other=BCN(8, 4), plain=nn.Conv2d(3, 8, 1)))
+    with pytest.raises(ValueError, match=why):
+        bake(model, image(), fold_estimates=True)
+    with pytest.raises(ValueError, match='inputs='):
+        bake(model, fold_estimates=True)
+
+
+class ConvWS2d(nn.Conv2d):
+    """Named as mmcv's."""
+
+
+def test_foreign_ws_is_seen_and_not_baked():
+    model = nn.Sequential(ConvWS2d(3, 8, 1))
+    assert 'ConvWS2d' in check(model).mistakes[0]
+    with pytest.raises(ValueError, match="0: only.*type='ws_mm.WSConv2d'"):
+        bake(model)

@@ -1,0 +1,139 @@
+"""Findings of check in models, and CheckModelHook."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.registry import HOOKS
+from small_nets import Net, Run, image, layers, randomize
+from torch import nn
+
+from ws_mm import BCN, WSConv2d, check
+
+
+def norms_of(report):
+    return {conv.name: (conv.norms, conv.how) for conv in report}
+
+
+def test_execution_is_believed_over_names():
+    report = check(Net(), image())
+    assert norms_of(report) == {
+        'conv1': (('bn2',), 'proven'),
+        'conv2': (('bn1',), 'proven'),
+        'logits': ((), 'proven'),
+        'auxiliary': ((), 'guessed'),
+    }
+    assert [conv.standardized for conv in report] == [True, True, False, False]
+    assert not report.mistakes
+    assert 'bn2 (BCN)' in str(report).splitlines()[1]
+
+
+def test_names_are_believed_without_inputs():
+    assert norms_of(check(Net()))['conv1'] == (('bn1',), 'guessed')
+
+
+def test_guess_wants_fitting_channels_and_order():
+    first, second = nn.Sequential(), nn.Sequential()
+    first.conv, first.norm = WSConv2d(3, 8, 1), nn.GroupNorm(2, 6)
+    second.norm, second.conv = nn.GroupNorm(2, 8), WSConv2d(8, 8, 1)
+    third = nn.Sequential(WSConv2d(8, 8, 1), nn.Sequential(nn.ReLU()))
+    third.append(nn.BatchNorm2d(8))
+    fourth = nn.Sequential(WSConv2d(8, 8, 1), nn.ReLU(), nn.BatchNorm2d(8))
+    fifth = nn.Sequential(WSConv2d(8, 8, 1), nn.BatchNorm2d(8))
+    fifth.order = ('norm', 'act', 'conv')
+    report = check(nn.Sequential(first, second, third, fourth, fifth))
+    assert [len(conv.norms) for conv in report] == [0, 0, 0, 1, 0]
+    assert len(report.mistakes) == 4
+
+
+def test_check_leaves_the_model_as_it_was():
+    model = randomize(Net()).train()
+    model.bn1.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    check(model, {'x': image()})
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert model.training
+    assert not model.bn1.training
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_scale_keeping_operations_are_seen_through():
+    def run(m, x):
+        y = F.relu(m.conv(x), inplace=True)
+        return m.bn(F.max_pool2d(F.interpolate(y, scale_factor=2), 2) + y)
+
+    (report,) = check(Run(run, **layers()), image())
+    assert report.norms == ('bn',)
+    assert report.via == (
+        'relu',
+        'upsample_nearest2d',
+        'max_pool2d_with_indices',
+        'add',
+    )
+    assert not report.mistake
+
+
+@pytest.mark.parametrize(
+    ('run', 'found'),
+    [
+        (lambda m, x: m.conv(x), 'no normalization.*output of the model'),
+        (lambda m, x: m.bn(m.conv(x).sigmoid()), 'sigmoid'),
+        (
+            lambda m, x: [m.bn(y := m.conv(x)), y],
+            'not everywhere.*output of the model',
+        ),
+        (lambda m, x: m.bn(y := m.conv(x)) * y, 'not everywhere.*mul'),
+        (lambda m, x: F.relu(m.conv(x), True).exp_(), 'exp_'),
+        (
+            lambda m, x: m.logits(m.conv(x)),
+            r'no normalization.*convolution in logits',
+        ),
+    ],
+)
+def test_unnormalized_ws_conv_is_a_mistake(run, found):
+    model = Run(run, **layers(logits=nn.Conv2d(8, 2, 1)))
+    (mistake,) = check(model, image()).mistakes
+    assert re.search(found, mistake)
+    assert 'make it a plain convolution' in mistake
+
+
+def test_hook_stops_before_training():
+    bad = SimpleNamespace(model=nn.Sequential(WSConv2d(3, 8, 1), nn.ReLU()))
+    good = SimpleNamespace(model=Net())
+    hook = HOOKS.build(dict(type='ws_mm.CheckModelHook'))
+    hook.before_train(good)
+    with pytest.raises(ValueError, match='0 .WSConv2d.*conv_cfg=None'):
+        hook.before_train(bad)
+    HOOKS.build(dict(type='CheckModelHook', on_mistake='print')).before_train(
+        bad
+    )
+    with pytest.raises(ValueError, match="on_mistake='x'"):
+        HOOKS.build(dict(type='CheckModelHook', on_mistake='x'))
+
+
+def test_hook_names_what_levels_share(monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        'ws_mm.hooks.print_log', lambda text, **_: said.append(text)
+    )
+    head = nn.ModuleDict(dict(bbox_head=nn.Sequential(BCN(8), BCN(8))))
+    runner = SimpleNamespace(model=head, cfg={})
+    levels = [torch.randn(1, 8, size, size) for size in (8, 4, 2)]
+    hook = HOOKS.build(dict(type='ws_mm.CheckModelHook'))
+    for compiled, sizes, count in ((True, 3, 0), (False, 1, 0), (False, 3, 1)):
+        runner.cfg = dict(compile=compiled)
+        hook.before_train(runner)
+        for x in levels[:sizes]:
+            head['bbox_head'](x)
+            head['bbox_head'](x)
+        hook.after_train_iter(runner, 0)
+        assert len(said) == count
+        # It looks once and leaves nothing behind.
+        assert not head['bbox_head'][0]._forward_pre_hooks
+    assert said[0].startswith('2 BCN layers ran on maps of several sizes')
+    assert 'bbox_head.0, bbox_head.1' in said[0]
+    assert 'model.bbox_head.norm_cfg=dict(' in said[0]

@@ -1,0 +1,158 @@
+"""A small training of mmengine's Runner, in one process or in each rank."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.model import BaseModel, MMDistributedDataParallel
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+
+class Small(BaseModel):
+    """A segmentor of two classes that notes what it is given and has.
+
+    Args:
+        *layers: layers of its body, from 3 channels to 2.
+    """
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*layers)
+        self.trained: list[float] = []  # the sum of each batch
+        self.validated: list[dict[str, Tensor]] = []  # state dicts
+
+    def forward(self, inputs: Tensor, target: Tensor, mode: str) -> Any:
+        """Return the loss of a batch, or one score for it."""
+        logits = self.body(inputs)
+        if mode == 'loss':
+            if torch.is_grad_enabled():
+                self.trained.append(inputs.sum().item())
+            return dict(loss=nn.functional.cross_entropy(logits, target))
+        self.validated.append(
+            {k: v.detach().clone() for k, v in self.state_dict().items()}
+        )
+        return [dict(score=logits.mean().item())]
+
+
+class Score(BaseMetric):
+    """The sum of the scores."""
+
+    def process(self, data_batch: Any, data_samples: list[Any]) -> None:
+        """Keep the scores."""
+        self.results += data_samples
+
+    def compute_metrics(self, results: list[Any]) -> dict[str, float]:
+        """Add them up."""
+        return dict(score=sum(result['score'] for result in results))
+
+
+class Images(list):
+    """A data set that can be given attributes."""
+
+
+def make_data(count: int) -> Images:
+    """Images whose mean and scale differ, with random targets."""
+    generator = torch.Generator().manual_seed(5)
+    return Images(
+        dict(
+            inputs=torch.randn(3, 9, 9, generator=generator) * (1 + i) + i,
+            target=torch.randint(2, (5, 5), generator=generator),
+        )
+        for i in range(count)
+    )
+
+
+def train(
+    folder: Path,
+    model: Small,
+    images: list[Any],
+    hooks: list[Any],
+    *,
+    by_epoch: bool = False,
+    steps: int = 4,
+    batch_size: int = 1,
+    val_batch_size: int = 1,
+    shuffle: bool = True,
+    workers: int = 0,
+    resume: bool = False,
+    ranks: bool = False,
+    broadcast_buffers: bool = False,
+    **checkpoint: Any,
+) -> Small:
+    """Train, validate and save after every second step.
+
+    Args:
+        folder: work dir.
+        model: model to train.
+        images: data set of training and of validation.
+        hooks: custom hooks.
+        by_epoch: train half as many epochs as steps; validate and save
+            after each.
+        steps: iterations in all.
+        batch_size: images per step and process.
+        val_batch_size: images per step of validation.
+        shuffle: draw the images in a random order.
+        workers: processes that load the images.
+        resume: go on from the last checkpoint.
+        ranks: run in a process group, wrapped in DistributedDataParallel.
+        broadcast_buffers: argument of that wrapper.
+        **checkpoint: more arguments of the CheckpointHook.
+
+    Returns:
+        The model.
+    """
+    loader = dict(
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        dataset=images,
+        collate_fn=dict(type='default_collate'),
+    )
+    if by_epoch:
+        loop = dict(by_epoch=True, max_epochs=steps // 2, val_interval=1)
+    else:
+        loop = dict(by_epoch=False, max_iters=steps, val_interval=2)
+    endless = shuffle and not by_epoch
+    sampler = 'InfiniteSampler' if endless else 'DefaultSampler'
+    wrapped = model
+    if ranks:
+        # On a CPU the Runner's own wrapper wants a config for it.
+        wrapped = MMDistributedDataParallel(
+            model, broadcast_buffers=broadcast_buffers
+        )
+    Runner(
+        model=wrapped,
+        work_dir=str(folder),
+        train_dataloader=dict(
+            **loader,
+            batch_size=batch_size,
+            sampler=dict(type=sampler, shuffle=shuffle),
+        ),
+        val_dataloader=dict(
+            **loader,
+            batch_size=val_batch_size,
+            sampler=dict(type='DefaultSampler', shuffle=False),
+        ),
+        train_cfg=loop,
+        val_cfg=dict(),
+        # Without a folder mmengine leaves one where it was called from.
+        val_evaluator=Evaluator(Score(collect_dir=str(folder / 'collect'))),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.05)),
+        default_hooks=dict(
+            logger=None,
+            checkpoint=dict(
+                type='CheckpointHook',
+                by_epoch=by_epoch,
+                interval=1 if by_epoch else 2,
+                **checkpoint,
+            ),
+        ),
+        custom_hooks=hooks,
+        launcher='pytorch' if ranks else 'none',
+        resume=resume,
+        randomness=dict(seed=3),
+        log_level='WARNING',
+        experiment_name=f'{folder}-{resume}-{steps}'.replace('/', '-'),
+    ).train()
+    return model
