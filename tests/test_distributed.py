@@ -1,6 +1,7 @@
 """Statistics over ranks: real gloo processes against one process."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ws_mm import BCN, SyncEstimatesHook, distributed, running_statistics
+from ws_mm.hooks import average_estimates
 
 CHANNELS, GROUPS = 8, 4
 
@@ -36,9 +39,10 @@ def add_up(rank: int, number: int) -> int:
     return rank + number
 
 
-def make_layer(mode: str) -> BCN:
+def make_layer(mode: str, **options: Any) -> BCN:
     torch.manual_seed(1)
-    layer = BCN(CHANNELS, GROUPS, momentum=0.3, mode=mode, dtype=torch.float64)
+    options = dict(momentum=0.3, mode=mode, dtype=torch.float64) | options
+    layer = BCN(CHANNELS, GROUPS, **options)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(mean=0.5)
@@ -66,28 +70,175 @@ def step(layer: BCN, x: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
     }
 
 
-def sync_batch_rank(rank: int, sizes: list[int]) -> dict[str, Tensor]:
-    x, cotangent = (t.split(sizes)[rank] for t in make_batch(sum(sizes)))
-    return step(make_layer('sync_batch'), x, cotangent)
+def of_one_process(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Results of all ranks: images in their order, gradients added."""
+    found = {}
+    for name in ranks[0]:
+        values = [rank[name] for rank in ranks]
+        if name in ('output', 'dx', 'ddx'):
+            found[name] = torch.cat(values)
+        elif name.startswith('running'):
+            assert all(torch.equal(v, values[0]) for v in values)
+            found[name] = values[0]
+        else:
+            found[name] = sum(values)
+    return found
 
 
+def sync_batch_rank(
+    rank: int,
+    sizes: list[int],
+    kernels: Sequence[str] = ('auto',),
+    input_dtype: torch.dtype = torch.float64,
+    derivatives: Callable[..., dict[str, Tensor]] = step,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Results of one layer, with kernels that the ranks have in turn."""
+    batch = [t.to(input_dtype) for t in make_batch(sum(sizes))]
+    chosen = kernels[rank % len(kernels)]
+    with mock.patch.dict(os.environ, WS_MM_KERNELS=chosen):
+        return derivatives(
+            make_layer('sync_batch', **options),
+            *(t.split(sizes)[rank] for t in batch),
+        )
+
+
+KERNELS = pytest.mark.parametrize(
+    'kernels', [['auto'], ['fused'], ['auto', 'fused']], ids='-'.join
+)
+
+
+@KERNELS
+@pytest.mark.parametrize('options', [{}, {'affine': False}], ids=str)
 @pytest.mark.parametrize(
     'sizes', [[2, 2], [1, 3], [4, 0], [1, 0, 2, 1]], ids=str
 )
-def test_sync_batch_equals_one_process_on_all_images(sizes, world):
-    ranks = world(len(sizes)).run(sync_batch_rank, sizes)
-    expected = step(make_layer('batch'), *make_batch(sum(sizes)))
-    actual = {}
-    for name in expected:
-        values = [rank[name] for rank in ranks]
-        if name in ('output', 'dx'):
-            actual[name] = torch.cat(values)
-        elif name.startswith('running'):
-            assert all(torch.equal(v, values[0]) for v in values)
-            actual[name] = values[0]
-        else:
-            actual[name] = sum(values)
+def test_sync_batch_equals_one_process_on_all_images(
+    sizes, options, kernels, world
+):
+    ranks = world(len(sizes)).run(sync_batch_rank, sizes, kernels, **options)
+    layer = make_layer('batch', **options)
+    expected = step(layer, *make_batch(sum(sizes)))
+    actual = of_one_process(ranks)
     assert not disagreements(actual, expected, TOLERANCE[torch.float64])
+
+
+@KERNELS
+@pytest.mark.parametrize('dtype', [torch.half, torch.bfloat16], ids=str)
+def test_sync_batch_in_half_precision(dtype, kernels, world):
+    sizes = [1, 0, 2, 1]
+    options = dict(outer_affine='channel', dtype=torch.float32)
+    ranks = world(4).run(
+        sync_batch_rank, sizes, kernels, input_dtype=dtype, **options
+    )
+    assert ranks[0]['output'].dtype == ranks[0]['dx'].dtype == dtype
+    rounded = [t.to(dtype).double() for t in make_batch(4)]
+    layer = make_layer('batch', outer_affine='channel')
+    layer.load_state_dict(make_layer('batch', **options).double().state_dict())
+    expected = step(layer, *rounded)
+    actual = of_one_process(ranks)
+    assert not disagreements(actual, expected, TOLERANCE[dtype])
+
+
+def second_derivatives(
+    layer: BCN, x: Tensor, cotangent: Tensor
+) -> dict[str, Tensor]:
+    """Those of the sum over all images of a square of the gradient."""
+    leaf = x.clone().requires_grad_()
+    output = layer(leaf)
+    (dx,) = torch.autograd.grad(output, leaf, cotangent, create_graph=True)
+    (dx * dx * cotangent).sum().backward()
+    return {
+        'dx': dx.detach(),
+        'ddx': leaf.grad,
+        **{
+            f'dd{name}': parameter.grad
+            for name, parameter in layer.named_parameters()
+            if parameter.grad is not None
+        },
+    }
+
+
+@KERNELS
+@pytest.mark.parametrize('sizes', [[3, 1], [2, 0, 1, 2]], ids=str)
+def test_second_derivatives_of_sync_batch(sizes, kernels, world):
+    ranks = world(len(sizes)).run(
+        sync_batch_rank, sizes, kernels, derivatives=second_derivatives
+    )
+    batch = make_batch(sum(sizes))
+    expected = second_derivatives(make_layer('batch'), *batch)
+    # Digits that a first derivative does not lose.
+    assert not disagreements(of_one_process(ranks), expected, 1e-11)
+
+
+def compiled_sync_rank(rank: int) -> dict[str, Tensor]:
+    layer = make_layer('sync_batch')
+    x, cotangent = (t.split([3, 1])[rank] for t in make_batch(4))
+    layer.compile(backend='aot_eager')
+    return step(layer, x, cotangent)
+
+
+def test_compiled_sync_batch_equals_one_process(world):
+    if not hasattr(nn.Module, 'compile'):
+        pytest.skip('modules compile themselves since torch 2.2')
+    ranks = world(2).run(compiled_sync_rank)
+    expected = step(make_layer('batch'), *make_batch(4))
+    actual = of_one_process(ranks)
+    assert not disagreements(actual, expected, TOLERANCE[torch.float64])
+
+
+def saved_bytes(layer: BCN, x: Tensor) -> int:
+    """Bytes that a forward keeps for its backward."""
+    kept = {}
+
+    def pack(values: Tensor) -> Tensor:
+        kept[values.untyped_storage().data_ptr()] = values.nbytes
+        return values
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda values: values):
+        layer(x.clone().requires_grad_())
+    return sum(kept.values())
+
+
+def exchange_rank(rank: int, kernels: str) -> dict[str, Any]:
+    layer, batch = make_layer('sync_batch'), make_layer('batch')
+    x, dy = make_batch(3)
+    x.requires_grad_()
+    sent = []
+
+    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            sent.append(args[-1].numel())
+            return function(*args)
+
+        return call
+
+    def both() -> None:
+        layer(x).backward(dy)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('WS_MM_KERNELS', kernels)
+        found = {
+            'collectives': count(both),
+            'waits': count(both, 'aten::_local_scalar_dense'),
+            'saved': saved_bytes(layer, x) - saved_bytes(batch, x),
+            'sent': sent,
+        }
+        for name in ('all_gather', 'all_reduce'):
+            patch.setattr(dist, name, noted(getattr(dist, name)))
+        both()
+    return found
+
+
+@pytest.mark.parametrize('kernels', ['auto', 'fused'])
+def test_sync_batch_sends_little_waits_for_nothing_and_saves_little(
+    kernels, world
+):
+    for found in world(2).run(exchange_rank, kernels):
+        assert found['sent'] == [2 * CHANNELS + 1, 2 * CHANNELS]
+        assert found['collectives'] == 2
+        assert found['waits'] == 0
+        assert found['saved'] <= 4 * CHANNELS * 8  # a few numbers per channel
 
 
 class Net(nn.Module):
@@ -415,6 +566,17 @@ def summing_rank(rank: int) -> list[Tensor]:
     total.backward(cotangent)
     assert torch.equal(leaf, x)
     assert torch.equal(cotangent, dy)
+    # The gradient is a sum over ranks, too, and has the same gradient.
+    grad = distributed._AllReduceSum.apply(cotangent.requires_grad_())
+    (once,) = torch.autograd.grad(
+        distributed._AllReduceSum.apply(leaf),
+        leaf,
+        cotangent,
+        create_graph=True,
+    )
+    torch.testing.assert_close(once, grad)
+    once.backward(x)
+    torch.testing.assert_close(cotangent.grad, total)
     return [x, dy, total.detach(), leaf.grad]
 
 
@@ -425,24 +587,27 @@ def test_all_reduce_keeps_its_input(world):
         torch.testing.assert_close(grad, sum(rank[1] for rank in ranks))
 
 
-def empty_rank(rank: int) -> str:
+def empty_rank(rank: int) -> Tensor:
     layer = make_layer('sync_batch')
     before = {k: v.clone() for k, v in layer.named_buffers()}
-    x, dy = make_batch(2)
-    result = step(layer, x[:0], dy[:0])
-    assert all(values.isfinite().all() for values in result.values())
-    for name, values in layer.named_buffers():
-        assert torch.equal(values, before[name])
-    # The one value of all ranks has no variance: all say so, none waits.
-    with pytest.raises(ValueError, match='more than one value') as error:
-        layer(x[: 1 - rank, :, :1, :1])
-    return str(error.value)
+    x, _ = make_batch(2)
+    for images in (x[:0], x[: 1 - rank, :, :1, :1]):
+        # Of no value, and of one on all ranks, which has no variance.
+        layer.zero_grad()
+        result = step(layer, images, torch.ones_like(images))
+        assert all(values.isfinite().all() for values in result.values())
+        for name, values in layer.named_buffers():
+            assert torch.equal(values, before[name])
+    return result['output']
 
 
 def test_sync_batch_without_images_or_with_one_value(world):
     one, none = world(2).run(empty_rank)
-    assert f'(1, {CHANNELS}, 1, 1)' in one
-    assert f'(0, {CHANNELS}, 1, 1)' in none
+    layer = make_layer('estimate').eval()
+    layer.running_mean.copy_(x := make_batch(2)[0][0, :, 0, 0])
+    expected = layer(x[None, :, None, None])
+    assert not disagreements({'y': one}, {'y': expected.detach()}, 1e-12)
+    assert not len(none)
 
 
 def plain_rank(rank: int, model: nn.Module) -> int:
@@ -453,6 +618,75 @@ def plain_rank(rank: int, model: nn.Module) -> int:
 
 def test_model_without_running_statistics_needs_no_collective(world):
     assert world(2).run(plain_rank, nn.Conv2d(3, 4, 3)) == [0, 0]
+
+
+class Operations(TorchDispatchMode):
+    """Names of operations that compute or copy, in their order."""
+
+    # Views, new memory, and a tensor made of Python's numbers on the host.
+    FREE = (
+        *('slice', 'split', 'split_with_sizes', 'detach'),
+        *('empty', 'new_empty', 'empty_like', 'lift_fresh'),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        # c10d's own operators do not count.
+        if function.namespace == 'aten' and name not in self.FREE:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def operations_rank(rank: int, number: int, mixed: bool) -> list[str]:
+    model = nn.Sequential(*(BCN(8 + index % 3) for index in range(number)))
+    if mixed:
+        model[1].double()
+    hook = SyncEstimatesHook()
+    hook.before_train(Runner(model))
+    for _ in range(2):
+        for layer in model:
+            x = torch.randn(1, layer.num_features, 2, 3)
+            layer(x.to(layer.running_mean))
+        with Operations() as seen:
+            hook.after_train_iter(Runner(model), 0)
+    return seen.names
+
+
+@pytest.mark.parametrize('mixed', [False, True])
+def test_hook_takes_as_many_operations_for_any_number_of_layers(mixed, world):
+    (few, _), (many, _) = (
+        world(2).run(operations_rank, number, mixed) for number in (3, 69)
+    )
+    assert few == many
+    assert len(few) == 12, few
+
+
+def precisions_rank(rank: int) -> list[Tensor]:
+    model = nn.Sequential(make_layer('estimate'), make_layer('estimate'))
+    model[1].float()
+    hook = SyncEstimatesHook()
+    hook.before_train(Runner(model))
+    x, _ = make_batch(4)
+    for layer in model:
+        layer(share(x, (3, 1), rank).to(layer.running_mean))
+    hook.after_train_iter(Runner(model), 0)
+    return [*model.buffers()]
+
+
+def test_hook_averages_layers_of_two_dtypes(world):
+    x, _ = make_batch(4)
+    for buffers in world(2).run(precisions_rank):
+        for dtype in (torch.float64, torch.float32):
+            found = [values for values in buffers if values.dtype == dtype]
+            layer = make_layer('estimate').to(dtype)
+            layer(x.to(dtype))
+            expected = dict(layer.named_buffers())
+            actual = dict(zip(expected, found, strict=True))
+            assert not disagreements(actual, expected, TOLERANCE[dtype])
 
 
 def idle_rank(rank: int) -> None:
@@ -467,7 +701,7 @@ def idle_rank(rank: int) -> None:
     layer = model.first
     x, dy = make_batch(2)
     checkpoint(layer, x.requires_grad_(), use_reentrant=False).backward(dy)
-    assert layer.values_seen.item() == x.numel() / CHANNELS
+    assert layer.values_seen.on_host == x.numel() / CHANNELS
     assert 'values_seen' not in layer.state_dict()
 
 
@@ -512,10 +746,19 @@ def compiled_rank(rank: int) -> None:
         SyncEstimatesHook().before_train(Runner(module))
     counter = CompileCounterWithBackend('aot_eager')
     run = torch.compile(layer, backend=counter, fullgraph=True)
-    for seed in range(3):
-        x = make_batch(2)[0] + seed
-        actual = dict(output=run(x), seen=layer.values_seen)
-        wanted = dict(output=expected(x), seen=expected.values_seen)
+    batch, _ = make_batch(5)
+    for step in range(4):
+        x = share(batch + step, (3, 2), rank)
+        # A layer may be compiled in one call and not in another.
+        actual, wanted = dict(output=run(x)), dict(output=expected(x))
+        actual['again'], wanted['again'] = layer(x), expected(x)
+        seen = x.numel() / CHANNELS
+        assert layer.values_seen.on_host == layer.values_seen.compiled == seen
+        assert expected.values_seen.on_host == 2 * seen
+        average_estimates([layer])
+        average_estimates([expected])
+        actual |= dict(layer.named_buffers())
+        wanted |= dict(expected.named_buffers())
         assert not disagreements(actual, wanted, TOLERANCE[torch.float64])
     assert counter.frame_count == 1
 

@@ -11,7 +11,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import reference
@@ -22,7 +25,15 @@ from comparison import (
     relative_error,
     values_and_gradients,
 )
+from test_distributed import (
+    make_batch,
+    make_layer,
+    of_one_process,
+    second_derivatives,
+    step,
+)
 from test_kernels import in_layout, input_of, saved_bytes, state_of
+from test_self_check import FAULTS
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -31,7 +42,7 @@ from ws_mm import BCN, WSConv2d, batch_channel_norm, standardize_weight
 from ws_mm.kernels import choose, plain
 
 pytest.importorskip('triton', '3.0', reason='no Triton 3 on this platform')
-from ws_mm.kernels import cuda, triton_kernels
+from ws_mm.kernels import cuda, self_check, triton_kernels
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 DEVICE = 'cpu' if INTERPRETED else 'cuda'
@@ -608,6 +619,129 @@ def test_updates_are_seen_by_autograd():
         kept.backward()
 
 
+# Over ranks
+
+
+def broken(name: str, how: str) -> Any:
+    """A kernel that cannot run, or one whose results are wrong.
+
+    With 'constants' in how, only where statistics are not the batch's.
+    """
+    kernel = getattr(triton_kernels, name)
+
+    class Broken:
+        def __getitem__(self, grid):
+            def run(*args, **kwargs):
+                spared = 'constants' in how and kwargs['OF_BATCH']
+                if 'raises' in how and not spared:
+                    raise OSError('Failed to find C compiler')
+                kernel[grid](*args, **kwargs)
+                for _, number, start in (f for f in FAULTS if f[0] == name):
+                    if not spared:
+                        args[number].view(-1)[start:].mul_(1.5)
+
+            return run
+
+    return mock.patch.object(triton_kernels, name, Broken())
+
+
+def sync_rank(
+    rank: int,
+    sizes: list[int],
+    layout: str = 'NCHW',
+    dtype: torch.dtype = torch.float32,
+    fault: tuple[str, str] | None = None,
+    second: bool = False,
+    **options: Any,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """One step of a layer in mode 'sync_batch', and the kernels it ran."""
+    forget()
+    self_check.check_of.cache_clear()
+    ws_mm.kernels._failed.clear()
+    batch = [
+        in_layout(t.split(sizes)[rank].to(DEVICE, dtype), layout)
+        for t in make_batch(sum(sizes))
+    ]
+    layer = make_layer('sync_batch', dtype=torch.float32, **options).to(DEVICE)
+    mode = 'triton'
+    if fault:
+        mode = 'check' if 'differs' in fault[1] else 'fused'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('WS_MM_KERNELS', mode)
+        if mode == 'fused':
+            # On a CPU, only a forced kernel is interpreted.
+            patch.setattr(ws_mm.kernels, 'choose', lambda *_: cuda)
+        for name, value in SMALL.items():
+            patch.setattr(cuda, name, value)
+        if fault and rank == 1:
+            with broken(*fault):
+                return on_cpu(step(layer, *batch)), []
+        seen = launches(patch)
+        function = second_derivatives if second else step
+        return on_cpu(function(layer, *batch)), seen
+
+
+def formula(
+    sizes: list[int], dtype: torch.dtype, function: Any = step, **options: Any
+) -> dict[str, Tensor]:
+    """The same of one process in composed operations of float64."""
+    layer = make_layer('batch', dtype=torch.float32, **options).double()
+    rounded = [t.to(dtype).double() for t in make_batch(sum(sizes))]
+    with mock.patch.dict(os.environ, WS_MM_KERNELS='plain'):
+        return function(layer, *rounded)
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'options'),
+    [
+        ([2, 2], {}),
+        ([2, 3], dict(outer_affine='channel', layout='channels_last')),
+        ([4, 0], dict(affine=False)),
+        ([2, 0, 3, 1], dict(dtype=torch.half)),
+        ([1, 0, 2, 2], dict(dtype=torch.bfloat16, layout='channels_last')),
+    ],
+    ids=str,
+)
+def test_sync_batch_equals_formula(sizes, options, world):
+    results = world(len(sizes)).run(sync_rank, sizes, **options)
+    dtype = options.pop('dtype', torch.float32)
+    options.pop('layout', None)
+    expected = formula(sizes, dtype, **options)
+    actual = of_one_process([found for found, _ in results])
+    assert not disagreements(actual, expected, TOLERANCE[dtype])
+    for size, (_, seen) in zip(sizes, results, strict=True):
+        kernels = [
+            *('moments', 'coefficients', 'coefficients', 'affine'),
+            *('sums', 'slopes', 'affine_backward'),
+        ]
+        assert seen == (kernels if size > 1 else [])  # else few values
+
+
+def test_second_derivatives_of_sync_batch_in_kernels(world):
+    sizes = [3, 1]
+    results = world(2).run(sync_rank, sizes, second=True)
+    expected = formula(sizes, torch.float32, second_derivatives)
+    actual = of_one_process([found for found, _ in results])
+    assert not disagreements(actual, expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ('name', 'how'),
+    [
+        *product(KERNELS[2:], ('raises', 'differs')),
+        *product(
+            ['coefficients'], ('raises, constants', 'differs, constants')
+        ),
+    ],
+)
+def test_a_kernel_that_fails_on_one_rank_spoils_nothing(name, how, world):
+    sizes = [2, 2]
+    results = world(2).run(sync_rank, sizes, fault=(name, how))
+    expected = formula(sizes, torch.float32)
+    actual = of_one_process([found for found, _ in results])
+    assert not disagreements(actual, expected, TOLERANCE[torch.float32])
+
+
 # Dispatch
 
 
@@ -623,7 +757,7 @@ def test_the_kernels_run(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'change', ['float64', 'buffers', 'strided', 'outer sizes', 'sync_batch']
+    'change', ['float64', 'buffers', 'strided', 'outer sizes']
 )
 def test_unsupported_inputs_run_eager(monkeypatch, change):
     dtype = torch.float64 if change == 'float64' else torch.float32
@@ -634,17 +768,12 @@ def test_unsupported_inputs_run_eager(monkeypatch, change):
         layer.running_mean = layer.running_mean.double()
     if change == 'outer sizes':
         layer.bias = torch.nn.Parameter(layer.bias[:3].detach())
-    if change == 'sync_batch':
-        layer.mode = change
     seen = launches(monkeypatch)
     x = torch.randn(2, 6, 2, 2, dtype=dtype, device=DEVICE)
     assert layer(x).isfinite().all()
     if change == 'float64':
         standardize_weight(x)
     assert not seen
-    if change == 'sync_batch':  # which is a matter of training
-        layer.eval()(x)
-        assert 'affine' in seen
 
 
 @pytest.mark.parametrize('shape', [(2, 6, 1, 1), (1, 6, 3, 4), (1, 6, 3, 3)])

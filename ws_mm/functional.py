@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import kernels
 from .arguments import check_choice
+from .distributed import world_size
 from .kernels import plain
 
 EPS_MODES = ('outside', 'inside')
@@ -177,20 +178,21 @@ def batch_channel_norm(
 
     Raises:
         ValueError: one value per channel in a batch mode, or one value per
-            group, which has no variance.
+            group, which has no variance. Not for one value among several
+            ranks, which only the device knows of: its running values stay.
 
     Source: ``BCNorm`` and ``EstBN`` of the authors' BCN repository.
     """
     check_choice('mode', mode, MODES, 'norm_cfg')
     _check_group_size(input, num_groups)
     source = 'running'
+    if training and mode == 'sync_batch' and world_size() > 1:
+        source = 'ranks'
     # torch.jit.trace makes tensors of sizes, and of what they are compared to.
-    if training and mode == 'batch' and bool(input.numel() > 0):
+    elif training and mode != 'estimate' and bool(input.numel() > 0):
         source = 'batch'
         if input.numel() == input.shape[1]:
             raise ValueError(plain.one_value_message(input, mode))
-    elif training and mode == 'sync_batch':
-        source = 'ranks'
     output: Tensor = kernels.for_activations(input).batch_channel_norm(
         input,
         num_groups,

@@ -1,7 +1,9 @@
 """Training hooks: averaging over ranks, and checks of the model."""
 
 import logging
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,9 +12,10 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
-from torch import nn
+from torch import Tensor, nn
 
 from .checking import check
+from .distributed import world_size
 from .running_statistics import RunningStatistics
 from .shapes import batch_norms
 
@@ -68,7 +71,7 @@ class SyncEstimatesHook(_FrozenLayersHook):
     def before_train(self, runner: Any) -> None:
         """Find the layers once, after the model was wrapped."""
         self._layers = estimating_layers(runner.model)
-        if _world_size() == 1:
+        if world_size() == 1:
             return
         for layer in self._layers:
             layer.count_values()
@@ -229,7 +232,7 @@ def report_batch_norms(model: nn.Module, images: int) -> None:
     for name in batch_norms(model):
         layer = model.get_submodule(name)
         together = isinstance(layer, nn.SyncBatchNorm)
-        number = images * (_world_size() if together else 1)
+        number = images * (world_size() if together else 1)
         if layer.training and 0 < number <= 2:
             few.setdefault(number, []).append(name.removeprefix('module.'))
     for number, names in few.items():
@@ -259,30 +262,70 @@ def estimating_layers(model: nn.Module) -> list[RunningStatistics]:
 
 
 @torch.no_grad()
-def average_estimates(layers: list[RunningStatistics]) -> None:
-    """Average over the ranks, by values seen, in one collective."""
-    if not layers or _world_size() == 1:
+def average_estimates(layers: Sequence[RunningStatistics]) -> None:
+    """Average over the ranks, by values seen, in one collective.
+
+    Whatever the number of layers, these are 12 operations on the device, and
+    nothing waits for it.
+
+    Args:
+        layers: those of one device that count the values that they see.
+    """
+    if not layers or world_size() == 1:
         return
-    weighted = []
+    counts = []
     for layer in layers:
         assert layer.values_seen is not None
-        weighted.append(layer.values_seen)
-        for name in layer.statistics:
-            weighted.append(layer.values_seen * layer.get_buffer(name))
-    flat = torch.cat(weighted)
-    dist.all_reduce(flat)
-    parts = iter(flat.split([part.numel() for part in weighted]))
-    for layer in layers:
-        assert layer.values_seen is not None
-        layer.values_seen.zero_()
-        total = next(parts)
-        for name in layer.statistics:
-            statistic = layer.get_buffer(name)
-            average = (next(parts) / total).to(statistic)
-            statistic.copy_(torch.where(total > 0, average, statistic))
+        counts.append(layer.values_seen)
+    # A get_buffer for each would take longer than all that follows.
+    buffers: list[Any] = [
+        layer._buffers[name] for layer in layers for name in layer.statistics
+    ]
+    sizes = [values.numel() for values in buffers]
+    old = torch.cat(buffers)
+    of_each = tuple(len(x.statistics) for x in layers)
+    owner = _owner(of_each, tuple(sizes), old.device)
+    sums = old.new_empty(len(layers) + len(old), dtype=torch.float64)
+    # Two views: the number of values of each layer, and weighted estimates.
+    seen, weighted = sums[: len(layers)], sums[len(layers) :]
+    on_host = torch.tensor(
+        [count.on_host for count in counts],
+        dtype=torch.float64,
+        pin_memory=old.is_cuda,  # else the copy would wait for the device
+    )
+    seen.copy_(on_host, non_blocking=old.is_cuda)
+    compiled = [count.compiled for count in counts]
+    seen.add_(torch.cat(compiled))
+    torch._foreach_zero_(compiled)
+    for count in counts:
+        count.on_host = 0
+    torch.mul(old, seen[owner], out=weighted)
+    dist.all_reduce(sums)
+    total = seen[owner]
+    average = torch.div(weighted, total, out=torch.empty_like(old))
+    new = torch.where(total > 0, average, old)
+    if len({values.dtype for values in buffers}) == 1:
+        torch.split_with_sizes_copy(new, sizes, out=buffers)
+    else:
+        torch._foreach_copy_(buffers, new.split(sizes))
 
 
-def _world_size() -> int:
-    if not (dist.is_available() and dist.is_initialized()):
-        return 1
-    return dist.get_world_size()
+@lru_cache(maxsize=4)
+def _owner(
+    of_each: tuple[int, ...], sizes: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """The number of the layer of each value.
+
+    Args:
+        of_each: numbers of statistics of the layers.
+        sizes: those of all statistics.
+        device: where to put it.
+    """
+    left = iter(sizes)
+    owner = [
+        number
+        for number, count in enumerate(of_each)
+        for size in islice(left, count)
+        for _ in range(size)
+    ]
+    return torch.tensor(owner).to(device)

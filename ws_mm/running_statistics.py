@@ -25,6 +25,30 @@ Layer = TypeVar('Layer', bound='RunningStatistics')
 HALF = (torch.half, torch.bfloat16)
 
 
+class ValueCount:
+    """Number of values, which a device need not be asked for.
+
+    The host counts. A compiler counts in a tensor instead: it would take a
+    number for a constant of its graph, and compile again for the next one.
+    That tensor is no buffer: copies of the model made before training (EMA)
+    pair buffers by position.
+
+    Args:
+        device: where the layer is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_host = 0
+        self.compiled = torch.zeros(1, dtype=torch.float64, device=device)
+
+    def add(self, number: int) -> None:
+        """Count so many more."""
+        if compat.is_compiling():
+            self.compiled.add_(number)
+        else:
+            self.on_host += number
+
+
 class RunningStatistics(nn.Module):
     """Base of layers that keep running statistics, one value per channel.
 
@@ -46,9 +70,8 @@ class RunningStatistics(nn.Module):
     # have to show in the sum of its statistics.
     statistics: ClassVar[Mapping[str, float]] = {}
     # Values per channel that moved the statistics in this iteration, if
-    # SyncEstimatesHook asks for them. No buffer: copies of the model made
-    # before training (EMA) pair buffers by position.
-    values_seen: Tensor | None = None
+    # SyncEstimatesHook asks for them.
+    values_seen: ValueCount | None = None
 
     # Their names: the compiler of torch 2.1 reads no dict of a class.
     _names: ClassVar[tuple[str, ...]] = ()
@@ -110,13 +133,13 @@ class RunningStatistics(nn.Module):
             if self.values_seen is None:
                 _report_unsynchronized(type(self).__name__)
             else:
-                self.values_seen.add_(values_per_channel(input))
+                self.values_seen.add(values_per_channel(input))
         return True
 
     def count_values(self) -> None:
         """Begin to count the values that move the statistics."""
         first = self.get_buffer(next(iter(self.statistics)))
-        self.values_seen = first.new_zeros(1, dtype=torch.float64)
+        self.values_seen = ValueCount(first.device)
 
     @torch.no_grad()
     def move_statistics(
@@ -226,7 +249,8 @@ def measured_moments(
     x = at_least_float32(input)
     count: float = values_per_channel(input)
     if synchronizes:
-        mean, var, count = synchronized_moments(x)
+        mean, var, total = synchronized_moments(x)
+        count = float(total)
     elif count:
         mean, var = batch_moments(x, None)
     if not count:

@@ -104,9 +104,7 @@ def rank_steps(device: str) -> dict[str, Callable[[], None]]:
             model.to(device), broadcast_buffers=False
         )
         for layer in estimating_layers(model):
-            layer.values_seen = layer.running_mean.new_zeros(
-                1, dtype=torch.float64
-            )
+            layer.count_values()
         return model
 
     def step(name: str) -> Callable[[], None]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..compat import has_half_batch_norm
+from ..distributed import all_reduced
 from . import plain
 
 aten = torch.ops.aten
@@ -42,10 +43,8 @@ def batch_channel_norm(
     update: bool,
 ) -> Tensor:
     """See :func:`.plain.batch_channel_norm`."""
-    if (
-        source == 'ranks'
-        or not is_supported(input)
-        or plain.has_few_values(input.shape, num_groups, source)
+    if not is_supported(input) or plain.has_few_values(
+        input.shape, num_groups, source
     ):
         return plain.batch_channel_norm(
             *(input, num_groups, running, affines),
@@ -61,18 +60,26 @@ def batch_channel_norm(
             torch.addcmul(variances, deviation, deviation)
         )
 
-    of_batch = source == 'batch'
-    used = plain.statistics(
-        input, running, momentum, of_batch, update, of_input
-    )
+    total = None
+    if source == 'ranks':
+        count = input.numel() // input.shape[1]
+        mean, var, total = plain.statistics_of_ranks(
+            of_input(None), count, running, momentum, update
+        )
+    else:
+        mean, var = plain.statistics(
+            input, running, momentum, source == 'batch', update, of_input
+        )
     output: Tensor = BatchChannelNorm.apply(
         input,
         *plain.widened(affines, means.dtype),
         moments,
-        *(values.to(means.dtype) for values in used),
+        mean.to(means.dtype),
+        var.to(means.dtype),
+        total,
         num_groups,
         eps,
-        of_batch,
+        source != 'running',
     )
     return output
 
@@ -372,7 +379,9 @@ class BatchChannelNorm(torch.autograd.Function):
         dy_i = r (weight g_i - A / S - r (a (input_i - m_i) + u_i - U) B / S)
         dinput_i = a dy_i                                mean, var constant
     and if mean and var are those of the batch, less the part of a dy_i along
-    1 and along input - mean, whose sums follow from s, t, m and v.
+    1 and along input - mean, whose sums follow from s, t, m and v. If they
+    are those of all ranks, total says of how many values, and these sums are
+    added over the ranks: see :class:`.plain.SynchronizedBatchNorm`.
 
     Saves input and otherwise one number per sample and channel. Those have
     the shape (N, groups, channels of a group); numbers per group or per
@@ -390,6 +399,7 @@ class BatchChannelNorm(torch.autograd.Function):
         moments: tuple[Tensor, Tensor, Tensor],
         mean: Tensor,
         var: Tensor,
+        total: Tensor | None,
         num_groups: int,
         eps: float,
         of_batch: bool,
@@ -420,7 +430,7 @@ class BatchChannelNorm(torch.autograd.Function):
         _affine(rows, m.flatten(), slope, shift, output.view(rows.shape))
         ctx.save_for_backward(
             *(input, bn_weight, bn_bias, weight, bias),
-            *(m, v, mean, var, offset.view(u.shape)),
+            *(total, m, v, mean, var, offset.view(u.shape)),
             *(inverse.view(shape), a, u, r, p, slope),
         )
         ctx.settings = num_groups, eps, of_batch
@@ -429,21 +439,30 @@ class BatchChannelNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, bn_weight, bn_bias, weight, bias, *saved = ctx.saved_tensors
-        m, v, mean, var, offset, inverse, a, u, r, p, slope = saved
+        total, m, v, mean, var, offset, inverse, *others = saved
+        a, u, r, p, slope = others
+        num_groups, eps, of_batch = ctx.settings
         if torch.is_grad_enabled():  # for second derivatives
+
+            def again(
+                x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor
+            ) -> Tensor:
+                x = x.to(mean.dtype)
+                if total is None:
+                    return plain.normalize(
+                        x, a, b, c, d, mean, var, *ctx.settings
+                    )
+                return plain.normalize_by_ranks(
+                    x, a, b, c, d, mean, var, total, num_groups, eps
+                )
+
             gradients = plain.gradients(
-                lambda x, a, b, c, d: plain.normalize(
-                    x.to(mean.dtype),
-                    *(a, b, c, d),
-                    *(mean, var),
-                    *ctx.settings,
-                ),
+                again,
                 [input, bn_weight, bn_bias, weight, bias],
                 ctx.needs_input_grad[:5],
                 grad,
             )
-            return *gradients, *[None] * 6
-        num_groups, _, of_batch = ctx.settings
+            return *gradients, *[None] * 7
         rows = as_rows(input)
         if input.is_contiguous():
             grad_rows = as_rows(grad.contiguous())
@@ -473,9 +492,12 @@ class BatchChannelNorm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if of_batch:
                 count = len(m) * size
-                along = inverse.square() * sum_dy_x / -count
+                sums: Any = inverse * sum_dy_x, sum_dy
+                if total is not None:
+                    sums, count = all_reduced(torch.stack(sums)), total
+                along = inverse * sums[0] / -count
                 q = q + along
-                z = torch.addcmul(z + sum_dy / -count, along, offset)
+                z = torch.addcmul(z + sums[1] / -count, along, offset)
             dinput = _affine_of_both(
                 rows, grad_rows, m.flatten(), a * q, slope, a * z
             ).view(input.shape)
@@ -485,7 +507,7 @@ class BatchChannelNorm(torch.autograd.Function):
             None if bn_bias is None else sum_dy.flatten(),
             _fold(direction, weight),
             _fold(s, bias),
-            *[None] * 6,
+            *[None] * 7,
         )
 
 

@@ -600,11 +600,14 @@ def batch_channel_norm(
     plan: NormPlan | None = None
     memory_format = _memory_format(input)
     mean, var = running
-    if (
-        source != 'ranks'
-        and _is_dense_float32(mean)
-        and _is_dense_float32(var)
-    ):
+    fit = _is_dense_float32(mean) and _is_dense_float32(var)
+    if source == 'ranks' and fit:
+        from . import cuda_ranks
+
+        output = cuda_ranks.batch_channel_norm(
+            input, num_groups, running, affines, momentum, eps, update
+        )
+    elif fit:
         plan = _norm_plan(
             input.shape,
             input.dtype,

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import compat
-from ..distributed import synchronized_moments
+from ..distributed import all_reduced, pooled_moments, synchronized_moments
 
 # Values of a group, and of a channel in mode 'batch', below which closed-form
 # gradients have fewer digits than those of composed operations.
@@ -74,10 +75,9 @@ def batch_channel_norm(
     x = at_least_float32(input)
     affines = widened(affines, x.dtype)
     if source == 'ranks':
-        y = _synchronized_batch_norm(
-            x, running, affines[:2], momentum, eps, update
-        )
-        return channel_norm(y, num_groups, *affines[2:], eps).to(input.dtype)
+        return _synchronized_norm(
+            x, num_groups, running, affines, momentum, eps, update
+        ).to(input.dtype)
 
     def moments(around: Tensor | None) -> tuple[Tensor, Tensor]:
         return batch_moments(x.detach(), around)
@@ -136,7 +136,7 @@ def has_few_values(shape: Sequence[int], num_groups: int, source: str) -> bool:
     """
     size = math.prod(shape[2:])
     return size * shape[1] // num_groups < FEW_IN_GROUP or (
-        source == 'batch' and size * shape[0] < FEW_IN_CHANNEL
+        source != 'running' and size * shape[0] < FEW_IN_CHANNEL
     )
 
 
@@ -279,37 +279,188 @@ def _move(
     running: tuple[Tensor, Tensor],
     mean: Tensor,
     var: Tensor,
-    count: float,
+    count: Any,
     momentum: float,
 ) -> None:
-    """Move running values as ``nn.BatchNorm2d`` does: variance unbiased."""
-    unbiased = var * (count / (count - 1))
+    """Move running values as ``nn.BatchNorm2d`` does: variance unbiased.
+
+    Args:
+        running: means and variances, updated in place.
+        mean: that of the batch.
+        var: its biased variance.
+        count: its number of values, above 1; or a tensor of any number, of
+            which 0 and 1 move nothing.
+        momentum: share of the batch.
+    """
+    if isinstance(count, Tensor):
+        unbiased = var * (count / (count - 1).clamp(min=0))  # inf or NaN
+    else:
+        unbiased = var * (count / (count - 1))
     new = moved(running, (mean, unbiased), momentum)
     running[0].copy_(new[0])
     running[1].copy_(new[1])
 
 
-def _synchronized_batch_norm(
+def _synchronized_norm(
     x: Tensor,
+    num_groups: int,
     running: tuple[Tensor, Tensor],
-    affines: tuple[Tensor | None, Tensor | None],
+    affines: Affines,
     momentum: float,
     eps: float,
     update: bool,
 ) -> Tensor:
-    mean, var, count = synchronized_moments(x)
-    if count == 1:
-        raise ValueError(one_value_message(x, 'sync_batch'))
-    if update and count > 0:
-        with torch.no_grad():
-            # Without tangents, too, which no_grad leaves.
-            _move(running, mean.detach(), var.detach(), count, momentum)
+    if (
+        compat.is_recording()
+        or compat.is_transformed()
+        or compat.is_forward_ad()
+    ):
+        y, *found = _composed_synchronized(x, *affines[:2], eps)
+        if update:
+            with torch.no_grad():
+                # Without tangents, too, which no_grad leaves.
+                mean, var, total = (values.detach() for values in found)
+                _move(running, mean, var, total, momentum)
+        return channel_norm(y, num_groups, *affines[2:], eps)
+    with torch.no_grad():
+        if x.numel():
+            own = batch_moments(x, None)
+        else:
+            own = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
+        used = statistics_of_ranks(
+            own, x.numel() // x.shape[1], running, momentum, update
+        )
+    return normalize_by_ranks(x, *affines, *used, num_groups, eps)
+
+
+def normalize_by_ranks(
+    input: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    total: Tensor,
+    num_groups: int,
+    eps: float,
+) -> Tensor:
+    """Both steps, as :func:`normalize`, with the statistics of all ranks.
+
+    Args:
+        input: activations.
+        bn_weight: inner scale.
+        bn_bias: inner shift.
+        weight: outer scale.
+        bias: outer shift.
+        mean: result of :func:`statistics_of_ranks`, as the next two.
+        var: of the first step.
+        total: number of values per channel.
+        num_groups: groups of the second step.
+        eps: added to both variances.
+    """
+    y: Tensor = SynchronizedBatchNorm.apply(
+        input, bn_weight, bn_bias, mean, var, total, eps
+    )
+    return channel_norm(y, num_groups, weight, bias, eps)
+
+
+@torch.no_grad()
+def statistics_of_ranks(
+    own: tuple[Tensor, Tensor],
+    count: int,
+    running: tuple[Tensor, Tensor],
+    momentum: float,
+    update: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and number of the values of all ranks.
+
+    Args:
+        own: mean and biased variance of this rank.
+        count: number of values per channel of this rank.
+        running: means and variances, updated in place.
+        momentum: share of the newest batch.
+        update: whether to move the running values.
+    """
+    mean, var, total = pooled_moments(*own, count)
+    if update:
+        _move(running, mean, var, total, momentum)
+    return mean, var, total
+
+
+class SynchronizedBatchNorm(torch.autograd.Function):
+    """The first step of BCN from the moments of all ranks.
+
+    Formula, with n values per channel on all ranks and
+    z = (x - mean) / sqrt(var + eps):
+        y = z weight + bias
+        dweight = sum(g z), dbias = sum(g)
+        dx = weight / sqrt(var + eps) (g - (sum(g z) z + sum(g)) / n)
+    where the sums in dx are those of all ranks: one collective of those two,
+    in this order, as in every backend. Gradients of the affine are those of
+    this rank; what wraps the model adds them.
+
+    Saves x and a few numbers per channel.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        total: Tensor,
+        eps: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, mean, var, total)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, var, total = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for second derivatives
+            found = gradients(
+                lambda x, a, b: _composed_synchronized(x, a, b, ctx.eps)[0],
+                [x, weight, bias],
+                ctx.needs_input_grad[:3],
+                grad,
+            )
+            return *found, *[None] * 4
+        dims = (0, *range(2, x.dim()))
+        inverse = torch.rsqrt(var + ctx.eps)
+        d = x - _per_channel(mean, x)
+        sum_gz, sum_g = (grad * d).sum(dims) * inverse, grad.sum(dims)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            scale = inverse if weight is None else inverse * weight
+            sums = all_reduced(torch.cat([sum_gz, sum_g])).view(2, -1)
+            along, constant = sums * (-scale / total)
+            dx = d.mul_(_per_channel(along * inverse, x))
+            dx.add_(_per_channel(constant, x))
+            dx.addcmul_(grad, _per_channel(scale, x))
+        return (
+            dx,
+            None if weight is None else sum_gz,
+            None if bias is None else sum_g,
+            *[None] * 4,
+        )
+
+
+def _composed_synchronized(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same in operations that have all derivatives, and the moments."""
+    mean, var, total = synchronized_moments(x)
     scale = torch.rsqrt(var + eps)
-    weight, bias = affines
     if weight is not None:
         scale = scale * weight
     y = (x - _per_channel(mean, x)) * _per_channel(scale, x)
-    return y if bias is None else y + _per_channel(bias, x)
+    if bias is not None:
+        y = y + _per_channel(bias, x)
+    return y, mean, var, total
 
 
 def gradients(

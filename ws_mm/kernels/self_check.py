@@ -5,7 +5,8 @@ more in float64 and composed operations: groups do not depend on each other.
 That is done for each direction, dtype and layout, takes no random number and
 talks to no other process, and a marker in Triton's cache remembers what has
 passed. A kernel that is off by more than BARS is never used: composed
-operations take over and a warning names it.
+operations take over and a warning names it. In mode 'sync_batch' that shows
+before the ranks exchange anything, see :mod:`.cuda_ranks`.
 """
 
 import hashlib

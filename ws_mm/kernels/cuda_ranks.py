@@ -1,0 +1,224 @@
+"""Mode 'sync_batch' on a CUDA device, in the kernels of the other modes.
+
+Forward, each rank computes moments as in mode 'batch', and normalizes by
+those of all ranks as in mode 'estimate' by its constants. Backward, the
+gradient of constants is corrected by the sums of all ranks.
+
+The ranks exchange numbers once each way, whatever they run. So a rank whose
+kernels cannot run has to notice before it: then it takes composed operations,
+and the others see no difference. Afterwards these only finish what is begun.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distributed import all_reduced
+from . import CannotLaunch, attempt, cuda, plain, self_check
+
+
+def batch_channel_norm(
+    input: Tensor,
+    num_groups: int,
+    running: tuple[Tensor, Tensor],
+    affines: plain.Affines,
+    momentum: float,
+    eps: float,
+    update: bool,
+) -> Tensor | None:
+    """See :func:`.plain.batch_channel_norm`; None if nothing was done."""
+    memory_format = cuda._memory_format(input)
+    of_batch, given = (
+        cuda._norm_plan(
+            input.shape,
+            input.dtype,
+            memory_format,
+            input.device,
+            *[
+                None if x is None else (x.numel(), x.device)
+                for x in (*running, *affines)
+            ],
+            num_groups,
+            eps,
+            of_batch,
+            False,
+        )
+        for of_batch in (True, False)
+    )
+    if of_batch is None or given is None:
+        return None
+    output: Tensor | None = attempt(
+        SynchronizedNorm.apply,
+        input.contiguous(memory_format=memory_format),
+        *[None if x is None else x.float().contiguous() for x in affines],
+        (running, float(momentum), update, of_batch, given),
+    )
+    return output
+
+
+class SynchronizedNorm(torch.autograd.Function):
+    """Both steps of BCN with the moments of all ranks.
+
+    Formulas are those of :class:`.cpu.BatchChannelNorm` and
+    :class:`.plain.SynchronizedBatchNorm`. Saves what mode 'batch' does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        call: tuple[
+            tuple[Tensor, Tensor], float, bool, cuda.NormPlan, cuda.NormPlan
+        ],
+    ) -> Tensor:
+        running, momentum, update, of_batch, given = call
+        affines = bn_weight, bn_bias, weight, bias
+        kept = input.new_empty(given.kept, dtype=torch.float32)
+        output = torch.empty_like(input)
+        count = input.numel() // input.shape[1]
+
+        def run(
+            launches: Sequence[cuda.Launch], used: Sequence[Tensor]
+        ) -> None:
+            tensors = input, kept, output, *used, *affines
+            addresses = cuda._addresses(tensors)
+            if addresses is not None:
+                addresses.append(momentum)
+            for launch in launches:
+                launch((*tensors, momentum), addresses, stream)
+
+        def check(plan: cuda.NormPlan, before: Sequence[Tensor]) -> None:
+            """Check on numbers of this rank, before another one gets any."""
+            if not (plan.check.pending and plan.check.is_due('forward')):
+                return
+            mean, var = (values.clone() for values in before)
+            run((*plan.statistics, plan.affine), (mean, var))
+            with cuda.checking():
+                self_check.norm_forward(
+                    *(plan.check, input, kept, output),
+                    before=[*before],
+                    running=(mean, var),
+                    affines=affines,
+                    momentum=momentum,
+                    update=False,
+                    settings=plan.settings,
+                )
+
+        with cuda._on(input.device):
+            stream = cuda._stream(input.device)
+            check(of_batch, running)
+            run(of_batch.statistics, running)
+            own = cuda._used(kept, given)
+            check(given, [values.clone() for values in own])
+            mean, var, total = plain.statistics_of_ranks(
+                own, count, running, momentum, update
+            )
+            try:
+                run((given.statistics[1], given.affine), (mean, var))
+            except CannotLaunch as failure:
+                attempt(cuda._fail, failure)
+                output = plain.normalize(
+                    input.float(), *affines, mean, var, *given.settings
+                ).to(input.dtype)
+        ctx.save_for_backward(input, *affines, kept, mean, var, total)
+        ctx.plan = given
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values = None
+        if not torch.is_grad_enabled():  # else someone differentiates twice
+            values = attempt(_reduced, ctx, grad)
+        if values is not None:
+            return *_finished(ctx, *values), None
+        input, *affines, _, mean, var, total = ctx.saved_tensors
+        num_groups, eps, _ = ctx.plan.settings
+        gradients = plain.gradients(
+            lambda x, a, b, c, d: plain.normalize_by_ranks(
+                x.float(), a, b, c, d, mean, var, total, num_groups, eps
+            ),
+            [input, *affines],
+            ctx.needs_input_grad[:5],
+            grad,
+        )
+        return *gradients, None
+
+
+def _reduced(
+    ctx: Any, grad: Tensor
+) -> tuple[tuple[Any, ...], cuda.Addresses | None]:
+    """The gradient as if the statistics were constants, not yet applied."""
+    input, *affines, kept, _, _, _ = ctx.saved_tensors
+    plan = ctx.plan
+    grad = grad.contiguous(memory_format=plan.memory_format)
+    gradient = torch.empty_like(input) if ctx.needs_input_grad[0] else None
+    scratch = kept.new_empty(plan.scratch)
+    grads = kept.new_empty(sum(plan.entries))
+    values = grad, input, kept, scratch, gradient, grads, *affines
+    addresses = cuda._addresses(values)
+    with cuda._on(input.device):
+        stream = cuda._stream(input.device)
+        for launch in plan.reductions:
+            launch(values, addresses, stream)
+        if plan.check.pending and plan.check.is_due('backward'):
+            if gradient is not None:
+                plan.affine_backward(values, addresses, stream)
+            with cuda.checking():
+                self_check.norm_backward(
+                    plan.check, values, plan.entries, plan.settings
+                )
+    return values, addresses
+
+
+def _finished(
+    ctx: Any, values: tuple[Any, ...], addresses: cuda.Addresses | None
+) -> list[Tensor | None]:
+    """All gradients, of which that of the input is corrected and applied."""
+    grad, input, kept, scratch, gradient, grads, *affines = values
+    *_, mean, var, total = ctx.saved_tensors
+    plan = ctx.plan
+    if gradient is not None:
+        channels = len(mean)
+        # (N, C) numbers each: gradient is
+        # grad * scales + (input - means) * along + constants.
+        means, _, scales = _rows(kept, channels, input.shape[0])[:3]
+        _, _, along, constants = _rows(scratch, channels, input.shape[0])
+        inverse = torch.rsqrt(var + plan.settings[1])
+        scale = inverse if affines[0] is None else inverse * affines[0]
+        sums = all_reduced(grads[: 2 * channels]).view(2, channels)
+        slope, constant = sums * (-scale / total)
+        slope = slope * inverse
+        along += slope
+        constants += torch.addcmul(constant, slope, means - mean)
+        try:
+            with cuda._on(input.device):
+                stream = cuda._stream(input.device)
+                plan.affine_backward(values, addresses, stream)
+        except CannotLaunch as failure:
+            attempt(cuda._fail, failure)
+            scales, means, along, constants = (
+                rows.view(*rows.shape, *[1] * (input.dim() - 2))
+                for rows in (scales, means, along, constants)
+            )
+            d = (input.float() - means) * along + constants
+            gradient.copy_(grad.float() * scales + d)
+    found = grads.split_with_sizes(plan.entries)
+    return [
+        gradient,
+        *(
+            None if affine is None else value
+            for affine, value in zip(affines, found, strict=True)
+        ),
+    ]
+
+
+def _rows(buffer: Tensor, channels: int, samples: int) -> Tensor:
+    """The first numbers per row, each of shape (N, C)."""
+    rows = samples * channels
+    return buffer[: 4 * rows].view(4, samples, channels)
