@@ -116,6 +116,14 @@ def normalize(
         of_batch: whether the statistics of the first step are those of
             input, and gradients flow through them.
     """
+    if (
+        not of_batch
+        and _is_eager_on_cpu(input)
+        and has_few_values(input.shape, num_groups, 'running')
+    ):
+        # The kernel multiplies before it subtracts, and the second step may
+        # divide by the difference of two values.
+        input, mean = input - _per_channel(mean, input), torch.zeros_like(mean)
     y = F.batch_norm(
         input,
         None if of_batch else mean,
@@ -158,8 +166,7 @@ def channel_norm(
     """
     num_channels = input.shape[1]
     group_size = num_channels // num_groups
-    on_cpu = input.device.type == 'cpu' and input.numel() > 0
-    if on_cpu and not compat.is_recording():
+    if _is_eager_on_cpu(input):
         outer = [x for x in (weight, bias) if x is not None]
         per_group = all(x.numel() == num_groups for x in outer)
         if per_group and input.numel() == len(input) * num_channels:
@@ -170,6 +177,12 @@ def channel_norm(
     if bias is not None and bias.numel() != num_channels:
         bias = bias.repeat_interleave(group_size)
     return F.group_norm(input, num_groups, weight, bias, eps)
+
+
+def _is_eager_on_cpu(x: Tensor) -> bool:
+    return (
+        x.device.type == 'cpu' and x.numel() > 0 and not compat.is_recording()
+    )
 
 
 def _centered(input: Tensor, num_groups: int) -> Tensor:
