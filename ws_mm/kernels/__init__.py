@@ -26,7 +26,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from .. import compat
-from . import cpu, plain
+from . import compiled, cpu, plain
 
 VARIABLE = 'WS_MM_KERNELS'
 CHOICES = ('auto', 'plain', 'fused', 'triton', 'check')
@@ -64,7 +64,9 @@ def choose(
             Triton kernels on a CPU without Triton's interpreter.
     """
     if compat.is_recording():
-        return plain  # first: a compiler cannot read the environment
+        # First: a compiler cannot read the environment.
+        compiles = compat.is_compiling() and not compat.is_exporting()
+        return compiled if compiles else plain
     choice = os.environ.get(VARIABLE, 'auto')
     if choice != 'auto' and choice not in CHOICES:
         raise ValueError(
