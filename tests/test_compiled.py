@@ -135,6 +135,7 @@ def test_compiled_equals_eager(case):
     assert not disagreements(actual, expected, TOLERANCE[dtype])
 
 
+@needs_form
 @pytest.mark.parametrize('marked', [False, True])
 def test_compiled_once_for_all_sizes(marked):
     torch._dynamo.reset()
