@@ -222,6 +222,10 @@ def test_compilers_get_one_affine():
 
 
 @needs_form
+@pytest.mark.skipif(
+    not hasattr(torch._inductor.config, '_post_fusion_custom_pass'),
+    reason='this Inductor shows nobody its schedule',
+)
 def test_passes_over_activations():
     found = {
         mode: passes(BCN(64, mode=mode), branches=branches)

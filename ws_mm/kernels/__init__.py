@@ -1,9 +1,9 @@
 """Backends behind :mod:`ws_mm.functional`, and which of them runs.
 
-:mod:`.plain`, :mod:`.cpu` and :mod:`.cuda` have the same two functions,
-``standardize_weight`` and ``batch_channel_norm``, with one signature each,
-documented in :mod:`.plain`. They compute the same within rounding. What a
-fused backend does not take, it hands to :mod:`.plain`.
+:mod:`.plain`, :mod:`.compiled`, :mod:`.cpu` and :mod:`.cuda` have the same
+two functions, ``standardize_weight`` and ``batch_channel_norm``, with one
+signature each, documented in :mod:`.plain`. They compute the same within
+rounding. What a fused backend does not take, it hands to :mod:`.plain`.
 
 ``WS_MM_KERNELS`` in the environment forces one: 'plain' the eager operations;
 'fused' what is fused for the device, where 'auto' takes it only if it is
@@ -48,12 +48,12 @@ def for_activations(input: Tensor) -> ModuleType:
 def choose(
     input: Tensor, is_faster: Callable[[Tensor], bool] = lambda _: True
 ) -> ModuleType:
-    """The backend for a tensor: cpu, cuda or plain.
+    """The backend for a tensor: compiled, cpu, cuda or plain.
 
-    Compilers and exporters get the eager operations: they fuse those
-    themselves, and cannot look into an autograd function. So do the
-    transforms of ``torch.func``, forward derivatives, and devices other than
-    a CPU or a GPU.
+    Compilers get operations in the form that they fuse best. Exporters get
+    the norms of torch, which other runtimes know. So do the transforms of
+    ``torch.func``, forward derivatives, and devices other than a CPU or a
+    GPU.
 
     Args:
         input: weight or activations.
