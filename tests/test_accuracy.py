@@ -15,6 +15,8 @@ from proofs.peers.authors import BCNorm
 from torch import Tensor
 
 import ws_mm
+from ws_mm import kernels
+from ws_mm.kernels import compiled
 
 FACTOR = 10
 # Smaller errors are the rounding of a result, whoever computes it.
@@ -144,7 +146,7 @@ def losses(
 @pytest.mark.parametrize('deviations', [0, 3, 30, 300])
 @pytest.mark.parametrize('mode', ['estimate', 'batch', 'eval'])
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('backend', ['plain', 'fused', 'triton'])
+@pytest.mark.parametrize('backend', ['plain', 'fused', 'triton', 'compiled'])
 def test_digits_are_those_of_the_authors(
     backend, layout, mode, deviations, fresh, dtype, monkeypatch
 ):
@@ -152,12 +154,12 @@ def test_digits_are_those_of_the_authors(
     shapes = SHAPES
     if backend == 'triton':
         pytest.importorskip('triton')
-        shapes = [
-            (2, 64, 3, 4),
-            (16, 256, 1, 1),
-            (3, 64, 1, 1),
-        ]  # interpreted: slow
-    monkeypatch.setenv('WS_MM_KERNELS', backend)
+        # Interpreted, which is slow.
+        shapes = [(2, 64, 3, 4), (16, 256, 1, 1), (3, 64, 1, 1)]
+    if backend == 'compiled':  # as it is, without a compiler
+        monkeypatch.setattr(kernels, 'choose', lambda *_: compiled)
+    else:
+        monkeypatch.setenv('WS_MM_KERNELS', backend)
     lost = {
         shape: losses(shape, layout, mode, deviations, fresh, dtype)
         for shape in shapes

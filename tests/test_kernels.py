@@ -15,8 +15,9 @@ from comparison import TOLERANCE, disagreements, values_and_gradients
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import ws_mm
 from ws_mm import BCN, WSConv2d, batch_channel_norm, standardize_weight
-from ws_mm.kernels import choose, cpu, plain
+from ws_mm.kernels import choose, compiled, cpu, plain
 
 LAYOUTS = {
     'NCHW': torch.contiguous_format,
@@ -42,9 +43,12 @@ def closed_forms(monkeypatch):
     monkeypatch.setenv('WS_MM_KERNELS', 'fused')
 
 
-@pytest.fixture(params=['fused', 'plain'])
+@pytest.fixture(params=['fused', 'plain', 'compiled'])
 def kernels(request, monkeypatch) -> str:
-    monkeypatch.setenv('WS_MM_KERNELS', request.param)
+    if request.param == 'compiled':  # as it is, without a compiler
+        monkeypatch.setattr(ws_mm.kernels, 'choose', lambda *_: compiled)
+    else:
+        monkeypatch.setenv('WS_MM_KERNELS', request.param)
     return request.param
 
 
@@ -418,8 +422,8 @@ def test_compiled_equals_eager():
             [output.detach(), pair.norm.running_var.clone()]
             + [p.grad.clone() for p in pair.parameters()]
         )
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager)
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 RECORDERS = {

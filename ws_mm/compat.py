@@ -6,6 +6,8 @@ Only this module asks for a version or uses a private name of torch.
 what differs                    answer
 ==============================  =============================================
 ``torch.compiler.is_compiling`` since torch 2.3; before, in ``torch._utils``
+``torch.compiler.is_exporting`` since torch 2.7; before, compilers get what
+                                exporters get
 ``torch.get_autocast_dtype``    since torch 2.4; before, a function per device
 ``tree_leaves``                 since torch 2.2; ``tree_flatten`` is older
 ``torch._C`` (four groups)      see each function for a torch without it
@@ -210,6 +212,15 @@ is_compiling: Any = getattr(
     'is_compiling',
     getattr(torch._utils, 'is_compiling', None),
 )
+
+
+# Asked while Dynamo traces, it is called and its answer is a constant: Dynamo
+# itself takes is_exporting for true, whatever it traces for.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_exporting() -> bool:
+    """Return whether ``torch.export`` runs; True where torch cannot say."""
+    asked = getattr(torch.compiler, 'is_exporting', None)
+    return asked is None or bool(asked())
 
 
 def is_tracing() -> bool:

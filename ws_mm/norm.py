@@ -48,6 +48,10 @@ class BCN(RunningStatistics, nn.GroupNorm):
     Distributed: mode 'estimate' does not communicate;
         :class:`~ws_mm.hooks.SyncEstimatesHook` averages the estimates after
         each iteration. Rank 0 warns once if the hook is missing.
+    Compiled: ``torch.compile`` and activation checkpointing do not go
+        together in training: the recomputation reads estimates that have
+        moved, and gradients are wrong without an error. The same holds for
+        ``torch._functorch.config.activation_memory_budget`` below 1.
     Frozen: ``norm_eval=True`` of a backbone does not reach this layer: its
         estimates keep moving. ``frozen_stages`` puts it into eval mode:
         estimates and affines stay those of the checkpoint, and the hooks of
@@ -67,7 +71,9 @@ class BCN(RunningStatistics, nn.GroupNorm):
             and steadiest at one image among 0.01 to 0.3 (docs/results.md).
             It takes a few hundred steps to forget the start: use 0.1 for a
             shorter training, for the batch modes and as in
-            ``nn.BatchNorm2d``.
+            ``nn.BatchNorm2d``. A captured CUDA graph keeps the value that it
+            was captured with, as of ``nn.BatchNorm2d``: capture again after
+            a change.
         affine: whether both affines are learned.
         mode: 'estimate' for batches of any size down to one image, 'batch'
             for large batches, 'sync_batch' for batches that are large over

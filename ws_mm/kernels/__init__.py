@@ -1,9 +1,9 @@
 """Backends behind :mod:`ws_mm.functional`, and which of them runs.
 
-:mod:`.plain`, :mod:`.cpu` and :mod:`.cuda` have the same two functions,
-``standardize_weight`` and ``batch_channel_norm``, with one signature each,
-documented in :mod:`.plain`. They compute the same within rounding. What a
-fused backend does not take, it hands to :mod:`.plain`.
+:mod:`.plain`, :mod:`.compiled`, :mod:`.cpu` and :mod:`.cuda` have the same
+two functions, ``standardize_weight`` and ``batch_channel_norm``, with one
+signature each, documented in :mod:`.plain`. They compute the same within
+rounding. What a fused backend does not take, it hands to :mod:`.plain`.
 
 ``WS_MM_KERNELS`` in the environment forces one: 'plain' the eager operations;
 'fused' what is fused for the device, where 'auto' takes it only if it is
@@ -26,7 +26,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from .. import compat
-from . import cpu, plain
+from . import compiled, cpu, plain
 
 VARIABLE = 'WS_MM_KERNELS'
 CHOICES = ('auto', 'plain', 'fused', 'triton', 'check')
@@ -48,12 +48,12 @@ def for_activations(input: Tensor) -> ModuleType:
 def choose(
     input: Tensor, is_faster: Callable[[Tensor], bool] = lambda _: True
 ) -> ModuleType:
-    """The backend for a tensor: cpu, cuda or plain.
+    """The backend for a tensor: compiled, cpu, cuda or plain.
 
-    Compilers and exporters get the eager operations: they fuse those
-    themselves, and cannot look into an autograd function. So do the
-    transforms of ``torch.func``, forward derivatives, and devices other than
-    a CPU or a GPU.
+    Compilers get operations in the form that they fuse best. Exporters get
+    the norms of torch, which other runtimes know. So do the transforms of
+    ``torch.func``, forward derivatives, and devices other than a CPU or a
+    GPU.
 
     Args:
         input: weight or activations.
@@ -64,7 +64,9 @@ def choose(
             Triton kernels on a CPU without Triton's interpreter.
     """
     if compat.is_recording():
-        return plain  # first: a compiler cannot read the environment
+        # First: a compiler cannot read the environment.
+        compiles = compat.is_compiling() and not compat.is_exporting()
+        return compiled if compiles else plain
     choice = os.environ.get(VARIABLE, 'auto')
     if choice != 'auto' and choice not in CHOICES:
         raise ValueError(

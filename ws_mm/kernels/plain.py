@@ -1,4 +1,4 @@
-"""WS and BCN in eager operations: what compilers and exporters get."""
+"""WS and BCN in eager operations: what exporters get."""
 
 import math
 from collections.abc import Callable, Sequence
