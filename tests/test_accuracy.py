@@ -6,6 +6,7 @@ asked for than the rounding of a result, and of an input: where the mean is 300
 deviations, float32 keeps 300 * 2^-24 of a deviation.
 """
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -22,7 +23,7 @@ FACTOR = 10
 # Smaller errors are the rounding of a result, whoever computes it.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 LAYOUTS = {'NCHW': torch.contiguous_format, 'NHWC': torch.channels_last}
-GROUPS = 32
+GROUPS, FEW_GROUPS = 32, 4
 # Names of the authors, and ours.
 NAMES = {
     'bn.weight': 'bn_weight',
@@ -78,6 +79,7 @@ def errors(
 
 def losses(
     shape: tuple[int, ...],
+    groups: int,
     layout: str,
     mode: str,
     deviations: int,
@@ -93,14 +95,14 @@ def losses(
     if mode == 'batch':
         own_mode = mode
     layers = {
-        'theirs': BCNorm(channels, GROUPS, estimate=mode != 'batch', rate=0.1),
-        'ours': ws_mm.BCN(channels, GROUPS, momentum=0.1, mode=own_mode),
+        'theirs': BCNorm(channels, groups, estimate=mode != 'batch', rate=0.1),
+        'ours': ws_mm.BCN(channels, groups, momentum=0.1, mode=own_mode),
     }
     values = dict(
         bn_weight=torch.rand(channels) + 0.5,
         bn_bias=torch.randn(channels),
-        weight=torch.rand(GROUPS) + 0.5,
-        bias=torch.randn(GROUPS),
+        weight=torch.rand(groups) + 0.5,
+        bias=torch.randn(groups),
         running_mean=torch.zeros(channels),
         running_var=torch.ones(channels),
     )
@@ -126,7 +128,7 @@ def losses(
 
     def oracle(x: Tensor) -> Tensor:
         output, new = reference.batch_channel_norm(
-            x, exact, GROUPS, training=training, momentum=0.1, mode=own_mode
+            x, exact, groups, training=training, momentum=0.1, mode=own_mode
         )
         moved.update(new)
         return output
@@ -151,17 +153,20 @@ def test_digits_are_those_of_the_authors(
     backend, layout, mode, deviations, fresh, dtype, monkeypatch
 ):
     """Means of so many deviations; estimates at them, or as built."""
-    shapes = SHAPES
+    shapes, groups = SHAPES, GROUPS
     if backend == 'triton':
         pytest.importorskip('triton')
-        # Interpreted, which is slow.
-        shapes = [(2, 64, 3, 4), (16, 256, 1, 1), (3, 64, 1, 1)]
+        # Interpreted, which is slow: one program for each group.
+        groups = FEW_GROUPS
+        shapes = [(2, 16, 3, 4), (16, 32, 1, 1), (3, 8, 1, 1)]
     if backend == 'compiled':  # as it is, without a compiler
         monkeypatch.setattr(kernels, 'choose', lambda *_: compiled)
     else:
         monkeypatch.setenv('WS_MM_KERNELS', backend)
     lost = {
-        shape: losses(shape, layout, mode, deviations, fresh, dtype)
+        shape: losses(shape, groups, layout, mode, deviations, fresh, dtype)
         for shape in shapes
+        # At such a mean the difference of two values has no digits left.
+        if deviations < 300 or math.prod(shape[1:]) > 2 * groups
     }
     assert not any(lost.values()), lost
