@@ -119,7 +119,7 @@ class StandardizeWeight(torch.autograd.Function):
         output.mul_(1 / (rstd * denominator))
         ctx.save_for_backward(weight, output, denominator, ratio)
         ctx.settings = eps, inside
-        output = _reshape(output, shape)
+        output = plain.reshaped(output, shape)
         return _in_memory_order(output, weight, back=True)
 
     @staticmethod
@@ -167,16 +167,6 @@ def _in_memory_order(
     if weight.dim() != 4 or weight.is_contiguous():
         return values
     return values.permute(0, 3, 1, 2) if back else values.permute(0, 2, 3, 1)
-
-
-def _reshape(output: Tensor, shape: torch.Size) -> Tensor:
-    """View as a shape, as a new tensor to autograd.
-
-    The ReLU after a normalization may change it in place, which autograd
-    forbids for a view that a function returns.
-    """
-    reshaped: Tensor = aten._unsafe_view(output, shape)
-    return reshaped
 
 
 def is_supported(input: Tensor) -> bool:

@@ -219,7 +219,17 @@ def _norm_of_values(
         None if bias is None else bias.repeat(samples),
         *(None, None, True, 0.0, eps, False),
     )
-    return output.view(input.shape)
+    return reshaped(output, input.shape)
+
+
+def reshaped(output: Tensor, shape: torch.Size) -> Tensor:
+    """View as a shape, as a new tensor to autograd.
+
+    The ReLU after a normalization may change it in place, which autograd
+    forbids for a view that a function returns.
+    """
+    result: Tensor = torch.ops.aten._unsafe_view(output, shape)
+    return result
 
 
 @torch.no_grad()
