@@ -306,11 +306,18 @@ def _affine(
     """
     if output is None:
         output = torch.empty_like(rows)
+    scale, shift = scale.flatten(), shift.flatten()
+    if rows.dtype == scale.dtype:
+        level = torch.addcmul(shift, mean, scale, value=-1)
+        return torch.addcmul(
+            _per_row(level, rows), rows, _per_row(scale, rows), out=output
+        )
+    # Of tensors of two dtypes, only batch norm takes parameters in float32.
     none = scale.new_empty(0)
     aten.native_batch_norm.out(
         rows,
-        scale.flatten(),
-        shift.flatten(),
+        scale,
+        shift,
         mean,
         torch.ones_like(mean),
         False,
@@ -321,6 +328,10 @@ def _affine(
         save_invstd=none,
     )
     return output
+
+
+def _per_row(values: Tensor, rows: Tensor) -> Tensor:
+    return values.view(1, -1, *[1] * (rows.dim() - 2))
 
 
 def _affine_of_both(
@@ -335,7 +346,7 @@ def _affine_of_both(
 
     Half precision is rounded once, from chunks in float32.
     """
-    factor = along_grad.view(1, -1, *[1] * (rows.dim() - 2))
+    factor = _per_row(along_grad, rows)
     if rows.dtype == mean.dtype:
         output = _affine(rows, mean, along_rows, shift)
         return output.addcmul_(grad, factor)
@@ -406,10 +417,9 @@ class BatchChannelNorm(torch.autograd.Function):
         )
         u, v = u.view(len(m), *shape), v.view(len(m), *shape)
         a = a.view(shape)
-        spread, middle = torch.var_mean(u, 2, correction=0, keepdim=True)
-        u -= middle
-        of_channels = (a.square() * v).mean(2, keepdim=True)
-        r = of_channels.add_(spread).add_(eps).rsqrt_()
+        u -= u.mean(2, keepdim=True)
+        spread = torch.addcmul(a.square() * v, u, u)
+        r = spread.mean(2, keepdim=True).add_(eps).rsqrt_()
         p = r if weight is None else r * weight.view(shape)
         if bias is None:
             shift = p * u
