@@ -42,7 +42,7 @@ from ws_mm import BCN, WSConv2d, batch_channel_norm, standardize_weight
 from ws_mm.kernels import choose, plain
 
 pytest.importorskip('triton', '3.0', reason='no Triton 3 on this platform')
-from ws_mm.kernels import cuda, self_check, triton_kernels
+from ws_mm.kernels import cuda, plans, self_check, triton_kernels
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 DEVICE = 'cpu' if INTERPRETED else 'cuda'
@@ -55,8 +55,8 @@ HALF = pytest.mark.parametrize(
 
 def forget() -> None:
     """Drop all plans: they hold tilings, and what was launched."""
-    cuda._filter_plan.cache_clear()
-    cuda._norm_plan.cache_clear()
+    plans.filter_plan.cache_clear()
+    plans.norm_plan.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ SMALL = {
 @pytest.fixture
 def small_tiles(monkeypatch) -> None:
     for name, value in SMALL.items():
-        monkeypatch.setattr(cuda, name, value)
+        monkeypatch.setattr(plans, name, value)
 
 
 def launches(monkeypatch) -> list[str]:
@@ -672,7 +672,7 @@ def sync_rank(
             # On a CPU, only a forced kernel is interpreted.
             patch.setattr(ws_mm.kernels, 'choose', lambda *_: cuda)
         for name, value in SMALL.items():
-            patch.setattr(cuda, name, value)
+            patch.setattr(plans, name, value)
         if fault and rank == 1:
             with broken(*fault):
                 return on_cpu(step(layer, *batch)), []
@@ -778,7 +778,7 @@ def test_unsupported_inputs_run_eager(monkeypatch, change):
 
 @pytest.mark.parametrize('shape', [(2, 6, 1, 1), (1, 6, 3, 4), (1, 6, 3, 3)])
 def test_inputs_beyond_32_bits_run_eager(monkeypatch, shape):
-    monkeypatch.setattr(cuda, 'LONGEST', 12)
+    monkeypatch.setattr(plans, 'LONGEST', 12)
     seen = launches(monkeypatch)
     layer = BCN(6, 3).to(DEVICE)
     layer(torch.randn(shape, device=DEVICE))

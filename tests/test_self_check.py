@@ -9,7 +9,7 @@ import ws_mm.kernels
 from ws_mm import BCN, WSConv2d
 
 pytest.importorskip('triton', '3.0', reason='no Triton 3 on this platform')
-from ws_mm.kernels import cuda, self_check, triton_kernels
+from ws_mm.kernels import plans, self_check, triton_kernels
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 DEVICE = 'cpu' if INTERPRETED else 'cuda'
@@ -45,8 +45,8 @@ def said(monkeypatch) -> list[str]:
 
 
 def forget() -> None:
-    cuda._filter_plan.cache_clear()
-    cuda._norm_plan.cache_clear()
+    plans.filter_plan.cache_clear()
+    plans.norm_plan.cache_clear()
     self_check.check_of.cache_clear()
 
 

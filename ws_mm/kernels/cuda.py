@@ -1,189 +1,19 @@
 """WS and BCN on a CUDA device: closed-form gradients in Triton kernels.
 
-A GPU takes microseconds for most layers, so the host must not take more. All
-that follows from shapes and dtypes is a plan, made once and cached, and each
-kernel goes through Triton's JIT once per plan. BCN is three launches forward
-and three backward, WS one each.
+BCN is three launches forward and three backward, WS one each, see
+:mod:`.plans`.
 
 The interpreter of Triton (``TRITON_INTERPRET=1``) runs the same kernels on
 CPU tensors; that is how the tests run them where there is no GPU.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, lru_cache
-from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from triton.runtime import JITFunction, driver
 
 from .. import compat
-from . import CannotLaunch, attempt, plain, self_check
-from . import triton_kernels as kernels
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-# Values of a tile of activations, and columns of its widest block. Tiles of
-# 8 values to a thread leave registers for half of the threads that fit on a
-# multiprocessor.
-TILE, COLUMNS, TILE_WARPS = 2048, 1024, 8
-# Programs that keep a GPU of 132 multiprocessors busy: a reduction splits
-# its rows only where fewer tiles of them are.
-PROGRAMS = 512
-# (Sample, channel) pairs that the program of a group holds, and how many
-# samples do without the full number.
-GROUP_TILE, FEW_SAMPLES = 1024, 16
-# Values of the filters of a program. Filters share one only beyond a number
-# of programs; wider ones are read block by block, not held in registers.
-FILTERS, FEW, WIDEST = 4096, 256, 8192
-# Numbers of rows and columns, and four times that, are 32 bits wide.
-LONGEST = 2**28
-
-ARGUMENTS = {
-    name: list(kernel.arg_names)
-    for name, kernel in vars(kernels).items()
-    if hasattr(kernel, 'arg_names')
-}
-INTERPRETED = not isinstance(kernels.affine, JITFunction)
-
-Addresses = list[Any]
-Known = tuple[int, torch.device] | None
-
-
-class Launch:
-    """One kernel at one size.
-
-    The first call goes through Triton's JIT, which takes ten times as long
-    as what it compiled: later ones go there, where that is possible. It is
-    not in the interpreter, nor with a pointer that is not aligned, for which
-    Triton compiles another variant.
-
-    Args:
-        name: kernel in :mod:`.triton_kernels`.
-        given: names of what a call brings, in its order.
-        programs: size of the grid.
-        warps: number of warps to a program.
-        constants: all other arguments of the kernel.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        given: tuple[str, ...],
-        programs: int,
-        warps: int,
-        **constants: Any,
-    ) -> None:
-        self.name, self.programs = name, programs
-        arguments = ARGUMENTS[name]
-        taken = [key for key in arguments if key in given]
-        self.take = itemgetter(*(given.index(key) for key in taken))
-        rest = arguments[len(taken) :]
-        self.numbers = tuple(constants[key] for key in rest if key.islower())
-        self.meta = {key: constants[key] for key in rest if key.isupper()}
-        self.options = {'num_warps': warps, **_options()}
-        self.compiled: Any = None
-        self.first: tuple[Any, ...] = ()
-        self.last: tuple[Any, ...] = ()
-
-    def __call__(
-        self,
-        values: tuple[Any, ...],
-        addresses: Addresses | None,
-        stream: int,
-    ) -> None:
-        """Launch on the current device.
-
-        Args:
-            values: tensors and numbers that were announced as given.
-            addresses: the same with addresses for tensors; None if one of
-                them is not aligned.
-            stream: current one of the device.
-
-        Raises:
-            CannotLaunch: the kernel could not be compiled, loaded or started.
-            RuntimeError: the device failed. CUDA reports an error of earlier
-                work at the next launch, and nothing can be computed after it.
-        """
-        try:
-            if self.compiled is None or addresses is None:
-                self._through_jit(values, addresses is not None)
-            else:
-                self.compiled.run(
-                    self.programs,
-                    1,
-                    1,
-                    stream,
-                    *self.first,
-                    *self.take(addresses),
-                    *self.last,
-                )
-        except Exception as error:
-            no_memory = isinstance(error, torch.cuda.OutOfMemoryError)
-            if no_memory or (
-                isinstance(error, RuntimeError) and 'CUDA' in str(error)
-            ):
-                raise
-            raise CannotLaunch from error
-
-    def _through_jit(self, values: tuple[Any, ...], aligned: bool) -> None:
-        arguments = *self.take(values), *self.numbers
-        compiled = getattr(kernels, self.name)[(self.programs,)](
-            *arguments, **self.meta, **self.options
-        )
-        signature = getattr(getattr(compiled, 'src', None), 'signature', {})
-        last = self.numbers
-        if 'constexpr' in signature.values():  # since Triton 3.3
-            last += tuple(self.meta.values())
-        known = hasattr(compiled, 'function') and hasattr(compiled, 'run')
-        count = len(arguments) - len(self.numbers) + len(last)
-        if aligned and known and len(signature) == count:
-            # Without hooks: of all tools, only Triton's profiler has some.
-            packed = compiled.packed_metadata
-            self.first = compiled.function, packed, None, None, None
-            self.compiled, self.last = compiled, last
-
-
-@cache
-def _options() -> dict[str, bool]:
-    """Multiply and add in one rounding, where Triton leaves the choice."""
-    try:
-        from triton.backends.nvidia.compiler import CUDAOptions
-    except ImportError:
-        return {}
-    name = 'enable_fp_fusion'
-    return {name: True} if hasattr(CUDAOptions, name) else {}
-
-
-def _addresses(tensors: tuple[Tensor | None, ...]) -> Addresses | None:
-    """Addresses, 0 where there is no tensor; None if one is not aligned."""
-    found, together = [], 0
-    for x in tensors:
-        address = 0 if x is None else x.data_ptr()
-        together |= address
-        found.append(address)
-    return None if together & 15 else found
-
-
-HERE: AbstractContextManager[Any] = nullcontext()
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever its arguments."""
-    if device.type == 'cuda' and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return HERE
-
-
-def _stream(device: torch.device) -> int:
-    """The current one, as Triton asks for it at a launch."""
-    if INTERPRETED:
-        return 0
-    stream: int = driver.active.get_current_stream(device.index or 0)
-    return stream
-
+from . import CannotLaunch, attempt, cuda_ranks, plain, plans, self_check
 
 _Base: Any = torch.autograd.Function
 
@@ -199,113 +29,15 @@ def _apply(function: Any, x: Tensor) -> Any:
     return super(_Base, function).apply
 
 
-@contextmanager
-def checking(
-    moved: tuple[Tensor, ...] = (), before: Sequence[Tensor] = ()
-) -> Iterator[None]:
-    """Take a kernel with wrong results for one that cannot run.
-
-    Args:
-        moved: what it has changed in place.
-        before: what that was.
-
-    Raises:
-        CannotLaunch: results are wrong; nothing has moved then.
-    """
-    try:
-        yield
-    except self_check.WrongResult as error:
-        for values, old in zip(moved, before, strict=True):
-            values.copy_(old)
-        raise CannotLaunch from error
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    """The format in which x is dense, or shall be: outermost N, or filters."""
-    if not x.is_contiguous():
-        last = {4: torch.channels_last, 5: torch.channels_last_3d}
-        memory_format = last.get(x.dim(), torch.contiguous_format)
-        if x.is_contiguous(memory_format=memory_format):
-            return memory_format
-    return torch.contiguous_format
-
-
-def _power_of_2(number: int) -> int:
-    """The smallest one that is not below number."""
-    return 1 << max(number - 1, 0).bit_length()
-
-
-def _power_of_4(number: int) -> int:
-    """The smallest one that is not below number."""
-    return 1 << (max(number - 1, 0).bit_length() + 1) // 2 * 2
-
-
 # Weight Standardization
-
-
-class FilterPlan(NamedTuple):
-    """Launches for filters of one shape, layout and dtype."""
-
-    forward: Launch
-    backward: Launch
-    rows: int
-    memory_format: torch.memory_format
-    eps: float
-    inside: bool
-    dtype: torch.dtype
-    check: self_check.Check
-
-
-@lru_cache(maxsize=4096)
-def _filter_plan(
-    shape: torch.Size,
-    dtypes: tuple[torch.dtype, torch.dtype],
-    memory_format: torch.memory_format,
-    eps: float,
-    inside: bool,
-    device: torch.device,
-) -> FilterPlan | None:
-    rows, fan_in = shape[0], shape[1:].numel()
-    if dtypes[0] not in DTYPES or shape.numel() >= LONGEST:
-        return None
-    block = min(_power_of_2(fan_in), WIDEST)
-    together = 1
-    if block < FILTERS:
-        together = min(_power_of_2(rows // FEW), FILTERS // block)
-
-    def launch(name: str, *given: str) -> Launch:
-        return Launch(
-            name,
-            given,
-            -(-rows // together),
-            min(max(together * block // 512, 1), 8),
-            rows=rows,
-            fan_in=fan_in,
-            eps=float(eps),
-            INSIDE=inside,
-            ROWS=together,
-            BLOCK=block,
-            WHOLE=fan_in <= block,
-        )
-
-    return FilterPlan(
-        launch('standardize', 'weight', 'output', 'kept'),
-        launch('standardize_backward', 'grad', 'weight', 'kept', 'output'),
-        rows,
-        memory_format,
-        float(eps),
-        inside,
-        dtypes[1],
-        self_check.check_of(device, 'filters', dtypes, memory_format, inside),
-    )
 
 
 def standardize_weight(
     weight: Tensor, eps: float, inside: bool, dtype: torch.dtype
 ) -> Tensor:
     """See :func:`.plain.standardize_weight`."""
-    memory_format = _memory_format(weight)
-    plan = _filter_plan(
+    memory_format = plans.dense_format(weight)
+    plan = plans.filter_plan(
         weight.shape,
         (weight.dtype, dtype),
         memory_format,
@@ -335,14 +67,16 @@ class StandardizeWeight(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, plan: FilterPlan) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, plan: plans.FilterPlan) -> Tensor:
         output = torch.empty_like(weight, dtype=plan.dtype)
         kept = weight.new_empty(3 * plan.rows, dtype=torch.float32)
         values = weight, output, kept
-        with _on(weight.device):
-            plan.forward(values, _addresses(values), _stream(weight.device))
+        with plans.on(weight.device):
+            plan.forward(
+                values, plans.addresses(values), plans.stream(weight.device)
+            )
             if plan.check.pending and plan.check.is_due('forward'):
-                with checking():
+                with plans.checking():
                     self_check.filters_forward(
                         plan.check, weight, output, plan.eps, plan.inside
                     )
@@ -374,10 +108,12 @@ def _standardize_backward(ctx: Any, grad: Tensor) -> Tensor:
     gradient = torch.empty_like(weight)
     grad = grad.contiguous(memory_format=plan.memory_format)
     values = grad, weight, kept, gradient
-    with _on(weight.device):
-        plan.backward(values, _addresses(values), _stream(weight.device))
+    with plans.on(weight.device):
+        plan.backward(
+            values, plans.addresses(values), plans.stream(weight.device)
+        )
         if plan.check.pending and plan.check.is_due('backward'):
-            with checking():
+            with plans.checking():
                 self_check.filters_backward(
                     plan.check, weight, grad, gradient, plan.eps, plan.inside
                 )
@@ -385,204 +121,6 @@ def _standardize_backward(ctx: Any, grad: Tensor) -> Tensor:
 
 
 # Batch-Channel Normalization
-
-
-class NormPlan(NamedTuple):
-    """Launches for activations of one shape, layout and dtype."""
-
-    statistics: tuple[Launch, Launch]
-    affine: Launch
-    reductions: tuple[Launch, Launch]
-    affine_backward: Launch
-    kept: int
-    scratch: int
-    entries: tuple[int, int, int, int]
-    used: tuple[int, int]
-    memory_format: torch.memory_format
-    settings: tuple[int, float, bool]
-    update: bool
-    check: self_check.Check
-
-
-# What a forward and a backward give to their kernels; see triton_kernels.
-FORWARD = (
-    ('input', 'kept', 'output', 'running_mean', 'running_var')
-    + (AFFINES := ('bn_weight', 'bn_bias', 'weight', 'bias'))
-    + ('momentum',)
-)
-BACKWARD = ('grad', 'input', 'kept', 'scratch', 'output', 'grads', *AFFINES)
-
-
-@lru_cache(maxsize=4096)
-def _norm_plan(
-    shape: torch.Size,
-    dtype: torch.dtype,
-    memory_format: torch.memory_format,
-    device: torch.device,
-    mean: Known,
-    var: Known,
-    bn_weight: Known,
-    bn_bias: Known,
-    weight: Known,
-    bias: Known,
-    num_groups: int,
-    eps: float,
-    of_batch: bool,
-    update: bool,
-) -> NormPlan | None:
-    """Plan of a layer; None if the kernels are not made for its tensors.
-
-    Args:
-        shape: of the activations, as the next three.
-        dtype: their dtype.
-        memory_format: their layout.
-        device: their device.
-        mean: size and device of the running means.
-        var: those of the running variances.
-        bn_weight: those of the inner scale, None if there is none.
-        bn_bias: likewise.
-        weight: likewise.
-        bias: likewise.
-        num_groups: groups of the second step.
-        eps: added to both variances.
-        of_batch: whether statistics are those of the batch.
-        update: whether running values move.
-    """
-    samples, channels = shape[:2]
-    rows, length = samples * channels, shape[2:].numel()
-    per_channel = [x for x in (mean, var, bn_weight, bn_bias) if x]
-    outer = [x for x in (weight, bias) if x]
-    sizes = {x[0] for x in outer}
-    if (
-        dtype not in DTYPES
-        or plain.has_few_values(
-            shape, num_groups, 'batch' if of_batch else 'running'
-        )
-        or channels % num_groups
-        or max(rows, length) >= LONGEST
-        or any(x[0] != channels for x in per_channel)
-        or sizes not in (set(), {channels}, {num_groups})
-        or any(x[1] != device for x in (*per_channel, *outer))
-    ):
-        return None
-    last = memory_format != torch.contiguous_format
-    unit = 1 if last else _unit(length, dtype)
-    tile = _tile(rows, length, channels, last, unit)
-    entries = channels if sizes == {channels} else num_groups
-    group_size = channels // num_groups
-    width = 8 if group_size <= 8 else max(64, _power_of_2(group_size))
-    at_once = max(GROUP_TILE // width, 1)
-    if samples <= FEW_SAMPLES:
-        at_once = min(at_once, FEW_SAMPLES)
-
-    def pass_over(name: str, given: tuple[str, ...], **more: int) -> Launch:
-        splits = more.get('splits', tile.blocks)
-        return Launch(
-            name,
-            given,
-            tile.row_tiles * splits,
-            TILE_WARPS,
-            rows=rows,
-            units=length // unit,
-            channels=channels,
-            **{'splits': splits, **more},
-            UNIT=unit,
-            CHANNELS_LAST=last,
-            ROWS=tile.rows,
-            BLOCK=tile.block,
-        )
-
-    def for_groups(name: str, given: tuple[str, ...], **more: Any) -> Launch:
-        return Launch(
-            name,
-            given,
-            num_groups,
-            min(max(at_once * width // 128, 1), 8),
-            samples=samples,
-            channels=channels,
-            group_size=group_size,
-            num_groups=num_groups,
-            eps=float(eps),
-            OF_BATCH=of_batch,
-            PER_CHANNEL=entries == channels,
-            SAMPLES=at_once,
-            CHANNELS=width,
-            **more,
-        )
-
-    # At least one split, of blocks that do not leave the last one empty.
-    each = -(-tile.blocks // -(-PROGRAMS // tile.row_tiles))
-    splits = -(-tile.blocks // each)
-    kept, scratch = 4 * rows + 2 * channels, 4 * rows
-    parts = 2 * splits * rows if splits > 1 else 0
-    parted = {'splits': splits, 'parts_at': kept if parts else 0}
-    summed = {'splits': splits, 'parts_at': scratch if parts else 0}
-    count = samples * length
-    return NormPlan(
-        (
-            pass_over('moments', FORWARD, blocks=each, **parted),
-            for_groups(
-                'coefficients',
-                FORWARD,
-                length=length,
-                span=each * tile.block,
-                unbias=count / max(count - 1, 1),
-                UPDATE=update,
-                **parted,
-            ),
-        ),
-        pass_over('affine', FORWARD),
-        (
-            pass_over('sums', BACKWARD, blocks=each, **summed),
-            for_groups('slopes', BACKWARD, size=float(length), **summed),
-        ),
-        pass_over('affine_backward', BACKWARD),
-        kept + parts,
-        scratch + parts,
-        (channels, channels, entries, entries),
-        (4 * rows, channels),
-        memory_format,
-        (num_groups, eps, of_batch),
-        update,
-        self_check.check_of(device, 'norm', dtype, memory_format, of_batch),
-    )
-
-
-class Tile(NamedTuple):
-    """Rows and columns of a tile; tiles of rows, and blocks to a row."""
-
-    rows: int
-    block: int
-    row_tiles: int
-    blocks: int
-
-
-def _tile(
-    rows: int, length: int, channels: int, last: bool, unit: int
-) -> Tile:
-    """Tiles of TILE values over rows of length columns.
-
-    Powers of 4 make for few variants. In channels_last a tile is 64 channels
-    wide, so that every access takes whole lines of the memory. Values that
-    are accessed one by one need an address each: half as many.
-    """
-    if last:
-        together = min(_power_of_4(channels), 64, TILE)
-        block = min(_power_of_4(length), TILE // together)
-        row_tiles = rows // channels * -(-channels // together)
-    else:
-        block = min(_power_of_4(length), COLUMNS)
-        together = max((TILE // 2 if unit == 1 else TILE) // block, 1)
-        row_tiles = -(-rows // together)
-    return Tile(together, block, row_tiles, -(-length // block))
-
-
-def _unit(length: int, dtype: torch.dtype) -> int:
-    """Values that one access takes: 16 bytes, 4 values or 1."""
-    for unit in (16 // dtype.itemsize, 4):
-        if length % unit == 0:
-            return unit
-    return 1
 
 
 def batch_channel_norm(
@@ -597,18 +135,16 @@ def batch_channel_norm(
 ) -> Tensor:
     """See :func:`.plain.batch_channel_norm`."""
     output: Tensor | None = None
-    plan: NormPlan | None = None
-    memory_format = _memory_format(input)
+    plan: plans.NormPlan | None = None
+    memory_format = plans.dense_format(input)
     mean, var = running
-    fit = _is_dense_float32(mean) and _is_dense_float32(var)
+    fit = plans.is_dense_float32(mean) and plans.is_dense_float32(var)
     if source == 'ranks' and fit:
-        from . import cuda_ranks
-
         output = cuda_ranks.batch_channel_norm(
             input, num_groups, running, affines, momentum, eps, update
         )
     elif fit:
-        plan = _norm_plan(
+        plan = plans.norm_plan(
             input.shape,
             input.dtype,
             memory_format,
@@ -628,7 +164,7 @@ def batch_channel_norm(
             input.contiguous(memory_format=memory_format),
             *[
                 x
-                if x is None or _is_dense_float32(x)
+                if x is None or plans.is_dense_float32(x)
                 else x.float().contiguous()
                 for x in affines
             ],
@@ -640,10 +176,6 @@ def batch_channel_norm(
             *(momentum, eps, source, update),
         )
     return output
-
-
-def _is_dense_float32(x: Tensor) -> bool:
-    return x.dtype is torch.float32 and x.is_contiguous()
 
 
 class BatchChannelNorm(torch.autograd.Function):
@@ -661,22 +193,22 @@ class BatchChannelNorm(torch.autograd.Function):
         bn_bias: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        call: tuple[tuple[Tensor, Tensor], float, NormPlan],
+        call: tuple[tuple[Tensor, Tensor], float, plans.NormPlan],
     ) -> Tensor:
         running, momentum, plan = call
         affines = bn_weight, bn_bias, weight, bias
         kept = input.new_empty(plan.kept, dtype=torch.float32)
         output = torch.empty_like(input)
         tensors = input, kept, output, *running, *affines
-        addresses = _addresses(tensors)
+        addresses = plans.addresses(tensors)
         if addresses is not None:
             addresses.append(momentum)
         values = *tensors, momentum
         before: list[Tensor] | None = None
         if plan.check.pending and plan.check.is_due('forward'):
             before = [moved.clone() for moved in running]
-        with _on(input.device):
-            stream = _stream(input.device)
+        with plans.on(input.device):
+            stream = plans.stream(input.device)
             for launch in plan.statistics:
                 launch(values, addresses, stream)
             if plan.update:
@@ -686,13 +218,13 @@ class BatchChannelNorm(torch.autograd.Function):
                 plan.affine(values, addresses, stream)
             except CannotLaunch as failure:
                 # The running values have moved: no way back.
-                attempt(_fail, failure)
-                mean, var = _used(kept, plan)
+                attempt(plans.fail, failure)
+                mean, var = plans.used(kept, plan)
                 output = plain.normalize(
                     input.float(), *affines, mean, var, *plan.settings
                 ).to(input.dtype)
             if before is not None:
-                with checking(running, before):
+                with plans.checking(running, before):
                     self_check.norm_forward(
                         plan.check,
                         input,
@@ -716,7 +248,7 @@ class BatchChannelNorm(torch.autograd.Function):
             gradients = attempt(_batch_channel_norm_backward, ctx, grad)
         if gradients is None:
             input, *affines, kept = ctx.saved_tensors
-            used = _used(kept, ctx.plan)
+            used = plans.used(kept, ctx.plan)
             gradients = plain.gradients(
                 lambda x, a, b, c, d: plain.normalize(
                     x.float(), a, b, c, d, *used, *ctx.plan.settings
@@ -726,17 +258,6 @@ class BatchChannelNorm(torch.autograd.Function):
                 grad,
             )
         return *gradients, None
-
-
-def _fail(failure: CannotLaunch) -> None:
-    raise failure
-
-
-def _used(kept: Tensor, plan: NormPlan) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the first step."""
-    start, channels = plan.used
-    mean, var = kept[start : start + 2 * channels].split(channels)
-    return mean, var
 
 
 def _batch_channel_norm_backward(
@@ -749,15 +270,15 @@ def _batch_channel_norm_backward(
     scratch = kept.new_empty(plan.scratch)
     grads = kept.new_empty(sum(plan.entries))
     values = grad, input, kept, scratch, gradient, grads, *affines
-    addresses = _addresses(values)
-    with _on(input.device):
-        stream = _stream(input.device)
+    addresses = plans.addresses(values)
+    with plans.on(input.device):
+        stream = plans.stream(input.device)
         for launch in plan.reductions:
             launch(values, addresses, stream)
         if gradient is not None:
             plan.affine_backward(values, addresses, stream)
         if plan.check.pending and plan.check.is_due('backward'):
-            with checking():
+            with plans.checking():
                 self_check.norm_backward(
                     plan.check, values, plan.entries, plan.settings
                 )

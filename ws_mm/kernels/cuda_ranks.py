@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import all_reduced
-from . import CannotLaunch, attempt, cuda, plain, self_check
+from . import CannotLaunch, attempt, plain, plans, self_check
 
 
 def batch_channel_norm(
@@ -29,9 +29,9 @@ def batch_channel_norm(
     update: bool,
 ) -> Tensor | None:
     """See :func:`.plain.batch_channel_norm`; None if nothing was done."""
-    memory_format = cuda._memory_format(input)
+    memory_format = plans.dense_format(input)
     of_batch, given = (
-        cuda._norm_plan(
+        plans.norm_plan(
             input.shape,
             input.dtype,
             memory_format,
@@ -74,7 +74,7 @@ class SynchronizedNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         call: tuple[
-            tuple[Tensor, Tensor], float, bool, cuda.NormPlan, cuda.NormPlan
+            tuple[Tensor, Tensor], float, bool, plans.NormPlan, plans.NormPlan
         ],
     ) -> Tensor:
         running, momentum, update, of_batch, given = call
@@ -84,22 +84,22 @@ class SynchronizedNorm(torch.autograd.Function):
         count = input.numel() // input.shape[1]
 
         def run(
-            launches: Sequence[cuda.Launch], used: Sequence[Tensor]
+            launches: Sequence[plans.Launch], used: Sequence[Tensor]
         ) -> None:
             tensors = input, kept, output, *used, *affines
-            addresses = cuda._addresses(tensors)
+            addresses = plans.addresses(tensors)
             if addresses is not None:
                 addresses.append(momentum)
             for launch in launches:
                 launch((*tensors, momentum), addresses, stream)
 
-        def check(plan: cuda.NormPlan, before: Sequence[Tensor]) -> None:
+        def check(plan: plans.NormPlan, before: Sequence[Tensor]) -> None:
             """Check on numbers of this rank, before another one gets any."""
             if not (plan.check.pending and plan.check.is_due('forward')):
                 return
             mean, var = (values.clone() for values in before)
             run((*plan.statistics, plan.affine), (mean, var))
-            with cuda.checking():
+            with plans.checking():
                 self_check.norm_forward(
                     *(plan.check, input, kept, output),
                     before=[*before],
@@ -110,11 +110,11 @@ class SynchronizedNorm(torch.autograd.Function):
                     settings=plan.settings,
                 )
 
-        with cuda._on(input.device):
-            stream = cuda._stream(input.device)
+        with plans.on(input.device):
+            stream = plans.stream(input.device)
             check(of_batch, running)
             run(of_batch.statistics, running)
-            own = cuda._used(kept, given)
+            own = plans.used(kept, given)
             check(given, [values.clone() for values in own])
             mean, var, total = plain.statistics_of_ranks(
                 own, count, running, momentum, update
@@ -122,7 +122,7 @@ class SynchronizedNorm(torch.autograd.Function):
             try:
                 run((given.statistics[1], given.affine), (mean, var))
             except CannotLaunch as failure:
-                attempt(cuda._fail, failure)
+                attempt(plans.fail, failure)
                 output = plain.normalize(
                     input.float(), *affines, mean, var, *given.settings
                 ).to(input.dtype)
@@ -152,7 +152,7 @@ class SynchronizedNorm(torch.autograd.Function):
 
 def _reduced(
     ctx: Any, grad: Tensor
-) -> tuple[tuple[Any, ...], cuda.Addresses | None]:
+) -> tuple[tuple[Any, ...], plans.Addresses | None]:
     """The gradient as if the statistics were constants, not yet applied."""
     input, *affines, kept, _, _, _ = ctx.saved_tensors
     plan = ctx.plan
@@ -161,15 +161,15 @@ def _reduced(
     scratch = kept.new_empty(plan.scratch)
     grads = kept.new_empty(sum(plan.entries))
     values = grad, input, kept, scratch, gradient, grads, *affines
-    addresses = cuda._addresses(values)
-    with cuda._on(input.device):
-        stream = cuda._stream(input.device)
+    addresses = plans.addresses(values)
+    with plans.on(input.device):
+        stream = plans.stream(input.device)
         for launch in plan.reductions:
             launch(values, addresses, stream)
         if plan.check.pending and plan.check.is_due('backward'):
             if gradient is not None:
                 plan.affine_backward(values, addresses, stream)
-            with cuda.checking():
+            with plans.checking():
                 self_check.norm_backward(
                     plan.check, values, plan.entries, plan.settings
                 )
@@ -177,7 +177,7 @@ def _reduced(
 
 
 def _finished(
-    ctx: Any, values: tuple[Any, ...], addresses: cuda.Addresses | None
+    ctx: Any, values: tuple[Any, ...], addresses: plans.Addresses | None
 ) -> list[Tensor | None]:
     """All gradients, of which that of the input is corrected and applied."""
     grad, input, kept, scratch, gradient, grads, *affines = values
@@ -197,11 +197,11 @@ def _finished(
         along += slope
         constants += torch.addcmul(constant, slope, means - mean)
         try:
-            with cuda._on(input.device):
-                stream = cuda._stream(input.device)
+            with plans.on(input.device):
+                stream = plans.stream(input.device)
                 plan.affine_backward(values, addresses, stream)
         except CannotLaunch as failure:
-            attempt(cuda._fail, failure)
+            attempt(plans.fail, failure)
             scales, means, along, constants = (
                 rows.view(*rows.shape, *[1] * (input.dim() - 2))
                 for rows in (scales, means, along, constants)
