@@ -51,7 +51,7 @@ def batch_channel_norm(
     pivot = m.detach()
 
     def moments(around: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _of_channels(pivot, v.detach(), around)
+        return plain.of_channels(pivot, v.detach(), around)
 
     of_batch = source == 'batch'
     used = plain.statistics(x, running, momentum, of_batch, update, moments)
@@ -60,7 +60,7 @@ def batch_channel_norm(
     # and the gradients would be wrong. It never repeats a concatenation.
     mean, var = torch.stack(used).to(x.dtype).unbind()
     if of_batch:  # the same values, with gradients
-        mean, var = _of_channels(m, v, None)
+        mean, var = plain.of_channels(m, v, None)
     a = torch.rsqrt(var + eps)
     if bn_weight is not None:
         a = a * bn_weight
@@ -81,12 +81,3 @@ def batch_channel_norm(
     per_row = *m.shape, *[1] * (x.dim() - 2)
     output = (x - pivot.view(per_row)) * scale.view(per_row)
     return (output + shift.view(per_row)).to(input.dtype)
-
-
-def _of_channels(
-    means: Tensor, variances: Tensor, around: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Moments of each channel from those of each (sample, channel)."""
-    mean = means.mean(0)
-    deviation = means - (mean if around is None else around)
-    return mean, (variances + deviation.square()).mean(0)

@@ -54,11 +54,7 @@ def batch_channel_norm(
     means, variances, _ = moments
 
     def of_input(around: Tensor | None) -> tuple[Tensor, Tensor]:
-        mean = _over_samples(means)
-        deviation = means - (mean if around is None else around)
-        return mean, _over_samples(
-            torch.addcmul(variances, deviation, deviation)
-        )
+        return plain.of_channels(means, variances, around)
 
     total = None
     if source == 'ranks':
@@ -82,11 +78,6 @@ def batch_channel_norm(
         source != 'running',
     )
     return output
-
-
-def _over_samples(values: Tensor) -> Tensor:
-    """The mean over (N, C) of each channel."""
-    return values[0] if len(values) == 1 else values.mean(0)
 
 
 class StandardizeWeight(torch.autograd.Function):

@@ -277,6 +277,15 @@ def batch_moments(x: Tensor, around: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.mean(dims), deviation.square_().mean(dims)
 
 
+def of_channels(
+    means: Tensor, variances: Tensor, around: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Moments of each channel from those of each (sample, channel)."""
+    mean = means.mean(0)
+    deviation = means - (mean if around is None else around)
+    return mean, (variances + deviation.square()).mean(0)
+
+
 def moved(
     running: Sequence[Tensor], batch: Sequence[Tensor], momentum: float
 ) -> list[Tensor]:
