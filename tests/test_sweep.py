@@ -4,6 +4,7 @@ import json
 
 import pytest
 from in_process import load, tools  # noqa: F401
+from proofs import sweep_configs
 from tiny_runs import ROOT, SEG, without_ws
 
 pytest.importorskip('mmdet')
@@ -89,3 +90,13 @@ def test_the_published_page_shows_its_numbers():
     assert page == report.page(summary)
     good, able = report.share(summary)
     assert good >= 0.95 * able
+
+
+def test_a_failed_build_leaves_classes_of_the_host_as_they_were():
+    """RegNet with DCN refuses a conv_cfg in the middle of its build."""
+    from mmdet.models.backbones.resnext import Bottleneck
+
+    config = 'regnet/mask-rcnn_regnetx-3.2GF-mdconv-c3-c5_fpn_1x_coco.py'
+    record = sweep_configs.convert('mmdet', config, '', 'WSConv2d', 'BCN')
+    assert 'DCN' in str(record['left'])
+    assert Bottleneck.expansion == 4
