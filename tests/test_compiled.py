@@ -1,4 +1,4 @@
-"""What ``torch.compile`` makes of BCN, and that exporters get no part of it.
+"""BCN under ``torch.compile``; exporters get no part of that form.
 
 The formula of the compiled form itself is tested in test_kernels.py, without
 a compiler.

@@ -116,7 +116,7 @@ def randomized(net: nn.Module) -> nn.Module:
 
 
 def why_refused(layer: dict[str, Any], shape: torch.Size | None) -> str | None:
-    """What the message has to name, by the rules and not by the code."""
+    """Names that the message has to hold, by the rules and not the code."""
     conv, norm = layer['conv'], layer['norm_cfg']
     fan_in = conv['in_channels'] // conv['groups']
     if fan_in * math.prod(conv['kernel_size']) < 2:

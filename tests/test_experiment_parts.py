@@ -1,4 +1,4 @@
-"""What the experiments change and measure, from the formulas."""
+"""Changes and measures of the experiments, from the formulas."""
 
 import math
 from pathlib import Path

@@ -177,7 +177,7 @@ def test_ws_conv_before_a_converted_sync_bn(implementation: str) -> None:
 
 
 class Trained(BaseModel):
-    """What a Runner trains: a backbone and a loss."""
+    """A backbone and a loss, for a Runner to train."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -293,7 +293,7 @@ def detector() -> nn.Module:
 
 
 def one_image(boxes: int) -> dict[str, list]:
-    """What mmdet's pipeline makes of an image with so many boxes."""
+    """An image with so many boxes, as mmdet's pipeline gives it."""
     sample = mmdet_structures.DetDataSample(
         metainfo=dict(img_shape=(64, 64), pad_shape=(64, 64))
     )

@@ -204,12 +204,12 @@ class BCN(RunningStatistics, nn.GroupNorm):
 
     @property
     def estimating(self) -> bool:
-        """Whether the mode is 'estimate'."""
+        """Return whether the mode is 'estimate'."""
         return self.mode == 'estimate'
 
     @property
     def synchronizes(self) -> bool:
-        """Whether the mode is 'sync_batch'."""
+        """Return whether the mode is 'sync_batch'."""
         return self.mode == 'sync_batch'
 
     def measure(self, input: Tensor) -> tuple[float, dict[str, Tensor]]:

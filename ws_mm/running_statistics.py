@@ -83,7 +83,7 @@ class RunningStatistics(nn.Module):
 
     @property
     def estimating(self) -> bool:
-        """Whether the layer normalizes by its statistics in training, too.
+        """Return whether training, too, normalizes by the statistics.
 
         All ranks then need the same ones, and
         :func:`~ws_mm.update_estimates` measures them over all values.
@@ -92,7 +92,7 @@ class RunningStatistics(nn.Module):
 
     @property
     def synchronizes(self) -> bool:
-        """Whether the ranks exchange statistics in each forward."""
+        """Return whether the ranks exchange statistics in each forward."""
         return False
 
     def register_statistics(
@@ -175,7 +175,7 @@ class RunningStatistics(nn.Module):
         return weighted_mean(first, second, share)
 
     def is_as_built(self) -> bool:
-        """Whether statistics are the initial ones, and parameters constant."""
+        """Return whether statistics are initial and parameters constant."""
         differences = [
             *(self.get_buffer(k) - v for k, v in self.statistics.items()),
             *(p - p.flatten()[0] for p in self.parameters(recurse=False)),

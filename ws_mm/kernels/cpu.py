@@ -238,9 +238,8 @@ def _moments_channels_last(
 
     Group norm's kernel for this layout subtracts squares.
     """
-    lines = input.shape[2]
-    line = CHUNK // 4 * torch.get_num_threads() * lines // input.numel()
-    parts = input.split(max(1, line), 2)
+    dim, chunks = _chunks(input)
+    parts = [input.narrow(dim, *chunk) for chunk in chunks]
     size = input.shape[2:].numel()
     mean = input.new_zeros(1, input.shape[1], 1, 1, dtype=dtype)
     square = torch.zeros_like(mean)

@@ -149,10 +149,7 @@ def batch_channel_norm(
             input.dtype,
             memory_format,
             input.device,
-            *[
-                None if x is None else (x.numel(), x.device)
-                for x in (mean, var, *affines)
-            ],
+            *plans.known(mean, var, *affines),
             num_groups,
             eps,
             source == 'batch',
@@ -265,23 +262,18 @@ def _batch_channel_norm_backward(
 ) -> list[Tensor | None]:
     input, *affines, kept = ctx.saved_tensors
     plan = ctx.plan
-    grad = grad.contiguous(memory_format=plan.memory_format)
-    gradient = torch.empty_like(input) if ctx.needs_input_grad[0] else None
-    scratch = kept.new_empty(plan.scratch)
-    grads = kept.new_empty(sum(plan.entries))
-    values = grad, input, kept, scratch, gradient, grads, *affines
-    addresses = plans.addresses(values)
+    values, addresses = plans.backward_values(
+        plan, grad, input, kept, affines, ctx.needs_input_grad[0]
+    )
     with plans.on(input.device):
         stream = plans.stream(input.device)
         for launch in plan.reductions:
             launch(values, addresses, stream)
-        if gradient is not None:
+        if ctx.needs_input_grad[0]:
             plan.affine_backward(values, addresses, stream)
         if plan.check.pending and plan.check.is_due('backward'):
             with plans.checking():
                 self_check.norm_backward(
                     plan.check, values, plan.entries, plan.settings
                 )
-    found = grads.split_with_sizes(plan.entries)
-    pairs = zip(affines, found, strict=True)
-    return [gradient, *[None if x is None else dx for x, dx in pairs]]
+    return plans.gradients(plan, values)

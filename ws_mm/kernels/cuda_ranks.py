@@ -36,10 +36,7 @@ def batch_channel_norm(
             input.dtype,
             memory_format,
             input.device,
-            *[
-                None if x is None else (x.numel(), x.device)
-                for x in (*running, *affines)
-            ],
+            *plans.known(*running, *affines),
             num_groups,
             eps,
             of_batch,
@@ -156,18 +153,15 @@ def _reduced(
     """The gradient as if the statistics were constants, not yet applied."""
     input, *affines, kept, _, _, _ = ctx.saved_tensors
     plan = ctx.plan
-    grad = grad.contiguous(memory_format=plan.memory_format)
-    gradient = torch.empty_like(input) if ctx.needs_input_grad[0] else None
-    scratch = kept.new_empty(plan.scratch)
-    grads = kept.new_empty(sum(plan.entries))
-    values = grad, input, kept, scratch, gradient, grads, *affines
-    addresses = plans.addresses(values)
+    values, addresses = plans.backward_values(
+        plan, grad, input, kept, affines, ctx.needs_input_grad[0]
+    )
     with plans.on(input.device):
         stream = plans.stream(input.device)
         for launch in plan.reductions:
             launch(values, addresses, stream)
         if plan.check.pending and plan.check.is_due('backward'):
-            if gradient is not None:
+            if ctx.needs_input_grad[0]:
                 plan.affine_backward(values, addresses, stream)
             with plans.checking():
                 self_check.norm_backward(
@@ -208,14 +202,7 @@ def _finished(
             )
             d = (input.float() - means) * along + constants
             gradient.copy_(grad.float() * scales + d)
-    found = grads.split_with_sizes(plan.entries)
-    return [
-        gradient,
-        *(
-            None if affine is None else value
-            for affine, value in zip(affines, found, strict=True)
-        ),
-    ]
+    return plans.gradients(plan, values)
 
 
 def _rows(buffer: Tensor, channels: int, samples: int) -> Tensor:

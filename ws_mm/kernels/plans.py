@@ -497,6 +497,35 @@ def is_dense_float32(x: Tensor) -> bool:
     return x.dtype is torch.float32 and x.is_contiguous()
 
 
+def known(*tensors: Tensor | None) -> list[Known]:
+    """What a plan depends on of tensors per channel or per group."""
+    return [None if x is None else (x.numel(), x.device) for x in tensors]
+
+
+def backward_values(
+    plan: NormPlan,
+    grad: Tensor,
+    input: Tensor,
+    kept: Tensor,
+    affines: Sequence[Tensor | None],
+    needs_input: bool,
+) -> tuple[tuple[Any, ...], Addresses | None]:
+    """Tensors of a backward in the order of BACKWARD, and their addresses."""
+    grad = grad.contiguous(memory_format=plan.memory_format)
+    gradient = torch.empty_like(input) if needs_input else None
+    scratch = kept.new_empty(plan.scratch)
+    grads = kept.new_empty(sum(plan.entries))
+    values = grad, input, kept, scratch, gradient, grads, *affines
+    return values, addresses(values)
+
+
+def gradients(plan: NormPlan, values: tuple[Any, ...]) -> list[Tensor | None]:
+    """Gradients of the input and the affines, from a finished backward."""
+    _, _, _, _, gradient, grads, *affines = values
+    pairs = zip(affines, grads.split_with_sizes(plan.entries), strict=True)
+    return [gradient, *[None if x is None else dx for x, dx in pairs]]
+
+
 def fail(failure: CannotLaunch) -> None:
     """Raise it, to be reported by ``attempt``."""
     raise failure

@@ -1,4 +1,4 @@
-"""What centering and scaling give, and where the norm matters."""
+"""Grid: centering and scaling one by one, and places of the norm."""
 
 _base_ = './_base_/tasks.py'
 

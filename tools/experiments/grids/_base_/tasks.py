@@ -1,4 +1,4 @@
-"""What the experiments train: small models, from scratch, on real images."""
+"""Tasks of the experiments: small models, from scratch, on real images."""
 
 masks = dict(images=1000, lr=0.02, at=1, metric='mIoU', validations=1)
 half = dict(masks, images=500)
