@@ -7,8 +7,11 @@ so that ``type='ws_mm.BCN'`` works in every config and ``type='BCN'`` with
 
 from importlib import metadata
 
-# First: it names a version that does not fit, before anything else fails.
-from . import compat  # noqa: F401
+# compat first: it names a version that does not fit, before anything fails.
+from . import (
+    compat,  # noqa: F401
+    zoo,
+)
 from .baking import bake
 from .checking import check
 from .checkpoint import PretrainedGN
@@ -57,4 +60,5 @@ __all__ = [
     'convert',
     'standardize_weight',
     'update_estimates',
+    'zoo',
 ]

@@ -16,7 +16,9 @@ from .replacement import BATCH_NORMS
 from .restoring import restored
 from .running_statistics import (
     RunningStatistics,
+    along_rows,
     measured_moments,
+    sum_of_rows,
     weighted_mean,
 )
 
@@ -194,7 +196,8 @@ class _Running:
             name: torch.zeros_like(values.double())
             for name, values in self.before.items()
         }
-        self.count = torch.zeros_like(next(iter(self.values.values())))
+        first = next(iter(self.values.values()))
+        self.count = first.new_zeros(len(first))
 
     def __call__(self, layer: Any, args: Any, kwargs: Any) -> None:
         """Take an input of the layer; a hook before its forward."""
@@ -202,7 +205,7 @@ class _Running:
         count, batch = self.declared.measure((*args, *kwargs.values())[0])
         if not count:
             return
-        finite = torch.stack([*batch.values()]).sum(0).isfinite()
+        finite = sum_of_rows(batch.values()).isfinite()
         self.merge(
             torch.where(finite, float(count), 0.0).double(),
             {name: values.double() for name, values in batch.items()},
@@ -218,7 +221,7 @@ class _Running:
         joined = self.declared.join(self.values, values, share)
         self.count = total
         self.values = {
-            name: torch.where(used, joined[name], before)
+            name: torch.where(along_rows(used, before), joined[name], before)
             for name, before in self.values.items()
         }
 
@@ -226,7 +229,9 @@ class _Running:
         """The buffers of the layer; as they were in channels without any."""
         found = {
             name: torch.where(
-                self.count > 0, self.values[name].to(before), before
+                along_rows(self.count > 0, before),
+                self.values[name].to(before),
+                before,
             )
             for name, before in self.before.items()
         }
@@ -247,7 +252,7 @@ def _merge_ranks(running: list[_Running]) -> None:
         for part in (
             each.count.new_tensor([each.calls]),
             each.count,
-            *each.values.values(),
+            *(values.flatten() for values in each.values.values()),
         )
     ]
     flat = torch.cat(parts)
@@ -262,8 +267,13 @@ def _merge_ranks(running: list[_Running]) -> None:
         moments = iter(row.split(sizes))
         for each in own:
             each.calls += int(next(moments))
+            count = next(moments)
             each.merge(
-                next(moments), {name: next(moments) for name in each.values}
+                count,
+                {
+                    name: next(moments).view_as(values)
+                    for name, values in each.values.items()
+                },
             )
 
 

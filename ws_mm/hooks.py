@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -279,7 +279,10 @@ def average_estimates(layers: Sequence[RunningStatistics]) -> None:
         counts.append(layer.values_seen)
     # A get_buffer for each would take longer than all that follows.
     buffers: list[Any] = [
-        layer._buffers[name] for layer in layers for name in layer.statistics
+        values if values.dim() == 1 else values.view(-1)
+        for layer in layers
+        for name in layer.statistics
+        for values in cast(list[Tensor], [layer._buffers[name]])
     ]
     sizes = [values.numel() for values in buffers]
     old = torch.cat(buffers)

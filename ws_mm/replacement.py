@@ -217,7 +217,7 @@ def why_kept(norm: Any) -> str:
     more = [name for name in children if name not in ('drop', 'act')]
     if more:
         return f'has layers of its own ({", ".join(more)})'
-    if type(norm).__module__.startswith(('torch.nn.', 'ws_mm.')):
+    if type(norm).__module__.startswith('torch.nn.'):
         return ''
     probe, random = _probe(norm)
     dims = 2

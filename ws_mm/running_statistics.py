@@ -8,8 +8,8 @@ the smallest one.
 import inspect
 import logging
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from .distributed import synchronized_moments
 from .kernels.plain import at_least_float32, batch_moments, moved
 
 Layer = TypeVar('Layer', bound='RunningStatistics')
+Initial: TypeAlias = float | Callable[[Tensor], Any]
 HALF = (torch.half, torch.bfloat16)
 
 
@@ -50,7 +51,9 @@ class ValueCount:
 
 
 class RunningStatistics(nn.Module):
-    """Base of layers that keep running statistics, one value per channel.
+    """Base of layers that keep running statistics, one row per channel.
+
+    A row is one value, or several, as of a covariance with other channels.
 
     A subclass names its statistics with their initial values, calls
     :meth:`register_statistics` in its constructor and, in its forward,
@@ -66,9 +69,9 @@ class RunningStatistics(nn.Module):
         layers that are ``estimating``; rank 0 warns once without it.
     """
 
-    # Name and initial value of each buffer. Infinities and NaN in a batch
-    # have to show in the sum of its statistics.
-    statistics: ClassVar[Mapping[str, float]] = {}
+    # Name and initial value of each buffer, or a function that fills it.
+    # Infinities and NaN in a batch have to show in the sum of its statistics.
+    statistics: ClassVar[Mapping[str, Initial]] = {}
     # Values per channel that moved the statistics in this iteration, if
     # SyncEstimatesHook asks for them.
     values_seen: ValueCount | None = None
@@ -100,10 +103,22 @@ class RunningStatistics(nn.Module):
         num_features: int,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        widths: Mapping[str, int] | None = None,
     ) -> None:
-        """Make the buffers, in at least float32."""
+        """Make the buffers, in at least float32.
+
+        Args:
+            num_features: number of channels.
+            device: where to make them.
+            dtype: that of the parameters.
+            widths: lengths of rows, for statistics that have a row of values
+                for each channel: (num_features, width).
+        """
         for name in self.statistics:
-            values = torch.empty(num_features, device=device, dtype=dtype)
+            row = [widths[name]] if widths and name in widths else []
+            values = torch.empty(
+                num_features, *row, device=device, dtype=dtype
+            )
             if values.dtype in HALF:
                 values = values.float()
             self.register_buffer(name, values)
@@ -112,7 +127,7 @@ class RunningStatistics(nn.Module):
     def reset_running_stats(self) -> None:
         """Set the statistics to their initial values."""
         for name, value in self.statistics.items():
-            nn.init.constant_(self.get_buffer(name), value)
+            _fill(self.get_buffer(name), value)
 
     def begin_forward(self, input: Tensor) -> bool:
         """Return whether this forward moves the statistics.
@@ -152,7 +167,7 @@ class RunningStatistics(nn.Module):
             old.copy_(new[number])
 
     def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
-        """The statistics of one batch, each of shape (C,), by name."""
+        """The statistics of one batch, in the shapes of the buffers."""
         raise NotImplementedError(
             f'{type(self).__name__} does not define batch_statistics'
         )
@@ -177,7 +192,11 @@ class RunningStatistics(nn.Module):
     def is_as_built(self) -> bool:
         """Return whether statistics are initial and parameters constant."""
         differences = [
-            *(self.get_buffer(k) - v for k, v in self.statistics.items()),
+            *(
+                self.get_buffer(k)
+                - _fill(torch.empty_like(self.get_buffer(k)), v)
+                for k, v in self.statistics.items()
+            ),
             *(p - p.flatten()[0] for p in self.parameters(recurse=False)),
         ]
         return not any(values.any() for values in differences)
@@ -231,6 +250,15 @@ class RunningStatistics(nn.Module):
         return self
 
 
+@torch.no_grad()
+def _fill(values: Tensor, initial: Initial) -> Tensor:
+    if callable(initial):
+        initial(values)
+    else:
+        values.fill_(initial)
+    return values
+
+
 def values_per_channel(input: Tensor) -> int:
     """Number of values per channel of an input of shape (N, C, *)."""
     return input.shape[0] * math.prod(input.shape[2:])
@@ -266,9 +294,20 @@ def weighted_mean(
 ) -> dict[str, Tensor]:
     """(1 - share) * first + share * second, for each name."""
     return {
-        name: values + share * (second[name] - values)
+        name: values + along_rows(share, values) * (second[name] - values)
         for name, values in first.items()
     }
+
+
+def along_rows(of_channels: Tensor, rows: Tensor) -> Tensor:
+    """Values of shape (C,) in a shape that broadcasts over rows, (C, *)."""
+    return of_channels.view(-1, *[1] * (rows.dim() - 1))
+
+
+def sum_of_rows(statistics: Iterable[Tensor]) -> Tensor:
+    """The sum of all statistics of each channel, of shape (C,)."""
+    rows = [v.view(len(v), -1).sum(1) for v in statistics]
+    return torch.stack(rows).sum(0)
 
 
 def channels_of(norm: Any) -> int:

@@ -300,11 +300,19 @@ def moved(
         torch.lerp(running[i], batch[i].to(running[i].dtype), momentum)
         for i in numbers
     ]
-    total = new[0]
-    for values in new[1:]:
+    sums = [v if v.dim() == 1 else v.flatten(1).sum(1) for v in new]
+    total = sums[0]
+    for values in sums[1:]:
         total = total + values
     finite = total.abs() < math.inf
-    return [torch.where(finite, new[i], running[i]) for i in numbers]
+    return [
+        torch.where(
+            finite if v.dim() == 1 else finite.view(-1, *[1] * (v.dim() - 1)),
+            v,
+            running[i],
+        )
+        for i, v in enumerate(new)
+    ]
 
 
 def _move(

@@ -1,0 +1,58 @@
+"""Formulas of the norms and filters in ws_mm/zoo, one file for each."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the contract's tests need to know of one method.
+
+    Args:
+        name: registered name, without the scope.
+        oracle: the formula in float64. Of a norm,
+            ``oracle(x, state, training, **wrong)`` returns the output and
+            the buffers after it; state holds parameters and buffers by the
+            names of the state dict. Buffers that move in the backward are
+            those after it. Of a convolution, ``oracle(weight, state,
+            **wrong)`` returns the weight that reaches the convolution.
+            Autograd through it gives the gradients of the method.
+        wrong: arguments that make the oracle wrong, one by one.
+        options: constructor arguments, beside the number of channels.
+        is_conv: whether it is a convolution.
+        one_value: words of the error for one image of one pixel in
+            training; '' if that runs.
+        activates: whether it takes the place of the activation, too.
+        buffers: initial values of buffers that a random one would break, as
+            functions of the buffer.
+        not_compiled: why ``torch.compile`` cannot take it whole.
+        channels: a number that fits it.
+    """
+
+    name: str
+    oracle: Callable[..., Any]
+    wrong: tuple[Mapping[str, Any], ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    is_conv: bool = False
+    one_value: str = ''
+    activates: bool = False
+    buffers: Mapping[str, Callable[[Tensor], Tensor]] = field(
+        default_factory=dict
+    )
+    not_compiled: str = ''
+    channels: int = 6
+
+
+def cases() -> list[Case]:
+    """Those of all files of this folder."""
+    found = []
+    for module in pkgutil.iter_modules(__path__, f'{__name__}.'):
+        found += importlib.import_module(module.name).CASES
+    return found
