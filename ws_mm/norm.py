@@ -20,6 +20,7 @@ from .functional import MODES, batch_channel_norm, largest_group_count
 from .running_statistics import (
     RunningStatistics,
     channels_of,
+    joined_moments,
     legal_arguments,
     measured_moments,
     report_once,
@@ -225,14 +226,9 @@ class BCN(RunningStatistics, nn.GroupNorm):
         share: Tensor,
     ) -> dict[str, Tensor]:
         """Moments of two sets of values; estimates count their distance."""
-        joined = super().join(first, second, share)
         if self.estimating:
-            offset = second['running_mean'] - first['running_mean']
-            var = first['running_var']
-            moved = second['running_var'] - var
-            moved = moved + (1 - share) * offset.square()
-            joined['running_var'] = var + share * moved
-        return joined
+            return joined_moments(first, second, share)
+        return super().join(first, second, share)
 
     @classmethod
     def from_norm(

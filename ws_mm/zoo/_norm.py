@@ -105,6 +105,25 @@ class Norm(nn.GroupNorm):
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         return x * per_channel(weight, x) + per_channel(bias, x)
 
+    def affine_after(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift of ``scaled((x - mean) / std)``, in float64."""
+        scale = 1 / std.double()
+        shift = -mean.double() * scale
+        if self.affine:
+            scale, shift = scale * self.weight, shift * self.weight + self.bias
+        return scale, shift
+
+    def check_batch(self, x: Tensor) -> None:
+        """Reject a batch of one value per channel."""
+        if x.numel() == self.num_features:
+            kind = type(self).__name__
+            raise ValueError(
+                f'{kind}({self.num_features}) normalizes by the variance of a '
+                'batch, and cannot train on one value per channel, got '
+                f'{tuple(x.shape)}. Use GN in this place: '
+                "norm_cfg=dict(type='GN', num_groups=...)"
+            )
+
     def extra_repr(self) -> str:
         """Constructor arguments."""
         names = ['eps', 'momentum', 'affine']
