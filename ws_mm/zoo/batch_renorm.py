@@ -63,6 +63,9 @@ class BatchRenorm(RunningStatistics, Norm):
     """
 
     statistics: ClassVar = {'running_mean': 0.0, 'running_std': 1.0}
+    running_mean: Tensor
+    running_std: Tensor
+    num_forwards: Tensor
 
     def __init__(
         self,

@@ -22,42 +22,52 @@ from ._norm import Norm, over_channels, per_channel
 PASSED = ('ToCopyBackward0', 'CloneBackward0', 'BackwardHookFunctionBackward')
 
 
+class Past(NamedTuple):
+    """Statistics of a former iteration, for any weight w.
+
+    mean(w) = mean_at_0 + dmean * w; mean is that of its own w.
+    var(w) = max(var_at_0 + dvar * w - (mean(w) - mean)^2, 0)
+    """
+
+    mean: Tensor
+    mean_at_0: Tensor
+    var_at_0: Tensor
+    dmean: Tensor
+    dvar: Tensor
+
+
 @MODELS.register_module()
 class CrossIterationBN(RunningStatistics, Norm):
     """Batch norm by the statistics of the last iterations.
 
-    Formula, with w the weight of the convolution before it, and a and b the
-    mean and the mean square of the batch s iterations ago, s < window:
+    Formula, with w the weight of the convolution before it, and a_s and b_s
+    the mean and the mean square of the batch s iterations ago, s < window:
         a_s(w) = a_s + da_s/dw * (w - w_s)
         b_s(w) = max(b_s + db_s/dw * (w - w_s), a_s(w)^2)
         mean = mean over s of a_s(w)
         var = mean over s of b_s(w) - mean^2
         y = weight * (x - mean) / sqrt(var + eps) + bias
-    Gradients pass through this iteration's a and b alone.
+    Gradients pass through this iteration's a and b alone. w is constant.
 
-    Convention: the formula of the paper. The official code differs where
-        the extrapolated b is below a^2: it leaves this s out, where the
-        paper takes the maximum. It adds eps to the root (1e-5 there). Both
-        keep running values of each batch, with unbiased variance, as
-        ``nn.BatchNorm2d``, and normalize by the batch during burn-in, where
-        its variance is unbiased, too. The official backbone hands w to the
-        norm. Here it is found in the autograd graph: w is what the
-        convolution's weight is made of, the parameter of a plain or of a
-        standardized one. Bias and earlier layers count as constant, as
-        theirs. Nothing may lie between the two layers, a cast excepted.
-    No weight: without gradients, after another layer or a frozen
-        convolution, in ``torch.compile``, and with a reentrant activation
-        checkpoint (mmdet's ``with_cp``), no weight is found. The layer is
-        then a plain batch norm, a warning says so once, and the window
-        begins anew.
-    Iterations: every training forward is one. With gradient accumulation
-        the window covers fewer optimizer steps; a head that pyramid levels
-        share mixes their statistics: use GN there.
-    State: as its base, ``running_mean``, ``running_var`` and
-        ``num_forwards``. The window, twice the size of w for each former
-        iteration, is in copies and pickles, not in the state dict: after a
-        resume it fills again in ``window`` iterations. A forward costs two
-        more gradients of w.
+    Convention: the paper's formula. The official code leaves out an s whose
+        extrapolated b is below a^2, where the paper takes the maximum; it
+        adds eps to the root, and its variance is unbiased in burn-in. Bias
+        and earlier layers count as constant, as there. Its backbone hands
+        w to the norm; here the autograd graph has it: w is what the weight
+        is made of, the parameter of a plain or standardized convolution.
+        Only a cast may lie between the two layers.
+    No weight: none is found without gradients, after another layer or a
+        frozen convolution, in ``torch.compile`` and in reentrant activation
+        checkpoints (``with_cp`` of a backbone). The layer is plain BN then,
+        a warning says so once, and the window begins anew.
+    Iterations: each training forward is one. Under gradient accumulation
+        the window covers fewer optimizer steps. A head that pyramid levels
+        share would mix their statistics: use GN there.
+    State: as its base, ``running_mean`` and ``running_var``, those of
+        ``nn.BatchNorm2d``, and ``num_forwards``. The window, twice the size
+        of w for each iteration, is in copies and pickles, but not in the
+        state dict: after a resume it fills again. Each training forward
+        costs two more gradients of w.
 
     Args:
         num_features: channels of the input.
@@ -65,8 +75,8 @@ class CrossIterationBN(RunningStatistics, Norm):
         momentum: share of the newest batch in the running values.
         affine: whether scale and shift are learned.
         window: number of iterations, this one included.
-        burn_in: training forwards of plain batch norm at the start. The
-            published COCO runs have those of 8 of 12 epochs.
+        burn_in: training forwards of plain batch norm at the start; the
+            published COCO configs have those of 8 epochs.
         device: device of parameters and buffers.
         dtype: dtype of the parameters.
         **unknown: none; a misspelt argument is rejected by name.
@@ -79,6 +89,9 @@ class CrossIterationBN(RunningStatistics, Norm):
     """
 
     statistics: ClassVar = {'running_mean': 0.0, 'running_var': 1.0}
+    running_mean: Tensor
+    running_var: Tensor
+    num_forwards: Tensor
 
     def __init__(
         self,
@@ -101,20 +114,17 @@ class CrossIterationBN(RunningStatistics, Norm):
         self.register_statistics(num_features, device, dtype)
         count = torch.zeros((), dtype=torch.long, device=device)
         self.register_buffer('num_forwards', count)
-        self._forget()
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Also begin burn-in and window anew."""
         super().reset_parameters()
+        # The first is that of the last forward, which may be recomputed.
+        self._window: list[Past] = []
+        # num_forwards: to read it from a device waits for the device.
+        self._count: int | None = None
         if 'num_forwards' in self._buffers:
             self.num_forwards.zero_()
-            self._forget()
-
-    def _forget(self) -> None:
-        # The newest is the batch of the last forward, for its recomputation.
-        self._pasts: list[Past] = []
-        # num_forwards, as reading the device each time would wait for it.
-        self._forwards: int | None = None
 
     @property
     def estimating(self) -> bool:
@@ -127,9 +137,7 @@ class CrossIterationBN(RunningStatistics, Norm):
             self.check_batch(x)
             mean, var = self._over_iterations(x)
         else:
-            mean, var = (
-                v.to(x) for v in (self.running_mean, self.running_var)
-            )
+            mean, var = self.running_mean.to(x), self.running_var.to(x)
         std = (var + self.eps).sqrt()
         return self.scaled((x - per_channel(mean, x)) / per_channel(std, x))
 
@@ -137,38 +145,44 @@ class CrossIterationBN(RunningStatistics, Norm):
         moves = self.begin_forward(x)
         var, mean = torch.var_mean(x, over_channels(x), correction=0)
         leaves, groups = weight_of(x)
-        weight = rows(leaves, groups).to(x.dtype) if leaves else mean[:, None]
+        weight = rows(leaves, groups).to(x.dtype) if leaves else mean
         if moves:
             count = values_per_channel(x)
             unbiased = var.detach() * (count / (count - 1))
             batch = dict(running_mean=mean.detach(), running_var=unbiased)
             self.move_statistics(batch, self.momentum)
             if not leaves:
-                _report_no_weight(type(self).__name__)
-                self._pasts = []
+                _report_no_weight()
             elif not self._burns_in():
-                scale = count**0.5  # else float16 rounds gradients to 0
-                seed = torch.full_like(mean, scale)
-                dmean, dvar = (
-                    rows(torch.autograd.grad(v, leaves, seed, True), groups)
-                    for v in (mean, var)
-                )
-                new = Past.of(mean, var, dmean / scale, dvar / scale, weight)
-                old = [p for p in self._pasts if p.fits(weight)]
-                self._pasts = [new, *old][: self.window]
-        return averaged(mean, var, self._pasts[1:], weight)
+                # 1 would make gradients too small for float16.
+                seed = torch.full_like(mean, count**0.5)
+                past = [mean.detach()]
+                slopes = []
+                for v in (mean, var):
+                    slope = torch.autograd.grad(v, leaves, seed, True)
+                    slopes.append(rows(slope, groups) / count**0.5)
+                    past.append(v.detach() - (slopes[-1] * weight).sum(1))
+                self._window.insert(0, Past(*past, *slopes))
+            # None fits without a weight.
+            self._window = [
+                past
+                for past in self._window[: self.window]
+                if past.dmean.shape == weight.shape
+                and past.dmean.device == weight.device
+            ]
+        return averaged(mean, var, self._window[1:], weight)
 
     def _burns_in(self) -> bool:
         """Count a forward; return whether it is one of the burn-in."""
-        if self._forwards is None:
-            self._forwards = int(self.num_forwards)
-        self._forwards += 1
+        if self._count is None:
+            self._count = int(self.num_forwards)
+        self._count += 1
         self.num_forwards.add_(1)
-        return self._forwards <= self.burn_in
+        return self._count <= self.burn_in
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._forwards = None
+        self._count = None
 
     def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
         """Mean and unbiased variance of a batch."""
@@ -180,73 +194,38 @@ class CrossIterationBN(RunningStatistics, Norm):
         return *self.affine_after(self.running_mean, std), nn.Identity()
 
 
-class Past(NamedTuple):
-    """Statistics of a former iteration as functions of the weight now, w.
-
-    mean(w) = mean_at_0 + dmean * w
-    var(w) = max(var_at_0 + dvar * w - (mean(w) - mean)^2, 0)
-    That is the formula of the layer, with var = b - a^2 in place of b.
-    """
-
-    counts: Tensor  # 1 in channels that are finite, else 0
-    mean: Tensor
-    mean_at_0: Tensor
-    var_at_0: Tensor
-    dmean: Tensor
-    dvar: Tensor
-
-    @classmethod
-    @torch.no_grad()
-    def of(
-        cls,
-        mean: Tensor,
-        var: Tensor,
-        dmean: Tensor,
-        dvar: Tensor,
-        weight: Tensor,
-    ) -> 'Past':
-        """That of an iteration and its weight."""
-        at_0 = mean - (dmean * weight).sum(1), var - (dvar * weight).sum(1)
-        finite = (at_0[0] + at_0[1]).isfinite()
-        values = [mean.detach(), *at_0, dmean, dvar]
-        return cls(
-            finite.to(mean.dtype),
-            *(v.T.where(finite, v.new_zeros(())).T for v in values),
-        )
-
-    def fits(self, weight: Tensor) -> bool:
-        """Return whether it is of a weight of this shape and device."""
-        own = self.dmean
-        return own.shape == weight.shape and own.device == weight.device
-
-
 def averaged(
     mean: Tensor, var: Tensor, pasts: list[Past], weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance over this iteration and former ones."""
+    """Mean and variance over this iteration and former ones.
+
+    Channels in which a former one is not finite go without it.
+    """
     if not pasts:
         return mean, var
-    counts, means, variances = [torch.ones_like(mean)], [mean], [var]
-    for past in pasts:
-        moved = past.mean_at_0 + (past.dmean * weight).sum(1)
-        linear = past.var_at_0 + (past.dvar * weight).sum(1)
-        counts.append(past.counts)
-        means.append(moved)
-        variances.append((linear - (moved - past.mean).square()).clamp_min(0))
-    shares = torch.stack(counts)
-    shares = shares / shares.sum(0)
-    each = torch.stack(means)
-    center = (shares * each).sum(0)
-    spread = torch.stack(variances) + (each - center).square()
-    return center, (shares * spread).sum(0)
+    means = torch.stack(
+        [p.mean_at_0 + (p.dmean * weight).sum(1) for p in pasts]
+    )
+    variances = torch.stack(
+        [p.var_at_0 + (p.dvar * weight).sum(1) for p in pasts]
+    )
+    old = torch.stack([p.mean for p in pasts])
+    variances = variances - (means - old).square()
+    used = (means + variances).isfinite()
+    means = means.where(used, 0)
+    variances = variances.where(used, 0).clamp_min(0)
+    number = 1 + used.sum(0)
+    center = (mean + means.sum(0)) / number
+    spread = (variances + used * (means - center).square()).sum(0)
+    return center, (var + (mean - center).square() + spread) / number
 
 
 def weight_of(x: Tensor) -> tuple[list[Tensor], int]:
     """The parameters that make the weight of the convolution before.
 
     Returns:
-        The parameters, none if they are not found; and the groups of a
-        transposed convolution, 0 for others.
+        The parameters, none if there are no fitting ones; and the groups of
+        a transposed convolution, 0 for others.
     """
     node = None if compat.is_compiling() else x.grad_fn
     while node is not None and node.name() in PASSED:
@@ -254,8 +233,8 @@ def weight_of(x: Tensor) -> tuple[list[Tensor], int]:
     if node is None or not node.name().startswith('ConvolutionBackward'):
         return [], 0
     groups = compat.transposed_groups(node)
-    found: list[Tensor] = []
-    seen, stack = set(), [node.next_functions[1][0]]
+    found, seen = [], set()
+    stack = [node.next_functions[1][0]]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -264,7 +243,7 @@ def weight_of(x: Tensor) -> tuple[list[Tensor], int]:
         stack += [before for before, _ in node.next_functions]
         if hasattr(node, 'variable'):
             found.append(node.variable)
-    fit = all(_filters(v, groups).shape[0] == x.shape[1] for v in found)
+    fit = all(len(_filters(v, groups)) == x.shape[1] for v in found)
     return (found if fit else []), groups
 
 
@@ -279,11 +258,10 @@ def _filters(weight: Tensor, groups: int) -> Tensor:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _report_no_weight(kind: str) -> bool:
+def _report_no_weight() -> bool:
     return report_once(
-        f'{kind} found no convolution with a trained weight right before it, '
-        'and normalizes each batch by its own statistics, as BN: without '
-        'gradients, in torch.compile, after a reentrant activation checkpoint '
-        '(with_cp=True of a backbone; checkpoint(use_reentrant=False) is '
-        'none), after another layer or a frozen one'
+        'CrossIterationBN found no trained weight of a convolution right '
+        'before it, and is plain BN there: without gradients, in '
+        'torch.compile, in a reentrant activation checkpoint (with_cp=True), '
+        'after another layer or a frozen convolution'
     )

@@ -78,6 +78,8 @@ class OnlineNorm(RunningStatistics, Norm):
         'control_scale': 0.0,
         'control_shift': 0.0,
     }
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(
         self,
