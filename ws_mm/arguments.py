@@ -58,8 +58,22 @@ def check_eps(value: Any, key: str) -> None:
 
 def check_momentum(value: Any, key: str) -> None:
     """Reject a momentum outside (0, 1]."""
+    check_share('momentum', value, key)
+
+
+def check_share(name: str, value: Any, key: str) -> None:
+    """Reject a number outside (0, 1]."""
     is_legal = 0 < _number(value) <= 1
-    _check_number('momentum', value, is_legal, '(0, 1]', key)
+    _check_number(name, value, is_legal, '(0, 1]', key)
+
+
+def check_count(name: str, value: Any, key: str) -> None:
+    """Reject what is no whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f'{name}={value!r} must be a whole number of at least 1 '
+            f'({key}=dict({name}=...))'
+        )
 
 
 def _number(value: Any) -> float:
