@@ -1,8 +1,9 @@
 """IterNorm, group by group."""
 
 import torch
-from oracles import Case, State
 from torch import Tensor
+
+from oracles import Case, State
 
 CHANNELS, LARGEST = 5, 3  # groups of 3 and 2
 

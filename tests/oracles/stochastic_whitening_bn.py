@@ -3,8 +3,9 @@
 from functools import partial
 
 import torch
-from oracles import Case, State
 from torch import Tensor
+
+from oracles import Case, State
 
 STEP, MOMENTUM = 0.1, 0.05  # the published step of 1e-5 shows no mistake
 
