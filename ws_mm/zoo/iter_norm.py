@@ -88,8 +88,8 @@ class IterNorm(RunningStatistics, Norm):
     ) -> None:
         super().__init__(num_features, eps, affine, unknown, device, dtype)
         check_momentum(momentum, 'norm_cfg')
-        check_count('channels_per_group', channels_per_group, 'norm_cfg')
-        check_count('iterations', iterations, 'norm_cfg')
+        check_count('channels_per_group', channels_per_group, 1, 'norm_cfg')
+        check_count('iterations', iterations, 1, 'norm_cfg')
         self.momentum, self.iterations = momentum, iterations
         self.channels_per_group = channels_per_group
         count = -(-num_features // channels_per_group)

@@ -34,7 +34,9 @@ class StochasticWhiteningBN(RunningStatistics, Norm):
         is 1e-8. The paper lowers ``step`` with the learning rate; here it is
         constant. 'fro' is the default because its w stays bounded: in
         directions without variance, of few values or of a constant channel,
-        it rests, while that of 'kl' grows by the factor 1 + step each time.
+        it rests, while that of 'kl' grows by the factor 1 + step each time,
+        and may diverge on single images at steps far above the published
+        1e-5. The one published figure that we know (CIFAR-10) is of 'kl'.
     State: affine per channel; ``running_mean``, ``running_var`` (C,);
         ``whitening``, w, (C, C). ``update_estimates`` leaves w as it is.
     Cost: an update is 6 C^3 operations, whatever the size of the map, and w
