@@ -12,8 +12,6 @@ from ..kernels.plain import at_least_float32, moved
 from ..running_statistics import RunningStatistics
 from ._norm import Norm, over_channels, per_channel
 
-LIMIT = 5.0  # of the ratio, as in Batch Renormalization
-
 
 @MODELS.register_module()
 class MABN(RunningStatistics, Norm):
@@ -40,14 +38,16 @@ class MABN(RunningStatistics, Norm):
         published Mask R-CNN: simple averages of 16 iterations of two images
         each, a running value for the rest. Their ``momentum`` is one minus
         ours. Theirs keeps averages for each process; here
-        ``SyncEstimatesHook`` averages all of them. A mean that a channel's
-        batch has infinities or NaN in is not kept. A gradient scaler that
-        changes its scale mixes scales for buffer_size iterations: use
-        bfloat16, or a fixed ``loss_scale``.
+        ``SyncEstimatesHook`` averages all of them. Channels keep their
+        averages where a batch, or its gradient, is infinite or NaN. After a
+        gradient scaler changes its scale, ``gradients`` hold both scales
+        for buffer_size iterations: use bfloat16, or a fixed ``loss_scale``.
+        There are no second derivatives.
     State: ``weight``, ``bias``; buffers ``running_var``, ``previous_var``
-        (that of the last iteration), ``iterations``, ``squares`` and
-        ``gradients`` (one row of buffer_size per channel, the newest last).
-        ``gradients`` move once per backward, the others once per forward.
+        (before its last move, for a recomputed forward), ``iterations``,
+        ``squares`` and ``gradients`` (a row of buffer_size per channel, the
+        newest last). ``gradients`` move once per backward, the others once
+        per forward.
 
     Args:
         num_features: channels of the input.
@@ -118,17 +118,11 @@ class MABN(RunningStatistics, Norm):
         # Buffers alone, so that a recomputed forward finds the same.
         inverse = (self._var(self.squares) + self.eps).rsqrt()
         ratio = (self.previous_var + self.eps).rsqrt() / inverse
-        ratio = torch.where(
-            self.iterations <= self.renorm_iters,
-            torch.ones_like(ratio),
-            ratio.clamp(1 / LIMIT, LIMIT),
-        )
+        begins = self.iterations <= self.renorm_iters
+        ratio = torch.where(begins, 1.0, ratio.clamp(1 / 5, 5))
+        scales = inverse.to(x.dtype), ratio.to(x.dtype)
         normalized: Tensor = _MovingGradient.apply(
-            x,
-            inverse.to(x.dtype),
-            ratio.to(x.dtype),
-            self._is_early(),
-            self.gradients,
+            x, *scales, self._is_early(), self.gradients
         )
         return self.scaled(normalized)
 
