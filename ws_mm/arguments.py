@@ -62,6 +62,16 @@ def check_momentum(value: Any, key: str) -> None:
     _check_number('momentum', value, is_legal, '(0, 1]', key)
 
 
+def check_count(name: str, value: Any, least: int, key: str) -> None:
+    """Reject a value that is not a whole number of at least ``least``."""
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or value < least:
+        raise ValueError(
+            f'{name}={value!r} must be a whole number of at least {least} '
+            f'({key}=dict({name}=...))'
+        )
+
+
 def _number(value: Any) -> float:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return value if is_number else math.nan

@@ -2,3 +2,8 @@
 
 Registered as ``ws_mm.<Name>``; docs/zoo.md compares them.
 """
+
+from .centered_conv import CenteredConv2d
+from .mabn import MABN
+
+__all__ = ['MABN', 'CenteredConv2d']
