@@ -133,13 +133,8 @@ class StochasticWhiteningBN(RunningStatistics, Norm):
         self.move_statistics({'whitening': target}, self.step)
 
     def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
-        """Mean and biased variance."""
+        """Mean and biased variance; no batch determines w."""
         return measured_moments(input, False, unbiased=False)[1]
-
-    def measure(self, input: Tensor) -> tuple[float, dict[str, Tensor]]:
-        """The same, and w as it is."""
-        count, batch = super().measure(input)
-        return count, batch and {**batch, 'whitening': self.whitening}
 
     def extra_repr(self) -> str:
         """Constructor arguments."""
