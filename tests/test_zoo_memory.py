@@ -107,7 +107,7 @@ def test_slopes_are_those_of_each_channel(kind, hooked):
 def test_slopes_in_float16_are_not_rounded_to_zero():
     torch.manual_seed(0)
     conv, layer = nn.Conv2d(C, C, 1, bias=False), CrossIterationBN(C)
-    x = 0.01 * torch.randn(2, C, 200, 200)
+    x = 0.002 * torch.randn(2, C, 300, 300)
     layer(conv(x))
     expected = layer._window[0]
     with torch.autocast('cpu', torch.float16):

@@ -139,6 +139,8 @@ def put(node: Any, parts: dict[str, Any]) -> None:
 def test_trains_on_one_image_saves_loads_and_evaluates(
     case, text, tmp_path, script
 ):
+    if case.one_image:
+        pytest.skip(case.one_image)
     config = config_of(case, text, write_data(tmp_path / 'data'))
     work = tmp_path / 'work'
     assert script('train', config, '--work-dir', work) == 0

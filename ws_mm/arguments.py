@@ -50,6 +50,12 @@ def check_choice(
         )
 
 
+def check_share(name: str, value: Any, key: str) -> None:
+    """Reject a number outside (0, 1]."""
+    is_legal = 0 < _number(value) <= 1
+    _check_number(name, value, is_legal, '(0, 1]', key)
+
+
 def check_eps(value: Any, key: str) -> None:
     """Reject an eps that is not a finite number of at least 0."""
     is_legal = 0 <= _number(value) < math.inf

@@ -20,9 +20,9 @@ from .functional import MODES, batch_channel_norm, largest_group_count
 from .running_statistics import (
     RunningStatistics,
     channels_of,
-    joined_moments,
     legal_arguments,
     measured_moments,
+    moments_of_both,
     report_once,
 )
 from .symbolic import recorded
@@ -227,7 +227,7 @@ class BCN(RunningStatistics, nn.GroupNorm):
     ) -> dict[str, Tensor]:
         """Moments of two sets of values; estimates count their distance."""
         if self.estimating:
-            return joined_moments(first, second, share)
+            return moments_of_both(first, second, share)
         return super().join(first, second, share)
 
     @classmethod

@@ -321,7 +321,7 @@ def weighted_mean(
     }
 
 
-def joined_moments(
+def moments_of_both(
     first: dict[str, Tensor], second: dict[str, Tensor], share: Tensor
 ) -> dict[str, Tensor]:
     """Mean and biased variance of two sets of values together.

@@ -101,7 +101,7 @@ CASES = [
             d_steps=D_STEPS,
             accumulative_counts=COUNTS,
         ),
-        one_value='one value per channel',
+        one_value='more than one value per',
         # As if it had trained a while: the bounds are open.
         values=dict(num_forwards=lambda count: count + 3),
     )

@@ -126,7 +126,7 @@ CASES = [
             dict(latest=False),
         ),
         options=dict(eps=EPS, momentum=MOMENTUM, window=WINDOW),
-        one_value='one value per channel',
+        one_value='more than one value per',
         within=within,
         forgets=True,
         not_compiled='a compiled convolution hides its weight: plain BN',

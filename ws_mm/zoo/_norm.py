@@ -113,17 +113,6 @@ class Norm(nn.GroupNorm):
             scale, shift = scale * self.weight, shift * self.weight + self.bias
         return scale, shift
 
-    def check_batch(self, x: Tensor) -> None:
-        """Reject a batch of one value per channel."""
-        if x.numel() == self.num_features:
-            kind = type(self).__name__
-            raise ValueError(
-                f'{kind}({self.num_features}) normalizes by the variance of a '
-                'batch, and cannot train on one value per channel, got '
-                f'{tuple(x.shape)}. Use GN in this place: '
-                "norm_cfg=dict(type='GN', num_groups=...)"
-            )
-
     def extra_repr(self) -> str:
         """Constructor arguments."""
         names = ['eps', 'momentum', 'affine']

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_count, check_momentum, check_number
 from ..running_statistics import RunningStatistics, measured_moments
+from ._columns import check_values
 from ._norm import Norm, over_channels, per_channel
 
 
@@ -110,9 +111,9 @@ class BatchRenorm(RunningStatistics, Norm):
         """Normalize an input that has values."""
         if not self.training:
             centered = x - per_channel(self.running_mean.to(x.dtype), x)
-            std = self.running_std.to(x.dtype)
+            std = self.running_std.to(x.dtype, copy=True)
             return self.scaled(centered / per_channel(std, x))
-        self.check_batch(x)
+        check_values('BatchRenorm', x)
         moves = self.begin_forward(x)
         var, mean = torch.var_mean(x, over_channels(x), correction=0)
         std = (var + self.eps).sqrt()

@@ -1,22 +1,18 @@
 """Cross-Iteration Batch Normalization (arXiv 2002.05712)."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from .. import compat
-from ..arguments import check_count, check_momentum
+from ..arguments import check_count
 from ..functional import swap_channels
-from ..running_statistics import (
-    RunningStatistics,
-    measured_moments,
-    report_once,
-    values_per_channel,
-)
-from ._norm import Norm, over_channels, per_channel
+from ..running_statistics import report_once, values_per_channel
+from ._batch import BatchStatistics
+from ._norm import over_channels, per_channel
 
 # What may lie between a convolution and its norm: casts, copies, hooks.
 PASSED = ('ToCopyBackward0', 'CloneBackward0', 'BackwardHookFunctionBackward')
@@ -37,7 +33,7 @@ class Past(NamedTuple):
 
 
 @MODELS.register_module()
-class CrossIterationBN(RunningStatistics, Norm):
+class CrossIterationBN(BatchStatistics):
     """Batch norm by the statistics of the last iterations.
 
     Formula, with w the weight of the convolution before it, and a_s and b_s
@@ -88,9 +84,6 @@ class CrossIterationBN(RunningStatistics, Norm):
     Source: arXiv 2002.05712; github.com/Howal/Cross-iterationBatchNorm.
     """
 
-    statistics: ClassVar = {'running_mean': 0.0, 'running_var': 1.0}
-    running_mean: Tensor
-    running_var: Tensor
     num_forwards: Tensor
 
     def __init__(
@@ -106,12 +99,12 @@ class CrossIterationBN(RunningStatistics, Norm):
         dtype: torch.dtype | None = None,
         **unknown: Any,
     ) -> None:
-        check_momentum(momentum, 'norm_cfg')
         check_count('window', window, 1, 'norm_cfg')
         check_count('burn_in', burn_in, 0, 'norm_cfg')
-        super().__init__(num_features, eps, affine, unknown, device, dtype)
-        self.momentum, self.window, self.burn_in = momentum, window, burn_in
-        self.register_statistics(num_features, device, dtype)
+        super().__init__(
+            num_features, eps, momentum, affine, unknown, device, dtype
+        )
+        self.window, self.burn_in = window, burn_in
         count = torch.zeros((), dtype=torch.long, device=device)
         self.register_buffer('num_forwards', count)
         self.reset_parameters()
@@ -126,18 +119,12 @@ class CrossIterationBN(RunningStatistics, Norm):
         if 'num_forwards' in self._buffers:
             self.num_forwards.zero_()
 
-    @property
-    def estimating(self) -> bool:
-        """Return False: the running values serve evaluation alone."""
-        return False
-
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize an input that has values."""
-        if self.training:
-            self.check_batch(x)
-            mean, var = self._over_iterations(x)
-        else:
-            mean, var = self.running_mean.to(x), self.running_var.to(x)
+        if not self.training:
+            return self.batch_norm(x, self.weight, self.bias)
+        self.check_values(x, values_per_channel(x))
+        mean, var = self._over_iterations(x)
         std = (var + self.eps).sqrt()
         return self.scaled((x - per_channel(mean, x)) / per_channel(std, x))
 
@@ -184,14 +171,9 @@ class CrossIterationBN(RunningStatistics, Norm):
         super()._load_from_state_dict(*args)
         self._count = None
 
-    def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
-        """Mean and unbiased variance of a batch."""
-        return measured_moments(input, False, unbiased=True)[1]
-
     def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
         """Scale and shift of evaluation."""
-        std = (self.running_var.double() + self.eps).sqrt()
-        return *self.affine_after(self.running_mean, std), nn.Identity()
+        return self.fold(self.weight, self.bias)
 
 
 def averaged(

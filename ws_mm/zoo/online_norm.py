@@ -11,8 +11,8 @@ from ..arguments import check_choice, check_momentum, check_number
 from ..kernels.plain import moved
 from ..running_statistics import (
     RunningStatistics,
-    joined_moments,
     measured_moments,
+    moments_of_both,
 )
 from ._norm import Norm, per_channel
 
@@ -120,28 +120,14 @@ class OnlineNorm(RunningStatistics, Norm):
         limit = self.limit if self.guard == 'clamp' else torch.inf
         return z.clamp(-limit, limit)
 
-    # A compiler would take the accumulators for constants of the backward.
+    # No compiler promises to keep what a backward moves.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _controlled(self, x: Tensor) -> Tensor:
-        mean, std = self._stream(x.detach())
-        y: Tensor = _Controlled.apply(
-            x,
-            _of_images(mean, x),
-            _of_images(std, x),
-            self.control_scale,
-            self.control_shift,
-            self.control_momentum,
-        )
-        return y
-
-    @torch.no_grad()
-    def _stream(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and root for each image, before it moves the statistics."""
         moves = self.begin_forward(x)
+        values = x.detach().reshape(*x.shape[:2], -1)
+        var, mean = torch.var_mean(values, 2, correction=0)
         now = list(self.before_moving(moves)[:2])
         used = []
-        values = x.view(*x.shape[:2], 1) if x.dim() == 2 else x.flatten(2)
-        var, mean = torch.var_mean(values, 2, correction=0)
         for v, m in zip(var, mean, strict=True):
             used.append(torch.stack(now))
             between = (1 - self.momentum) * (m - now[0]).square()
@@ -150,7 +136,15 @@ class OnlineNorm(RunningStatistics, Norm):
             self.running_mean.copy_(now[0])
             self.running_var.copy_(now[1])
         means, variances = torch.stack(used, 1)
-        return means.to(x), (variances + self.eps).sqrt().to(x)
+        y: Tensor = _Controlled.apply(
+            x,
+            _of_images(means.to(x), x),
+            _of_images((variances + self.eps).sqrt().to(x), x),
+            self.control_scale,
+            self.control_shift,
+            self.control_momentum,
+        )
+        return y
 
     def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
         """Mean and biased variance of a batch."""
@@ -163,7 +157,7 @@ class OnlineNorm(RunningStatistics, Norm):
         share: Tensor,
     ) -> dict[str, Tensor]:
         """Moments of the values of both."""
-        return joined_moments(first, second, share)
+        return moments_of_both(first, second, share)
 
     def folded(self) -> tuple[Tensor, Tensor, nn.Module] | None:
         """Scale and shift of evaluation, and the clamp."""
