@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_momentum
 from ..running_statistics import RunningStatistics, measured_moments
-from ._norm import Norm
+from ._norm import Norm, per_channel
 
 
 class BatchStatistics(RunningStatistics, Norm):
@@ -71,9 +71,7 @@ class BatchStatistics(RunningStatistics, Norm):
         if weight is not None and bias is not None:
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         if not self.training:
-            # Copies: later calls may change the buffers before a backward.
-            mean = self.running_mean.to(x.dtype, copy=True)
-            var = self.running_var.to(x.dtype, copy=True)
+            mean, var = (values.flatten() for values in self.running(x))
             return F.batch_norm(x, mean, var, weight, bias, eps=self.eps)
         self.check_values(x, x.numel() // x.shape[1])
         # With momentum 1 it leaves the moments of the batch in these.
@@ -84,6 +82,15 @@ class BatchStatistics(RunningStatistics, Norm):
                 {'running_mean': mean, 'running_var': var}, self.momentum
             )
         return y
+
+    def running(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of the statistics, per channel of x.
+
+        Later calls may change the buffers before a backward.
+        """
+        mean = self.running_mean.to(x.dtype, copy=True)
+        var = self.running_var.to(x.dtype, copy=True)
+        return per_channel(mean, x), per_channel(var, x)
 
     def check_values(self, x: Tensor, count: int) -> None:
         """Reject statistics of a single value."""

@@ -61,7 +61,9 @@ class BatchGroupNorm(BatchStatistics):
     ) -> None:
         if num_groups is None:
             num_groups = largest_group_count(num_features, 32)
-        elif num_groups < 1 or num_features % num_groups:
+        elif num_groups not in range(1, num_features + 1) or (
+            num_features % num_groups
+        ):
             raise ValueError(
                 f'num_groups={num_groups} must divide the {num_features} '
                 'channels of BatchGroupNorm: other groups end within a map, '
@@ -83,7 +85,7 @@ class BatchGroupNorm(BatchStatistics):
 
     def rows(self, x: Tensor) -> Tensor:
         """View as (N, num_groups, values)."""
-        return x.reshape(len(x), self.num_groups, -1)
+        return x.reshape(x.shape[0], self.num_groups, -1)
 
     def normalize(self, x: Tensor) -> Tensor:
         """BN of the groups, affine of the channels."""

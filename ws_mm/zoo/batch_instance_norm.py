@@ -19,20 +19,20 @@ class BatchInstanceNorm(BatchStatistics):
     """Mix BN and IN of the input by a learned gate per channel.
 
     Formula:
-        gate = clamp(sqrt(10) * scaled_gate, 0, 1)
+        gate = clamp(1 + sqrt(10) * gate_offset, 0, 1)
         output = (gate * BN(input) + (1 - gate) * IN(input)) * weight + bias
 
     Convention: the official training loop clamps the gate after each step
         and trains it with 10 times the learning rate, without weight decay.
         Here the factor in the formula gives SGD, with momentum, the very
         same steps; those of Adam, which do not depend on the scale of a
-        gradient, are sqrt(10) times as large. The parameter is clamped in
-        place before each training forward; the clamp in the formula is
-        constant to autograd, so no gate gets stuck at a bound.
-        A weight decay of norms draws gates to 0, to IN:
-        paramwise_cfg=dict(norm_decay_mult=0) avoids it.
-    State: ``scaled_gate``, one entry per channel, 1 / sqrt(10) at the start,
-        which is BN; affine; ``running_mean``, ``running_var``.
+        gradient, are sqrt(10) times as large. Each training forward clamps
+        the parameter in place; the clamp in the formula is constant to
+        autograd, so no gate gets stuck at a bound. A weight decay of norms
+        draws gates to 1, to BN; paramwise_cfg=dict(norm_decay_mult=0)
+        switches it off, as the authors do.
+    State: ``gate_offset``, one entry per channel, 0 at the start, which is
+        BN; affine; ``running_mean``, ``running_var``.
 
     Args:
         num_features: channels of the input.
@@ -65,14 +65,14 @@ class BatchInstanceNorm(BatchStatistics):
         super().__init__(
             num_features, eps, momentum, affine, unknown, device, dtype
         )
-        values = torch.empty(num_features, device=device, dtype=dtype)
-        self.scaled_gate = nn.Parameter(values.fill_(1 / ROOT))
+        values = torch.zeros(num_features, device=device, dtype=dtype)
+        self.gate_offset = nn.Parameter(values)
 
     def reset_parameters(self) -> None:
         """Restore affine, statistics and gates of 1."""
         super().reset_parameters()
-        if 'scaled_gate' in self._parameters:
-            nn.init.constant_(self.scaled_gate, 1 / ROOT)
+        if 'gate_offset' in self._parameters:
+            nn.init.zeros_(self.gate_offset)
 
     def normalize(self, x: Tensor) -> Tensor:
         """Both normalizations in one step, around the mean of each map."""
@@ -89,16 +89,12 @@ class BatchInstanceNorm(BatchStatistics):
                     * (count / (count - 1)),
                 }
                 self.move_statistics(of_batch, self.momentum)
-                with torch.no_grad():
-                    self.scaled_gate.clamp_(0, 1 / ROOT)
+            if torch.is_grad_enabled():  # what only measures changes nothing
+                # Not as a new version: a graph of before may keep it.
+                self.gate_offset.data.clamp_(-1 / ROOT, 0)
         else:
-            mean, var = (
-                per_channel(v.to(x.dtype, copy=True), x)
-                for v in (self.running_mean, self.running_var)
-            )
-        # No product keeps the parameter for its backward: a second forward
-        # may clamp it before.
-        gate = self.scaled_gate.to(x.dtype) * ROOT
+            mean, var = self.running(x)
+        gate = 1 + self.gate_offset.to(x.dtype) * ROOT
         gate = gate + (gate.clamp(0, 1) - gate).detach()
         gate = per_channel(gate, x)
         of_batch_scale = gate * torch.rsqrt(var + self.eps)

@@ -47,6 +47,8 @@ class BNET(BatchStatistics):
     Source: arXiv 2011.14150; yuhuixu1993/BNET.
     """
 
+    around: nn.Parameter
+
     def __init__(
         self,
         num_features: int,
@@ -62,7 +64,8 @@ class BNET(BatchStatistics):
         super().__init__(
             num_features, eps, momentum, affine, unknown, device, dtype
         )
-        if kernel_size not in range(1, 100, 2):
+        is_odd = isinstance(kernel_size, int) and kernel_size % 2 == 1
+        if not is_odd or kernel_size < 1:
             raise ValueError(
                 f'kernel_size={kernel_size!r} must be an odd number of at '
                 'least 1 (norm_cfg=dict(kernel_size=...))'

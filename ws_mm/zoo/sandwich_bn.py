@@ -46,6 +46,9 @@ class SandwichBN(BatchStatistics):
     Source: arXiv 2102.11382; VITA-Group/Sandwich-Batch-Normalization.
     """
 
+    condition_weight: nn.Parameter
+    condition_bias: nn.Parameter
+
     def __init__(
         self,
         num_features: int,

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from ..kernels.plain import at_least_float32
 from ._batch import BatchStatistics, instance_moments, joined_moments
-from ._norm import per_channel
 
 
 @MODELS.register_module()
@@ -49,6 +48,9 @@ class SwitchableNorm(BatchStatistics):
 
     Source: arXiv 1806.10779; switchablenorms/Switchable-Normalization.
     """
+
+    mean_weight: nn.Parameter
+    var_weight: nn.Parameter
 
     def __init__(
         self,
@@ -91,11 +93,7 @@ class SwitchableNorm(BatchStatistics):
                     {'running_mean': mean, 'running_var': var}, self.momentum
                 )
         else:
-            mean, var = (
-                per_channel(v.to(x.dtype, copy=True), x)
-                for v in (self.running_mean, self.running_var)
-            )
-            moments.append((mean, var))
+            moments.append(self.running(x))
         p = self.mean_weight.to(x.dtype).softmax(0)
         q = self.var_weight.to(x.dtype).softmax(0)
         mean = p[0] * moments[0][0] + p[1] * moments[1][0]
