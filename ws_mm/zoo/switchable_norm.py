@@ -88,10 +88,11 @@ class SwitchableNorm(BatchStatistics):
             self.check_values(x, x.numel())
             moments.append(joined_moments(*of_maps, 0))
             if moves:
-                mean, var = (v.detach().flatten() for v in moments[2])
-                self.move_statistics(
-                    {'running_mean': mean, 'running_var': var}, self.momentum
-                )
+                of_batch = {
+                    'running_mean': moments[2][0].detach().flatten(),
+                    'running_var': moments[2][1].detach().flatten(),
+                }
+                self.move_statistics(of_batch, self.momentum)
         else:
             moments.append(self.running(x))
         p = self.mean_weight.to(x.dtype).softmax(0)
