@@ -3,17 +3,30 @@
 Registered as ``ws_mm.<Name>``; docs/zoo.md compares them.
 """
 
+from .batch_group_norm import BatchGroupNorm
+from .batch_instance_norm import BatchInstanceNorm
+from .bnet import BNET
 from .centered_conv import CenteredConv2d
 from .iter_norm import IterNorm
 from .mabn import MABN
 from .output_bn import OutputBN, with_output_bn
+from .positional_norm import PositionalNorm
+from .sandwich_bn import SandwichBN, set_condition
 from .stochastic_whitening_bn import StochasticWhiteningBN
+from .switchable_norm import SwitchableNorm
 
 __all__ = [
+    'BNET',
     'MABN',
+    'BatchGroupNorm',
+    'BatchInstanceNorm',
     'CenteredConv2d',
     'IterNorm',
     'OutputBN',
+    'PositionalNorm',
+    'SandwichBN',
     'StochasticWhiteningBN',
+    'SwitchableNorm',
+    'set_condition',
     'with_output_bn',
 ]
