@@ -7,6 +7,13 @@ WS = {'type': 'ws_mm.WSConv2d'}
 GN = {'type': 'GN', 'num_groups': GROUPS}
 # Said here, so that a record means the same whatever the layer's default.
 BCN = {'type': 'ws_mm.BCN', 'num_groups': GROUPS, 'momentum': 0.01}
+# A fiftieth of the published schedule, as the trainings are shorter.
+RENORM = {
+    'type': 'ws_mm.BatchRenorm',
+    'warmup': 100,
+    'r_steps': 800,
+    'd_steps': 500,
+}
 Parts = tuple[dict[str, Any] | None, dict[str, Any]]
 
 # name: (conv_cfg, norm_cfg)
@@ -26,7 +33,7 @@ NORMS: dict[str, Parts] = {
     # ws_mm/zoo; filters stand before a GN, unless they belong to a norm.
     'MABN': ({'type': 'ws_mm.CenteredConv2d'}, {'type': 'ws_mm.MABN'}),
     'Cross-Iteration BN': (None, {'type': 'ws_mm.CrossIterationBN'}),
-    'Batch Renorm': (None, {'type': 'ws_mm.BatchRenorm'}),
+    'Batch Renorm': (None, RENORM),
     'Online Norm': (None, {'type': 'ws_mm.OnlineNorm'}),
     'mean-only BN': (
         {'type': 'ws_mm.WNConv2d'},
