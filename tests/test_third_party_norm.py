@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ws_mm
 from ws_mm import hooks
+from ws_mm.config_layers import has_same_weights
 from ws_mm.running_statistics import RunningStatistics
 from ws_mm.shapes import build_without_memory
 from ws_mm.symbolic import recorded
@@ -307,6 +308,32 @@ def test_one_row_puts_it_into_the_benchmark(monkeypatch):
 @MODELS.register_module()
 class Halved(ws_mm.WSConv2d):
     """A convolution that the package does not know."""
+
+
+@MODELS.register_module()
+class Centered(ws_mm.WSConv2d):
+    """One with another formula, to which other filters belong."""
+
+    def standardized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return weight.to(dtype or weight.dtype)
+
+
+def test_pretrained_filters_belong_to_one_formula():
+    pytest.importorskip('mmcv.cnn')
+    kinds = (
+        dict(type='Conv2d'),
+        dict(type='ConvWS'),
+        dict(type='Halved'),
+        dict(type='Centered'),
+    )
+    same = [[has_same_weights(a, b, 'mmengine') for b in kinds] for a in kinds]
+    assert same == [
+        [True, False, False, False],
+        [False, True, True, False],
+        [False, True, True, False],
+        [False, False, False, True],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -44,11 +44,11 @@ class _WeightStandardized(nn.modules.conv._ConvNd):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Join the signatures of the torch base and of this class."""
         super().__init_subclass__(**kwargs)
-        if cls.__init__ is not _WeightStandardized.__init__:
+        own = inspect.signature(cls.__init__).parameters
+        if all(p.kind is not p.VAR_POSITIONAL for p in own.values()):
             cls.__signature__ = None  # its own, not that of its base
             return
         torch_base = next(b for b in cls.__mro__ if b.__module__ == TORCH)
-        own = inspect.signature(_WeightStandardized.__init__).parameters
         cls.__signature__ = inspect.Signature(
             [
                 *inspect.signature(torch_base).parameters.values(),
@@ -66,7 +66,7 @@ class _WeightStandardized(nn.modules.conv._ConvNd):
         kind = type(self).__name__
         legal = {*inspect.signature(super().__init__).parameters}
         unknown = {key: kwargs[key] for key in kwargs if key not in legal}
-        legal |= {'eps', 'eps_mode'}
+        legal = {*inspect.signature(type(self)).parameters}
         reject_unknown(kind, 'conv_cfg', unknown, legal)
         check_eps(eps, 'conv_cfg')
         check_choice('eps_mode', eps_mode, EPS_MODES, 'conv_cfg')

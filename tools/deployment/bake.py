@@ -111,17 +111,19 @@ def _is_own(node: Any) -> bool:
     name = _name(node)
     if '.' in name:
         return name.split('.')[0] == 'ws_mm'
-    return isinstance(vars(ws_mm).get(name), type)
+    return isinstance({**vars(ws_mm.zoo), **vars(ws_mm)}.get(name), type)
 
 
 def _plain_conv(node: dict) -> dict[str, str] | None:
     """The host's layer for a standardized one, None for other types."""
+    import ws_mm
     from ws_mm.replacement import WS_TO_PLAIN
 
     short = _name(node).rpartition('.')[2]
-    for standardized, plain in WS_TO_PLAIN.items():
-        if standardized.__name__ == short:
-            return dict(type=plain.__name__)
+    kind = {**vars(ws_mm.zoo), **vars(ws_mm)}.get(short)
+    for base in getattr(kind, '__mro__', ()):
+        if base in WS_TO_PLAIN:
+            return dict(type=WS_TO_PLAIN[base].__name__)
     return None
 
 
