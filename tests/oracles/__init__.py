@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 State = dict[str, Tensor]
 
@@ -30,8 +30,12 @@ class Case:
         one_value: words of the error for one image of one pixel in
             training; '' if that runs.
         activates: whether it takes the place of the activation, too.
-        buffers: initial values of buffers that a random one would break, as
-            functions of the buffer.
+        values: values of parameters and buffers that random ones would
+            break, by name, as functions of what was built.
+        within: puts the layer into a network that it needs around it.
+        refuses: numbers of dimensions of space, of 0, 1 and 3, that raise.
+        keeps: why baking cannot fold it, although it keeps statistics.
+        forgets: whether a loaded state dict begins its memory anew.
         not_compiled: why ``torch.compile`` cannot take it whole.
         channels: a number that fits it.
     """
@@ -43,9 +47,13 @@ class Case:
     is_conv: bool = False
     one_value: str = ''
     activates: bool = False
-    buffers: Mapping[str, Callable[[Tensor], Tensor]] = field(
+    values: Mapping[str, Callable[[Tensor], Tensor]] = field(
         default_factory=dict
     )
+    within: Callable[[nn.Module], nn.Module] = lambda layer: layer
+    refuses: tuple[int, ...] = ()
+    keeps: str = ''
+    forgets: bool = False
     not_compiled: str = ''
     channels: int = 6
 

@@ -84,7 +84,8 @@ model = dict(
     train_cfg=dict(
         rpn=dict(
             assigner=assigner,
-            sampler=sampler,
+            # Boxes of the truth are no anchors: indices would run over.
+            sampler=dict(sampler, add_gt_as_proposals=False),
             pos_weight=-1,
             allowed_border=-1,
         ),
