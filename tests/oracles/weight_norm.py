@@ -41,17 +41,19 @@ def mean_only(
     detached: bool = False,
     running: bool = False,
     per_image: bool = False,
+    unscaled: bool = False,
     momentum: float = MOMENTUM,
 ) -> tuple[Tensor, State]:
     """Each channel without its mean.
 
     Args:
         x: (N, C, H, W).
-        state: ``bias``, ``running_mean``.
+        state: ``weight``, ``bias``, ``running_mean``.
         training: whether the mean is that of the batch.
         detached: True is wrong (no gradient through the mean).
         running: True is wrong (training with running_mean).
         per_image: True is wrong (a mean for each image).
+        unscaled: True is wrong.
         momentum: another one is wrong.
     """
     channels, means = [], []
@@ -65,7 +67,8 @@ def mean_only(
             mean = mean.detach()
         if not training or running:
             mean = state['running_mean'][number]
-        channels.append(values - mean + state['bias'][number])
+        scale = 1 if unscaled else state['weight'][number]
+        channels.append(scale * (values - mean) + state['bias'][number])
     after = state['running_mean']
     if training:
         after = after + momentum * (torch.stack(means) - after)
@@ -86,6 +89,7 @@ CASES = [
             dict(detached=True),
             dict(running=True),
             dict(per_image=True),
+            dict(unscaled=True),
             dict(momentum=1 - MOMENTUM),
         ),
         one_value='one value per channel',

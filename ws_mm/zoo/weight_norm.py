@@ -89,21 +89,21 @@ class MeanOnlyBN(RunningStatistics, Norm):
     """Batch normalization of the mean alone, for :class:`WNConv2d`.
 
     Formula, for each channel:
-        output = input - mean(input) + bias
+        output = weight * (input - mean(input)) + bias
     with the mean over batch and space in training, running_mean in
     evaluation.
 
     Convention: the mean is that of one process. The gradient flows through
-        it. There is no scale, since ``WNConv2d`` has one, so the host's
-        ``zero_init_residual`` does nothing here. The mean of one image is a
-        mean over its pixels alone.
-    State: ``bias``; buffer ``running_mean``. ``weight`` is None.
+        it. The authors have no scale but the gain of the filters. This one
+        is for the host's ``zero_init_residual``: nothing else keeps the sums
+        of residual blocks from growing from block to block.
+    State: ``weight``, ``bias``; buffer ``running_mean``.
 
     Args:
         num_features: channels of the input.
         eps: not used; the host passes one to every norm.
         momentum: share of the newest batch in running_mean, in (0, 1].
-        affine: whether the shift is learned.
+        affine: whether scale and shift are learned.
         device: device of parameters and buffers.
         dtype: dtype of the parameters.
         **unknown: none; a misspelt argument is rejected by name.
@@ -133,19 +133,12 @@ class MeanOnlyBN(RunningStatistics, Norm):
         super().__init__(num_features, eps, affine, unknown, device, dtype)
         check_momentum(momentum, 'norm_cfg')
         self.momentum = momentum
-        self.register_parameter('weight', None)
         self.register_statistics(num_features, device, dtype)
 
     @property
     def estimating(self) -> bool:
         """False: the running mean serves evaluation only."""
         return False
-
-    def reset_parameters(self) -> None:
-        """Set shift and running mean to 0."""
-        super().reset_parameters()
-        if getattr(self, 'bias', None) is not None:
-            nn.init.zeros_(self.bias)
 
     def normalize(self, x: Tensor) -> Tensor:
         """Subtract the mean of the batch, or the running one."""
@@ -163,9 +156,7 @@ class MeanOnlyBN(RunningStatistics, Norm):
                 self.move_statistics(
                     {'running_mean': mean.detach()}, self.momentum
                 )
-        if self.bias is not None:
-            mean = mean - self.bias.to(x.dtype)
-        return x - per_channel(mean, x)
+        return self.scaled(x - per_channel(mean, x))
 
     def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
         """The mean of each channel."""
@@ -173,8 +164,10 @@ class MeanOnlyBN(RunningStatistics, Norm):
         return {'running_mean': x.mean(over_channels(x))}
 
     def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
-        """Evaluation adds a constant to each channel."""
+        """Evaluation is affine."""
         shift = -self.running_mean.double()
-        if self.bias is not None:
-            shift = shift + self.bias
-        return torch.ones_like(shift), shift, nn.Identity()
+        scale = torch.ones_like(shift)
+        if self.affine:
+            scale = scale * self.weight
+            shift = shift * scale + self.bias
+        return scale, shift, nn.Identity()
