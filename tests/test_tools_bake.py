@@ -263,6 +263,15 @@ def test_a_base_of_ws_mm_leaves_no_scope(tmp_path):
 
 
 @pytest.mark.usefixtures('tools')
+@pytest.mark.parametrize('name', ['ws_mm.CenteredConv2d', 'CenteredConv2d'])
+def test_other_filters_are_plain_once_baked(name, tmp_path):
+    config, _ = write(tmp_path, SEG.replace('ws_mm.WSConv2d', name))
+    cfg = load('bake').stock_config(Config.fromfile(config))
+    assert cfg.model.backbone.conv_cfg is None
+    assert 'Centered' not in cfg.pretty_text
+
+
+@pytest.mark.usefixtures('tools')
 def test_another_layer_of_the_host_is_named(tmp_path):
     config, _ = write(tmp_path, SEG.replace(BCN, GN))
     bake, models = load('bake'), load('models')

@@ -167,7 +167,11 @@ class RunningStatistics(nn.Module):
             old.copy_(new[number])
 
     def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
-        """The statistics of one batch, in the shapes of the buffers."""
+        """The statistics of one batch, in the shapes of the buffers.
+
+        Without those that its values do not determine, such as a count:
+        :func:`~ws_mm.update_estimates` leaves them alone.
+        """
         raise NotImplementedError(
             f'{type(self).__name__} does not define batch_statistics'
         )

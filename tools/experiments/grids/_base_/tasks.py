@@ -19,5 +19,13 @@ tasks = dict(
         half, config=folder + 'nuclei_masks_standardized.py'
     ),
     cifar_resnet8=dict(classes, config=folder + 'cifar_resnet8.py', lr=0.1),
+    cifar_resnet8_short=dict(
+        classes,
+        images=10000,
+        validations=1,
+        config=folder + 'cifar_resnet8_short.py',
+        lr=0.1,
+    ),
+    nuclei_masks_short=dict(half, config=folder + 'nuclei_masks_short.py'),
     cifar_vgg6=dict(classes, config=folder + 'cifar_vgg6.py', lr=0.05),
 )
