@@ -183,6 +183,7 @@ class WSModulatedDeformConv2dPack(WSModulatedDeformConv2d, nn.Conv2d):
     """
 
     plain_name = 'ModulatedDeformConv2dPack'
+    host_type = 'DCNv2'  # in a config that needs no ws_mm
 
     def _add_offsets(self) -> None:
         entries = self.kernel_size[0] * self.kernel_size[1]
