@@ -99,6 +99,8 @@ def config_of(case: Case, text: str, folder: Path) -> Path:
     """Write a tiny config with the layer wherever one may stand."""
     cfg = Config.fromfile(write_config(folder, text))
     model = cfg.model
+    # As in the configs of the hosts; a norm may keep the scale of pixels.
+    model.data_preprocessor.update(mean=[127.0] * 3, std=[64.0] * 3)
     if text == DET:
         for part in (model.neck, model.roi_head.mask_head):
             part.norm_cfg = None

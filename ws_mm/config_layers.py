@@ -186,7 +186,9 @@ def has_same_weights(old: Cfg | None, new: Cfg, scope: str) -> bool:
     with contextlib.suppress(TypeError, ValueError):
         was = map_layer(dict(type=(old or {}).get('type')), scope)
     if isinstance(layer, CONVS):
-        return _formula(was) is _formula(layer)
+        formula = _formula(was)
+        keeps = formula is None and getattr(layer, 'keeps_plain', False)
+        return keeps or formula is _formula(layer)
     return all(
         one is not None
         and 'running_var' in one.state_dict()

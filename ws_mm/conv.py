@@ -38,6 +38,8 @@ class _WeightStandardized(nn.modules.conv._ConvNd):
 
     _version = STANDARDIZED
     _loading = False
+    # Whether plain filters that are loaded compute here what they did.
+    keeps_plain = False
     # torch's skip_init looks for a device among the arguments.
     __signature__: inspect.Signature | None
 
@@ -140,7 +142,13 @@ class _WeightStandardized(nn.modules.conv._ConvNd):
         self, state_dict: Any, prefix: str, metadata: Any, *args: Any
     ) -> None:
         version = metadata.get('version') or 1
-        if f'{prefix}weight' in state_dict and version < STANDARDIZED:
+        # What no plain convolution has: these filters are of such a layer.
+        own = {*self._parameters, *self._buffers} - {'weight', 'bias'}
+        if (
+            f'{prefix}weight' in state_dict
+            and version < STANDARDIZED
+            and not any(f'{prefix}{name}' in state_dict for name in own)
+        ):
             _report_unknown_filters(prefix[:-1], args[-1])
         # load_state_dict(assign=True) may assign any values.
         self._loading = True

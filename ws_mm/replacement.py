@@ -180,8 +180,8 @@ def standardize(
 
 def plain_type(conv: Any) -> type:
     """The class that a WS convolution had, or is the namesake of."""
-    kept = vars(conv).get('plain_type')
-    return kept or WS_TO_PLAIN[_own_base(conv)]  # type: ignore[index]
+    declared = getattr(conv, 'plain_type', None)
+    return declared or WS_TO_PLAIN[_own_base(conv)]  # type: ignore[index]
 
 
 def rows_of(conv: Any, weight: Tensor) -> Tensor:
@@ -193,12 +193,16 @@ def is_ours(conv: nn.Module) -> bool:
     """Return whether a convolution is one of ws_mm.
 
     Subclasses are, if ``standardized_weight`` of the parameter ``weight`` is
-    all that they change.
+    all that they change, or if they declare the ``plain_type`` that computes
+    the rest.
     """
     base: Any = _own_base(conv)
     return type(conv) is base or (
         base is not None
-        and type(conv).forward is base.forward
+        and (
+            type(conv).forward is base.forward
+            or hasattr(type(conv), 'plain_type')
+        )
         and 'weight' in conv._parameters
     )
 
