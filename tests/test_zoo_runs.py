@@ -23,6 +23,7 @@ pytest.importorskip('mmdet.models', exc_type=ImportError)
 pytest.importorskip('mmseg.models', exc_type=ImportError)
 
 from host_parts import resnet
+from in_process import tools  # noqa: F401
 from mmcv.cnn import build_norm_layer
 from tiny_runs import DET, SEG, write_config, write_data
 

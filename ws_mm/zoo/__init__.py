@@ -23,15 +23,15 @@ from .switchable_norm import SwitchableNorm
 from .weight_norm import MeanOnlyBN, WNConv2d
 
 __all__ = [
-    'AdaptiveWSConv2d',
     'BNET',
+    'MABN',
+    'AdaptiveWSConv2d',
     'BatchGroupNorm',
     'BatchInstanceNorm',
     'BatchRenorm',
     'CenteredConv2d',
     'CrossIterationBN',
     'IterNorm',
-    'MABN',
     'MeanOnlyBN',
     'OnlineNorm',
     'OutputBN',
