@@ -22,8 +22,6 @@ from experiments.grid import load
 from experiments.norms import parts_of
 from mmcv.cnn import build_conv_layer, build_norm_layer
 
-from ws_mm.zoo import merge_activations
-
 GRID = Path(__file__).resolve().parents[1] / 'experiments/grids/zoo.py'
 SHAPES = {
     'layer1 1x64x200x336': (1, 64, 200, 336),
@@ -35,15 +33,13 @@ SHAPES = {
 def block(norm: str, channels: int) -> nn.Module:
     """A convolution, its norm and its activation."""
     conv_cfg, norm_cfg = parts_of(norm)
-    model = nn.Sequential(
+    return nn.Sequential(
         build_conv_layer(
             conv_cfg, channels, channels, 3, padding=1, bias=False
         ),
         build_norm_layer(norm_cfg, channels)[1],
         nn.ReLU(),
     )
-    merge_activations(model)
-    return model
 
 
 def time_blocks(shape: tuple[int, ...], rounds: int, device: str) -> list[Row]:

@@ -14,6 +14,7 @@ RENORM = {
     'r_steps': 800,
     'd_steps': 500,
 }
+OWN_ACT = {'replaces_act': True}  # of the ReLU after them
 Parts = tuple[dict[str, Any] | None, dict[str, Any]]
 
 # name: (conv_cfg, norm_cfg)
@@ -45,9 +46,9 @@ NORMS: dict[str, Parts] = {
     'Positional Norm': (None, {'type': 'ws_mm.PositionalNorm'}),
     'Sandwich BN': (None, {'type': 'ws_mm.SandwichBN'}),
     'BNET': (None, {'type': 'ws_mm.BNET'}),
-    'FRN': (None, {'type': 'ws_mm.FRN'}),
-    'EvoNorm-B0': (None, {'type': 'ws_mm.EvoNormB0'}),
-    'EvoNorm-S0': (None, {'type': 'ws_mm.EvoNormS0'}),
+    'FRN': (None, {'type': 'ws_mm.FRN', **OWN_ACT}),
+    'EvoNorm-B0': (None, {'type': 'ws_mm.EvoNormB0', **OWN_ACT}),
+    'EvoNorm-S0': (None, {'type': 'ws_mm.EvoNormS0', **OWN_ACT}),
     'GroupNorm1': (None, {'type': 'ws_mm.GroupNorm1'}),
     'IterNorm': (None, {'type': 'ws_mm.IterNorm'}),
     'SWBN': (None, {'type': 'ws_mm.StochasticWhiteningBN'}),
