@@ -271,6 +271,12 @@ def is_forward_ad() -> bool:
     return getattr(torch.autograd.forward_ad, '_current_level', -1) >= 0
 
 
+def own_requires_grad(x: torch.Tensor) -> bool:
+    """Whether an object of a subclass requires grad, past its overrides."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return bool(x.requires_grad)
+
+
 def is_backward() -> bool:
     """Return whether this runs inside a backward, as recomputations do.
 
