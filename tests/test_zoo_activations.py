@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ws_mm
 from ws_mm import zoo
+from ws_mm.compat import COMPILES_SUBCLASSES
 
 EXACT = 1e-10
 CASES = [case for case in oracles.cases() if case.activates]
@@ -234,8 +235,9 @@ class Broken(Block):
 @pytest.mark.parametrize('kind', [Block, Broken])
 def test_compiled(case, kind):
     block, by_hand = blocks(case, kind=kind)
+    whole = kind is Block and COMPILES_SUBCLASSES
     compiled = torch.compile(
-        lambda x: block(x), backend='aot_eager', fullgraph=kind is Block
+        lambda x: block(x), backend='aot_eager', fullgraph=whole
     )
     for number in range(2):
         x = image(number)
@@ -249,11 +251,13 @@ def test_exported(case):
     block.eval().requires_grad_(False)
     by_hand.eval()
     x = image().detach()
-    program = torch.export.export(block, (x,), strict=True).module()
-    assert relative_error(program(x), by_hand(x)) <= EXACT
     traced = torch.jit.trace(block, x)
     other = torch.cat([x, x + 1])
     assert relative_error(traced(other), by_hand(other)) <= EXACT
+    if not COMPILES_SUBCLASSES:
+        return
+    program = torch.export.export(block, (x,), strict=True).module()
+    assert relative_error(program(x), by_hand(x)) <= EXACT
     with pytest.raises(TypeError, match='strict=True'):
         torch.export.export(block, (x,), strict=False)
 

@@ -39,8 +39,9 @@ class ActivatingNorm(Norm):
         as the sum with the shortcut of a block, whose ReLU stays one.
     Checkpointed: a reentrant checkpoint that ends between the layer and its
         activation would lose gradients, and is an error.
-    Compiled: ``torch.compile`` takes it whole. With ``replaces_act``
-        ``torch.export.export`` needs ``strict=True``.
+    Compiled: with ``replaces_act``, ``torch.compile`` takes it whole since
+        torch 2.10, and in parts before; ``torch.export.export`` needs torch
+        2.10 and ``strict=True``.
 
     Args:
         num_features: channels of the input.
@@ -87,7 +88,7 @@ class ActivatingNorm(Norm):
         output = super().forward(input)
         if not self.replaces_act or not input.numel():
             return output
-        return _Pending.of(self, input, output)
+        return _pending(self, input, output)
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize, and activate unless a ReLU does."""
@@ -123,24 +124,6 @@ class _Pending(Tensor):
     changed: bool
 
     @classmethod
-    def of(
-        cls, layer: ActivatingNorm, input: Tensor, plain: Tensor
-    ) -> '_Pending':
-        """Make that of one forward."""
-        if type(plain) is not Tensor:
-            raise TypeError(
-                f'{type(layer).__name__} with replaces_act=True cannot '
-                f'run on a {type(plain).__name__}. For torch.export.export, '
-                'set strict=True'
-            )
-        pending = plain.as_subclass(cls)
-        pending.layer, pending.plain, pending.changed = layer, plain, False
-        # A view, so that ws_mm.check sees the layer read the convolution,
-        # not the activation.
-        pending.input = input.view_as(input)
-        return pending
-
-    @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
@@ -154,6 +137,20 @@ class _Pending(Tensor):
         if is_pending and func in IN_PLACE:
             first.changed = True
         return output
+
+
+def _pending(layer: ActivatingNorm, input: Tensor, plain: Tensor) -> Tensor:
+    if plain.__class__ is not Tensor:
+        raise TypeError(
+            f'{type(layer).__name__} with replaces_act=True cannot run on a '
+            f'{type(plain).__name__}. For torch.export.export, set strict=True'
+        )
+    pending = compat.as_subclass(plain, _Pending)
+    pending.layer, pending.plain, pending.changed = layer, plain, False
+    # A view, so that ws_mm.check sees the layer read the convolution, not
+    # the activation.
+    pending.input = input.view_as(input)
+    return pending
 
 
 def _plain(value: Any) -> Any:
