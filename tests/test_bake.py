@@ -135,3 +135,42 @@ def test_foreign_ws_is_seen_and_not_baked():
     assert 'ConvWS2d' in check(model).mistakes[0]
     with pytest.raises(ValueError, match="0: only.*type='ws_mm.WSConv2d'"):
         bake(model)
+
+
+class Gained(WSConv2d):
+    """Changes the weight alone, by what it keeps."""
+
+    def __init__(self, *args, gain: float = 2.0, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.gains = nn.Parameter(torch.full((self.out_channels,), gain))
+        self.register_buffer('offset', torch.full((1,), 0.5))
+
+    def standardized_weight(self, dtype=None):
+        weight = super().standardized_weight(dtype)
+        return weight * self.gains.view(-1, 1, 1, 1) + self.offset
+
+
+class Shifted(Gained):
+    """Changes the output, too."""
+
+    def forward(self, input):
+        return super().forward(input) + 1
+
+
+@pytest.mark.parametrize('fold', [False, True])
+def test_a_subclass_with_another_weight_is_baked(fold):
+    net = randomize(Net(Gained, lambda c: BCN(c, 4))).eval()
+    x = image()
+    baked = bake(net, x, fold_estimates=fold)
+    kinds = {type(m) for m in baked.modules() if isinstance(m, nn.Conv2d)}
+    assert kinds == {nn.Conv2d}
+    assert baked.conv1.state_dict().keys() <= {'weight', 'bias'}
+    assert relative_error(baked(x), net(x)) <= 2e-6
+
+
+def test_a_subclass_with_another_output_is_not_baked():
+    with pytest.raises(ValueError, match='only the convolutions of ws_mm'):
+        bake(Shifted(3, 8, 1))
+    weight = nn.utils.parametrizations.weight_norm(Gained(3, 8, 1))
+    with pytest.raises(ValueError, match='only the convolutions of ws_mm'):
+        bake(weight)

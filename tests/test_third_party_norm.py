@@ -1,65 +1,55 @@
 """A norm defined here gets all that ws_mm does for its own, unchanged.
 
-:class:`RunningRMS` declares what it keeps and how it measures and folds it;
-nothing in ws_mm names it.
+The page for those who add a norm, docs/add_a_norm.md, holds it; nothing in
+ws_mm names it.
 """
 
 import copy
+import re
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from comparison import TOLERANCE, disagreements
+from experiments import norms
 from mmengine.registry import HOOKS, MODELS
+from test_zoo import EXACT, WRONG, compare
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import ws_mm
 from ws_mm import hooks
+from ws_mm.config_layers import has_same_weights
 from ws_mm.running_statistics import RunningStatistics
 from ws_mm.shapes import build_without_memory
-from ws_mm.symbolic import recorded
 
+ROOT = Path(__file__).resolve().parents[1]
 CHANNELS = 6
 MOMENTUM = 0.3
 WIDE = TOLERANCE[torch.float64]
 
 
-@MODELS.register_module()
-class RunningRMS(RunningStatistics):
-    """Divides each channel by its running root mean square."""
-
-    statistics: ClassVar = {'running_square': 1.0}
-
-    def __init__(
-        self, num_features: int, momentum: float = 0.1, eps: float = 1e-5
-    ) -> None:
-        super().__init__()
-        self.num_features, self.momentum = num_features, momentum
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.register_statistics(num_features)
-
-    @recorded
-    def forward(self, input: Tensor) -> Tensor:
-        if self.begin_forward(input):
-            self.move_statistics(self.batch_statistics(input), self.momentum)
-        scale = self.folded()[0].to(input.dtype)
-        return input * scale.view(-1, *[1] * (input.dim() - 2))
-
-    def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
-        square = input.detach().double().square()
-        return dict(running_square=square.mean((0, *range(2, input.dim()))))
-
-    def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
-        scale = self.weight / (self.running_square.double() + self.eps).sqrt()
-        return scale, torch.zeros_like(scale), nn.Identity()
+def of_the_page() -> dict[str, Any]:
+    """The blocks of docs/add_a_norm.md: a module, its oracle, its rows."""
+    page = (ROOT / 'docs/add_a_norm.md').read_text()
+    norm, oracle, rows = re.findall(
+        r'^```python\n(.*?)^```', page, re.M | re.S
+    )
+    # Pickle finds the class in this module.
+    names: dict[str, Any] = {'__name__': __name__, 'WS': norms.WS}
+    exec(norm + oracle, names)
+    return names | {'rows': eval(f'{{{rows}}}', names)}
 
 
-def layer() -> RunningRMS:
-    return RunningRMS(CHANNELS, MOMENTUM).double()
+PAGE = of_the_page()
+RunningRMS: Any = PAGE['RunningRMS']
+
+
+def layer() -> Any:
+    return RunningRMS(CHANNELS, momentum=MOMENTUM).double()
 
 
 def images(number: int, seed: int = 0) -> Tensor:
@@ -296,7 +286,8 @@ def test_one_row_puts_it_into_the_benchmark(monkeypatch):
     layers = pytest.importorskip('benchmark.layers')
     from benchmark import implementations
 
-    monkeypatch.setitem(implementations.NORMS, 'RunningRMS', RunningRMS)
+    row = PAGE['rows']['RunningRMS']
+    monkeypatch.setitem(implementations.NORMS, 'RunningRMS', row)
     rows = layers.time_norms((2, 32, 4, 4), 1, 'cpu')
     (row,) = (row for row in rows if row['contender'] == 'RunningRMS')
     assert row['ms'] > 0
@@ -304,9 +295,52 @@ def test_one_row_puts_it_into_the_benchmark(monkeypatch):
     assert row['saved_bytes'] > 0
 
 
+def test_one_row_puts_it_into_the_experiments(monkeypatch):
+    name = 'RunningRMS+WS'
+    monkeypatch.setitem(norms.NORMS, name, PAGE['rows'][name])
+    cfg: dict[str, Any] = dict(backbone=dict(norm_cfg=dict(type='BN')))
+    assert norms.apply(cfg, name, momentum=0.02) == 1
+    layer = MODELS.build(cfg['backbone']['norm_cfg'] | dict(num_features=8))
+    assert isinstance(layer, RunningRMS)
+    assert layer.momentum == 0.02
+
+
+def test_oracle_of_the_page():
+    (case,) = PAGE['CASES']
+    assert max(compare(case).values()) <= EXACT
+    for wrong in case.wrong:
+        assert max(compare(case, **wrong).values()) > WRONG
+
+
 @MODELS.register_module()
 class Halved(ws_mm.WSConv2d):
     """A convolution that the package does not know."""
+
+
+@MODELS.register_module()
+class Centered(ws_mm.WSConv2d):
+    """One with another formula, to which other filters belong."""
+
+    def standardized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return weight.to(dtype or weight.dtype)
+
+
+def test_pretrained_filters_belong_to_one_formula():
+    pytest.importorskip('mmcv.cnn')
+    kinds = (
+        dict(type='Conv2d'),
+        dict(type='ConvWS'),
+        dict(type='Halved'),
+        dict(type='Centered'),
+    )
+    same = [[has_same_weights(a, b, 'mmengine') for b in kinds] for a in kinds]
+    assert same == [
+        [True, False, False, False],
+        [False, True, True, False],
+        [False, True, True, False],
+        [False, False, False, True],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,39 @@ def test_a_base_of_ws_mm_leaves_no_scope(tmp_path):
 
 
 @pytest.mark.usefixtures('tools')
+@pytest.mark.parametrize('name', ['ws_mm.CenteredConv2d', 'CenteredConv2d'])
+def test_other_filters_are_plain_once_baked(name, tmp_path):
+    config, _ = write(tmp_path, SEG.replace('ws_mm.WSConv2d', name))
+    cfg = load('bake').stock_config(Config.fromfile(config))
+    assert cfg.model.backbone.conv_cfg is None
+    assert 'Centered' not in cfg.pretty_text
+
+
+def test_deformable_convolutions_are_checked_and_baked(script, tmp_path):
+    pytest.importorskip('mmcv.ops', exc_type=ImportError)
+    dcn = (
+        "type='ws_mm.Converted', of='ResNetV1c', conv=dict(eps=1e-6), "
+        "dcn=dict(type='ws_mm.WSModulatedDeformConv2dPack', "
+        'deform_groups=2, eps=1e-6), '
+        'stage_with_dcn=(False, True, True, True), depth=50'
+    )
+    text = SEG.replace(BCN, GN).replace('in_channels=64', 'in_channels=256')
+    text = text.replace("type='ResNetV1c',\n        depth=18", dcn)
+    conv = "        conv_cfg=dict(type='ws_mm.WSConv2d'),\n"
+    assert conv in text
+    config, weights = write(tmp_path, text.replace(conv, ''))
+    assert script('check_model', config) == 0
+    out = tmp_path / 'out'
+    assert script('bake', config, weights, out) == 0
+    text = (out / 'tiny.py').read_text()
+    assert 'ws_mm' not in text
+    cfg = Config.fromfile(out / 'tiny.py')
+    assert cfg.model.backbone.dcn == dict(type='DCNv2', deform_groups=2)
+    new = MODELS.build(cfg.model)
+    new.load_state_dict(torch.load(out / 'tiny.pth')['state_dict'])
+
+
+@pytest.mark.usefixtures('tools')
 def test_another_layer_of_the_host_is_named(tmp_path):
     config, _ = write(tmp_path, SEG.replace(BCN, GN))
     bake, models = load('bake'), load('models')

@@ -66,6 +66,21 @@ def test_skip_init_of_a_subclass(kind):
         nn.utils.skip_init(kind, 4, kernel_size=3)
 
 
+class Doubled(WSConv2d):
+    """A layer of a user, with one argument more."""
+
+    def __init__(self, *args, gain: float = 2.0, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+
+
+def test_arguments_of_a_subclass_are_known_by_name():
+    names = [*inspect.signature(nn.Conv2d).parameters, 'gain']
+    assert [*inspect.signature(Doubled).parameters] == names
+    assert nn.utils.skip_init(Doubled, 4, 4, 1).weight.shape == (4, 4, 1, 1)
+    with pytest.raises(TypeError, match=r'Doubled has .*did you mean .gain.'):
+        Doubled(4, 4, 1, gian=1.0)
+
+
 def jvp_oracle(function, inputs: tuple[Tensor, ...], tangents) -> Tensor:
     """By two backward passes, of a formula in float64."""
     _, derivative = torch.autograd.functional.jvp(function, inputs, tangents)

@@ -290,6 +290,14 @@ def test_one_image_of_one_value(case, training):
     assert all(v.isfinite().all() for v in step(model, x).values())
 
 
+@named([case for case in NORMS if case.one_image])
+def test_one_image_is_refused(case):
+    model = network(case)
+    with pytest.raises(ValueError, match=case.one_image):
+        model(images(case, 1))
+    assert model.eval()(images(case, 1)).isfinite().all()
+
+
 @norms
 @pytest.mark.parametrize('size', [(), (7,), (3, 2, 2)], ids=len)
 def test_other_dimensions_run_or_are_refused(case, size):
@@ -422,6 +430,7 @@ def test_recomputed_activations_give_the_same(case):
 def test_compiled_is_the_same(case):
     if case.not_compiled:
         pytest.skip(case.not_compiled)
+    torch._dynamo.reset()  # it counts the cases as compilations of one frame
     plain, other = network(case), network(case)
     # Dynamo skips the frames of torch.nn, so that a function calls it.
     compiled = torch.compile(
@@ -485,6 +494,8 @@ def train_rank(rank: int, name: str, sizes: tuple[int, ...]) -> Any:
 @both
 @pytest.mark.parametrize('sizes', [(3, 1), (2, 0)], ids=str)
 def test_ranks_stay_equal(case, sizes, world):
+    if case.one_image and 1 in sizes:
+        pytest.skip(case.one_image)
     first, second = world(2).run(train_rank, case.name, sizes)
     for one, other in zip(first, second, strict=True):
         assert one.keys() == other.keys()

@@ -50,6 +50,12 @@ def check_choice(
         )
 
 
+def check_share(name: str, value: Any, key: str) -> None:
+    """Reject a number outside (0, 1]."""
+    is_legal = 0 < _number(value) <= 1
+    _check_number(name, value, is_legal, '(0, 1]', key)
+
+
 def check_eps(value: Any, key: str) -> None:
     """Reject an eps that is not a finite number of at least 0."""
     is_legal = 0 <= _number(value) < math.inf
@@ -60,6 +66,22 @@ def check_momentum(value: Any, key: str) -> None:
     """Reject a momentum outside (0, 1]."""
     is_legal = 0 < _number(value) <= 1
     _check_number('momentum', value, is_legal, '(0, 1]', key)
+
+
+def check_number(name: str, value: Any, least: float, key: str) -> None:
+    """Reject a value that is not a finite number of at least ``least``."""
+    is_legal = least <= _number(value) < math.inf
+    _check_number(name, value, is_legal, f'[{least}, inf)', key)
+
+
+def check_count(name: str, value: Any, least: int, key: str) -> None:
+    """Reject a value that is not a whole number of at least ``least``."""
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or value < least:
+        raise ValueError(
+            f'{name}={value!r} must be a whole number of at least {least} '
+            f'({key}=dict({name}=...))'
+        )
 
 
 def _number(value: Any) -> float:

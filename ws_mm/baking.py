@@ -136,6 +136,10 @@ def _bake_conv(conv: Any) -> None:
     conv.__class__ = replacement.plain_type(conv)
     vars(conv).pop('plain_type', None)
     del conv.eps, conv.eps_mode
+    # What a subclass computes its filters from, besides the weight.
+    for own in (conv._parameters, conv._buffers):
+        for name in own.keys() - {'weight', 'bias'}:
+            del own[name]
     # Its own, where another layer has the same raw filters.
     conv.weight = nn.Parameter(weight, conv.weight.requires_grad)
 

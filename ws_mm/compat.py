@@ -315,6 +315,17 @@ def is_backward() -> bool:
     return task is not None and task() != -1
 
 
+def transposed_groups(node: Any) -> int:
+    """Return the groups of a transposed convolution; 0 for others.
+
+    Args:
+        node: that of its output in the autograd graph. One without the
+            attributes counts as not transposed.
+    """
+    is_transposed = getattr(node, '_saved_transposed', False)
+    return node._saved_groups if is_transposed else 0
+
+
 @cache
 def has_half_batch_norm() -> bool:
     """Return whether a CPU's batch norm takes float16; since torch 2.2."""

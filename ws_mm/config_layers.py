@@ -172,13 +172,23 @@ def is_replaceable(cfg: Cfg | None, scope: str) -> bool:
     return ws_type(layer) is WSConv2d or (standardizes(layer) and not more)
 
 
+def _formula(conv: nn.Module | None) -> Any:
+    """The function that makes a convolution's filters of its weight."""
+    if conv is None or not standardizes(conv):
+        return None
+    of_ws = WSConv2d.standardized_weight
+    return getattr(type(conv), 'standardized_weight', of_ws)
+
+
 def has_same_weights(old: Cfg | None, new: Cfg, scope: str) -> bool:
     """Return whether weights of the old layer mean the same in the new."""
     was, layer = None, map_layer(new, scope)
     with contextlib.suppress(TypeError, ValueError):
         was = map_layer(dict(type=(old or {}).get('type')), scope)
     if isinstance(layer, CONVS):
-        return (was is not None and standardizes(was)) == standardizes(layer)
+        formula = _formula(was)
+        keeps = formula is None and getattr(layer, 'keeps_plain', False)
+        return keeps or formula is _formula(layer)
     return all(
         one is not None
         and 'running_var' in one.state_dict()

@@ -38,17 +38,19 @@ class _WeightStandardized(nn.modules.conv._ConvNd):
 
     _version = STANDARDIZED
     _loading = False
+    # Whether plain filters that are loaded compute here what they did.
+    keeps_plain = False
     # torch's skip_init looks for a device among the arguments.
     __signature__: inspect.Signature | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Join the signatures of the torch base and of this class."""
         super().__init_subclass__(**kwargs)
-        if cls.__init__ is not _WeightStandardized.__init__:
+        own = inspect.signature(cls.__init__).parameters
+        if all(p.kind is not p.VAR_POSITIONAL for p in own.values()):
             cls.__signature__ = None  # its own, not that of its base
             return
         torch_base = next(b for b in cls.__mro__ if b.__module__ == TORCH)
-        own = inspect.signature(_WeightStandardized.__init__).parameters
         cls.__signature__ = inspect.Signature(
             [
                 *inspect.signature(torch_base).parameters.values(),
@@ -66,7 +68,7 @@ class _WeightStandardized(nn.modules.conv._ConvNd):
         kind = type(self).__name__
         legal = {*inspect.signature(super().__init__).parameters}
         unknown = {key: kwargs[key] for key in kwargs if key not in legal}
-        legal |= {'eps', 'eps_mode'}
+        legal = {*inspect.signature(type(self)).parameters}
         reject_unknown(kind, 'conv_cfg', unknown, legal)
         check_eps(eps, 'conv_cfg')
         check_choice('eps_mode', eps_mode, EPS_MODES, 'conv_cfg')
@@ -140,7 +142,13 @@ class _WeightStandardized(nn.modules.conv._ConvNd):
         self, state_dict: Any, prefix: str, metadata: Any, *args: Any
     ) -> None:
         version = metadata.get('version') or 1
-        if f'{prefix}weight' in state_dict and version < STANDARDIZED:
+        # What no plain convolution has: these filters are of such a layer.
+        own = {*self._parameters, *self._buffers} - {'weight', 'bias'}
+        if (
+            f'{prefix}weight' in state_dict
+            and version < STANDARDIZED
+            and not any(f'{prefix}{name}' in state_dict for name in own)
+        ):
             _report_unknown_filters(prefix[:-1], args[-1])
         # load_state_dict(assign=True) may assign any values.
         self._loading = True

@@ -1,4 +1,4 @@
-"""Replace batch norms that no key of a config reaches by BCN."""
+"""Replace layers that no key of a config reaches."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +6,9 @@ from typing import Any
 from mmengine.registry import MODELS
 from torch import nn
 
+from . import replacement
+from .checking import check
+from .conv import WSConv2d
 from .conversion import convert
 from .running_statistics import norm_class
 from .shapes import batch_norms
@@ -15,7 +18,10 @@ CONVERTED = 'ws_mm.Converted'
 
 @MODELS.register_module(name='Converted')  # type: ignore[untyped-decorator]
 def converted(
-    of: str | type, norm: Mapping[str, Any] | None = None, **arguments: Any
+    of: str | type,
+    norm: Mapping[str, Any] | None = None,
+    conv: Mapping[str, Any] | None = None,
+    **arguments: Any,
 ) -> nn.Module:
     """Build a part of a model, and replace every batch norm in it by BCN.
 
@@ -24,16 +30,26 @@ def converted(
     optimizers, hooks and checkpoints see the new layers. Norms of other
     kinds stay.
 
+    With ``conv``, plain convolutions become WS convolutions instead. For
+    backbones that refuse ``conv_cfg``, as those with ``dcn`` do. Those that
+    a norm follows, by name and order, are standardized;
+    ``ws_mm.CheckModelHook`` proves it when training begins.
+
     Example of a config:
         backbone = dict(type='ws_mm.Converted', of='PIDNet', channels=64, ...)
 
     Args:
         of: type of the part.
         norm: ``norm_cfg`` of BCN, or of another norm with running statistics.
+        conv: arguments of ``WSConv2d``, ``eps`` and ``eps_mode``, or ``{}``;
+            None keeps the convolutions. Batch norms then stay, too, unless
+            ``norm`` is given.
         **arguments: those of the part.
 
     Raises:
-        ValueError: ``norm`` keeps no running statistics of its own.
+        TypeError: ``conv`` has an unknown argument.
+        ValueError: ``norm`` keeps no running statistics of its own, or no
+            convolution is there that ``conv`` is for.
     """
     kind = (norm or {}).get('type', 'ws_mm.BCN')
     if norm_class(kind) is None:
@@ -42,7 +58,13 @@ def converted(
             'another norm with running statistics of its own '
             f"(dict(type='ws_mm.Converted', of={of!r}, norm=...))"
         )
+    if conv is not None:
+        WSConv2d(2, 2, 1, **conv)  # so that it says what is wrong
     part: nn.Module = MODELS.build(dict(type=of, **arguments))
+    if conv is not None:
+        _standardize(part, conv)
+        if norm is None:
+            return part
     if not batch_norms(part):
         return part
     others = [
@@ -51,3 +73,24 @@ def converted(
         if isinstance(module, nn.GroupNorm)
     ]
     return convert(part, norm=dict(norm or {}), skip=others)
+
+
+def _standardize(part: nn.Module, conv: Mapping[str, Any]) -> None:
+    layers = [
+        part.get_submodule(one.name)
+        for one in check(part)
+        if one.norms and not one.standardized
+    ]
+    chosen = [
+        layer
+        for layer in layers
+        if replacement.ws_type(layer) and replacement.fan_in(layer) > 1
+    ]
+    if not chosen:
+        raise ValueError(
+            f'{type(part).__name__} has no plain convolution with a norm '
+            f'after it. Remove conv={dict(conv)!r} '
+            "(dict(type='ws_mm.Converted', conv=...))"
+        )
+    for layer in chosen:
+        replacement.standardize(layer, **conv)

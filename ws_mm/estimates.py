@@ -205,6 +205,8 @@ class _Running:
         count, batch = self.declared.measure((*args, *kwargs.values())[0])
         if not count:
             return
+        # What an input does not determine stays as it is.
+        batch = {**self.before, **batch}
         finite = sum_of_rows(batch.values()).isfinite()
         self.merge(
             torch.where(finite, float(count), 0.0).double(),

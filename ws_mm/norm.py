@@ -22,6 +22,7 @@ from .running_statistics import (
     channels_of,
     legal_arguments,
     measured_moments,
+    moments_of_both,
     report_once,
 )
 from .symbolic import recorded
@@ -225,14 +226,9 @@ class BCN(RunningStatistics, nn.GroupNorm):
         share: Tensor,
     ) -> dict[str, Tensor]:
         """Moments of two sets of values; estimates count their distance."""
-        joined = super().join(first, second, share)
         if self.estimating:
-            offset = second['running_mean'] - first['running_mean']
-            var = first['running_var']
-            moved = second['running_var'] - var
-            moved = moved + (1 - share) * offset.square()
-            joined['running_var'] = var + share * moved
-        return joined
+            return moments_of_both(first, second, share)
+        return super().join(first, second, share)
 
     @classmethod
     def from_norm(

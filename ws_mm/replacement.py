@@ -122,7 +122,7 @@ def ws_type(conv: Any) -> type | None:
     None if it computes more than its torch namesake, or if another module
     computes its weight.
     """
-    if type(conv) is WSConv2dSame or type(conv) in WS_TO_PLAIN:
+    if is_ours(conv):
         return type(conv)
     if 'weight' not in conv._parameters:
         return None
@@ -180,7 +180,8 @@ def standardize(
 
 def plain_type(conv: Any) -> type:
     """The class that a WS convolution had, or is the namesake of."""
-    return vars(conv).get('plain_type') or WS_TO_PLAIN[type(conv)]
+    declared = getattr(conv, 'plain_type', None)
+    return declared or WS_TO_PLAIN[_own_base(conv)]  # type: ignore[index]
 
 
 def rows_of(conv: Any, weight: Tensor) -> Tensor:
@@ -189,8 +190,26 @@ def rows_of(conv: Any, weight: Tensor) -> Tensor:
 
 
 def is_ours(conv: nn.Module) -> bool:
-    """Return whether a convolution is one of ws_mm itself."""
-    return type(conv) is WSConv2dSame or type(conv) in WS_TO_PLAIN
+    """Return whether a convolution is one of ws_mm.
+
+    Subclasses are, if ``standardized_weight`` of the parameter ``weight`` is
+    all that they change, or if they declare the ``plain_type`` that computes
+    the rest.
+    """
+    base: Any = _own_base(conv)
+    return type(conv) is base or (
+        base is not None
+        and (
+            type(conv).forward is base.forward
+            or hasattr(type(conv), 'plain_type')
+        )
+        and 'weight' in conv._parameters
+    )
+
+
+def _own_base(conv: Any) -> type | None:
+    own = {*WS_TO_PLAIN, WSConv2dSame}
+    return next((base for base in type(conv).__mro__ if base in own), None)
 
 
 def is_batch_norm(module: nn.Module) -> bool:

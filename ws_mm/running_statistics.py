@@ -78,6 +78,8 @@ class RunningStatistics(nn.Module):
 
     # Their names: the compiler of torch 2.1 reads no dict of a class.
     _names: ClassVar[tuple[str, ...]] = ()
+    # Their values before the last forward that moved them.
+    _before: tuple[Tensor, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Note the names of the statistics."""
@@ -156,6 +158,22 @@ class RunningStatistics(nn.Module):
         first = self.get_buffer(next(iter(self.statistics)))
         self.values_seen = ValueCount(first.device)
 
+    def before_moving(self, moves: bool) -> tuple[Tensor, ...]:
+        """The statistics, in their order, before this forward moves them.
+
+        For a layer that uses them first: a recomputation, which moves
+        nothing, gets those of the forward that it repeats.
+
+        Args:
+            moves: result of :meth:`begin_forward`.
+        """
+        if not moves and self._before:
+            return self._before
+        before = tuple(getattr(self, name).clone() for name in self._names)
+        if not compat.is_compiling():
+            self._before = before
+        return before
+
     @torch.no_grad()
     def move_statistics(
         self, batch: Mapping[str, Tensor], momentum: float
@@ -167,7 +185,11 @@ class RunningStatistics(nn.Module):
             old.copy_(new[number])
 
     def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
-        """The statistics of one batch, in the shapes of the buffers."""
+        """The statistics of one batch, in the shapes of the buffers.
+
+        Without those that its values do not determine, such as a count:
+        :func:`~ws_mm.update_estimates` leaves them alone.
+        """
         raise NotImplementedError(
             f'{type(self).__name__} does not define batch_statistics'
         )
@@ -297,6 +319,23 @@ def weighted_mean(
         name: values + along_rows(share, values) * (second[name] - values)
         for name, values in first.items()
     }
+
+
+def moments_of_both(
+    first: dict[str, Tensor], second: dict[str, Tensor], share: Tensor
+) -> dict[str, Tensor]:
+    """Mean and biased variance of two sets of values together.
+
+    Args:
+        first: ``running_mean`` and ``running_var`` of one set.
+        second: those of the other.
+        share: share of the values of the second set.
+    """
+    joined = weighted_mean(first, second, share)
+    offset = second['running_mean'] - first['running_mean']
+    between = share * (1 - share) * offset.square()
+    joined['running_var'] = joined['running_var'] + between
+    return joined
 
 
 def along_rows(of_channels: Tensor, rows: Tensor) -> Tensor:

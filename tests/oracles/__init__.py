@@ -29,6 +29,8 @@ class Case:
         is_conv: whether it is a convolution.
         one_value: words of the error for one image of one pixel in
             training; '' if that runs.
+        one_image: words of the error for one image in training; '' if that
+            runs.
         activates: whether it takes the place of the activation, too.
         values: values of parameters and buffers that random ones would
             break, by name, as functions of what was built.
@@ -46,6 +48,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     is_conv: bool = False
     one_value: str = ''
+    one_image: str = ''
     activates: bool = False
     values: Mapping[str, Callable[[Tensor], Tensor]] = field(
         default_factory=dict

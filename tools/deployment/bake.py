@@ -58,6 +58,10 @@ def stock_config(cfg: Config) -> Config:
         # What configs have that name a base as ws_mm::....
         if node.get('_scope_') == 'ws_mm':
             del node['_scope_']
+        # Only its convolutions were converted, which are plain again.
+        if node.get('type') == 'ws_mm.Converted' and not node.get('norm'):
+            if node.pop('conv', None) is not None:
+                node['type'] = node.pop('of')
         for key, value in node.items():
             if key == 'init_cfg' and isinstance(value, (list, tuple)):
                 node[key] = [one for one in value if not _is_own(one)]
@@ -111,17 +115,22 @@ def _is_own(node: Any) -> bool:
     name = _name(node)
     if '.' in name:
         return name.split('.')[0] == 'ws_mm'
-    return isinstance(vars(ws_mm).get(name), type)
+    return isinstance({**vars(ws_mm.zoo), **vars(ws_mm)}.get(name), type)
 
 
-def _plain_conv(node: dict) -> dict[str, str] | None:
+def _plain_conv(node: dict) -> dict[str, Any] | None:
     """The host's layer for a standardized one, None for other types."""
+    import ws_mm
     from ws_mm.replacement import WS_TO_PLAIN
 
     short = _name(node).rpartition('.')[2]
-    for standardized, plain in WS_TO_PLAIN.items():
-        if standardized.__name__ == short:
-            return dict(type=plain.__name__)
+    kind = {**vars(ws_mm.zoo), **vars(ws_mm)}.get(short)
+    if host := getattr(kind, 'host_type', None):
+        own = 'eps', 'eps_mode'
+        return {k: node[k] for k in node if k not in own} | dict(type=host)
+    for base in getattr(kind, '__mro__', ()):
+        if base in WS_TO_PLAIN:
+            return dict(type=WS_TO_PLAIN[base].__name__)
     return None
 
 

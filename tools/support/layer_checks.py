@@ -34,7 +34,8 @@ def explain(cfg: Config, error: Exception) -> str:
         if node.get('dcn') and node.get('conv_cfg') and 'DCN' in text:
             found.append(
                 f'{key}.conv_cfg and {key}.dcn exclude each other: set one '
-                'of them to None'
+                f'of them to None, or keep dcn and set {key}.type='
+                f"'ws_mm.Converted', of={node.get('type')!r}, conv={{}}"
             )
         kind = node.get('type')
         if is_layer and 'Cannot find' in text and _unknown(kind):

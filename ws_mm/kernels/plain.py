@@ -34,7 +34,8 @@ def standardize_weight(
     """
     weight = at_least_float32(weight)
     dims = tuple(range(1, weight.dim()))
-    fan_in = math.prod(weight.shape[1:])
+    # As numbers: torch.jit.trace would round their quotient to float32.
+    fan_in = math.prod([int(size) for size in weight.shape[1:]])
     # Written as sums and products: the gradients of a mean, a difference and
     # a quotient each pass over all filters once more.
     centered = weight + weight.sum(dims, keepdim=True) * (-1 / fan_in)

@@ -105,6 +105,14 @@ class Norm(nn.GroupNorm):
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         return x * per_channel(weight, x) + per_channel(bias, x)
 
+    def affine_after(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift of ``scaled((x - mean) / std)``, in float64."""
+        scale = 1 / std.double()
+        shift = -mean.double() * scale
+        if self.affine:
+            scale, shift = scale * self.weight, shift * self.weight + self.bias
+        return scale, shift
+
     def extra_repr(self) -> str:
         """Constructor arguments."""
         names = ['eps', 'momentum', 'affine']

@@ -11,6 +11,7 @@ from ..functional import check_group_size
 from ..norm import fit_num_groups
 from ..running_statistics import RunningStatistics
 from ._activating import ActivatingNorm
+from ._batch import instance_moments
 from ._norm import over_channels, per_channel
 
 
@@ -193,7 +194,6 @@ class EvoNormB0(RunningStatistics, _EvoNorm):
 
     def activated(self, x: Tensor, linear: Tensor | None = None) -> Tensor:
         """Apply the whole formula, and move running_var."""
-        space = tuple(range(2, x.dim()))
         var = self.running_var.to(x.dtype)
         if self.training:
             if x.numel() == x.shape[1]:
@@ -206,11 +206,8 @@ class EvoNormB0(RunningStatistics, _EvoNorm):
         if self.begin_forward(x):
             self.move_statistics({'running_var': var.detach()}, self.momentum)
         batch = per_channel((var + self.eps).sqrt(), x)
-        image = torch.zeros_like(x)
-        if space:
-            image = x.var(space, correction=0, keepdim=True)
-        v = per_channel(self.v.to(x.dtype), x)
-        image = v * x + (image + self.eps).sqrt()
+        image = (instance_moments(x)[1] + self.eps).sqrt()
+        image = per_channel(self.v.to(x.dtype), x) * x + image
         return self.scaled(x / torch.maximum(batch, image))
 
     def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:

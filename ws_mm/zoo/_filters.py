@@ -1,0 +1,65 @@
+"""The base of filters that keep the function of plain ones."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arguments import reject_unknown
+from ..checkpoint import STANDARDIZED
+from ..conv import WSConv2d
+from ..functional import standardize_weight
+
+
+class Filters(WSConv2d):
+    """Base: values per filter, which the checkpoint of a plain one lacks.
+
+    A subclass registers parameters or buffers of its own, and
+    :meth:`values_of` says which ones make a filter what it was. Its bases
+    name ``nn.Conv2d`` again: initializers of the host that have
+    ``layer='Conv2d'`` read the names of direct bases.
+
+    State: a checkpoint with ``weight`` alone is given these values when it
+        is loaded, in a strict load, too. One of a WS network is standardized
+        first, with the eps that it has by default: the function stays.
+    """
+
+    keeps_plain = True
+
+    def values_of(self, weight: Tensor) -> dict[str, Tensor]:
+        """The own values with which the layer computes these filters."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, *args: Any
+    ) -> None:
+        weight = state_dict.get(f'{prefix}weight')
+        own = {*self._parameters, *self._buffers} - {'weight', 'bias'}
+        if weight is not None and not any(
+            f'{prefix}{name}' in state_dict for name in own
+        ):
+            if (metadata.get('version') or 1) >= STANDARDIZED:
+                weight = standardize_weight(weight)
+                state_dict[f'{prefix}weight'] = weight
+            for name, values in self.values_of(weight).items():
+                state_dict[f'{prefix}{name}'] = values
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+
+
+def reject_others(cls: type, arguments: Mapping[str, Any]) -> None:
+    """Reject what a class does not take, though its base does.
+
+    Raises:
+        TypeError: there is such an argument; the message names it.
+    """
+    legal = inspect.signature(cls).parameters
+    unknown = {k: arguments[k] for k in arguments if k not in legal}
+    reject_unknown(cls.__name__, 'conv_cfg', unknown, legal)
+
+
+def exact_dtype(weight: Tensor) -> torch.dtype:
+    """At least float32, to compute filters in."""
+    return torch.promote_types(weight.dtype, torch.float32)

@@ -1,0 +1,103 @@
+"""Batch-Instance Normalization."""
+
+import math
+from typing import Any
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ._batch import BatchStatistics, instance_moments, joined_moments
+from ._norm import per_channel
+
+# A step of SGD on gate / ROOT moves the gate ROOT ** 2 = 10 times as far.
+ROOT = math.sqrt(10)
+
+
+@MODELS.register_module()
+class BatchInstanceNorm(BatchStatistics):
+    """Mix BN and IN of the input by a learned gate per channel.
+
+    Formula:
+        gate = clamp(1 + sqrt(10) * gate_offset, 0, 1)
+        output = (gate * BN(input) + (1 - gate) * IN(input)) * weight + bias
+
+    Convention: the official training loop clamps the gate after each step
+        and trains it with 10 times the learning rate, without weight decay.
+        Here the factor in the formula gives SGD, with momentum, the very
+        same steps; those of Adam, which do not depend on the scale of a
+        gradient, are sqrt(10) times as large. Each training forward clamps
+        the parameter in place; the clamp in the formula is constant to
+        autograd, so no gate gets stuck at a bound. A weight decay of norms
+        draws gates to 1, to BN; paramwise_cfg=dict(norm_decay_mult=0)
+        switches it off, as the authors do.
+    State: ``gate_offset``, one entry per channel, 0 at the start, which is
+        BN; affine; ``running_mean``, ``running_var``.
+
+    Args:
+        num_features: channels of the input.
+        eps: constant added to both variances.
+        momentum: share of the newest batch in the running values.
+        affine: whether scale and shift are learned; gates always are.
+        device: device of parameters and buffers.
+        dtype: dtype of the parameters.
+
+    Raises:
+        TypeError: an argument is unknown.
+        ValueError: an argument has an illegal value, or training sees one
+            value per channel. Maps of 1x1 of several images run: their IN
+            is 0.
+
+    Source: arXiv 1805.07925; hyeonseob-nam/Batch-Instance-Normalization.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, unknown, device, dtype
+        )
+        values = torch.zeros(num_features, device=device, dtype=dtype)
+        self.gate_offset = nn.Parameter(values)
+
+    def reset_parameters(self) -> None:
+        """Restore affine, statistics and gates of 1."""
+        super().reset_parameters()
+        if 'gate_offset' in self._parameters:
+            nn.init.zeros_(self.gate_offset)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Both normalizations in one step, around the mean of each map."""
+        moves = self.begin_forward(x)
+        map_mean, map_var = instance_moments(x)
+        if self.training:
+            count = x.numel() // x.shape[1]
+            self.check_values(x, count)
+            mean, var = joined_moments(map_mean, map_var, 0)
+            if moves:
+                of_batch = {
+                    'running_mean': mean.detach().flatten(),
+                    'running_var': var.detach().flatten()
+                    * (count / (count - 1)),
+                }
+                self.move_statistics(of_batch, self.momentum)
+            if torch.is_grad_enabled():  # what only measures changes nothing
+                # Not as a new version: a graph of before may keep it.
+                self.gate_offset.data.clamp_(-1 / ROOT, 0)
+        else:
+            mean, var = self.running(x)
+        gate = 1 + self.gate_offset.to(x.dtype) * ROOT
+        gate = gate + (gate.clamp(0, 1) - gate).detach()
+        gate = per_channel(gate, x)
+        of_batch_scale = gate * torch.rsqrt(var + self.eps)
+        scale = of_batch_scale + (1 - gate) * torch.rsqrt(map_var + self.eps)
+        shift = of_batch_scale * (map_mean - mean)
+        return self.scaled((x - map_mean) * scale + shift)

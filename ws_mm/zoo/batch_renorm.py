@@ -1,0 +1,167 @@
+"""Batch Renormalization (arXiv 1702.03275)."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ..arguments import check_count, check_momentum, check_number
+from ..running_statistics import RunningStatistics, measured_moments
+from ._columns import check_values
+from ._norm import Norm, over_channels, per_channel
+
+
+@MODELS.register_module()
+class BatchRenorm(RunningStatistics, Norm):
+    """Batch norm, corrected towards the running statistics.
+
+    Formula, with mean and std of the batch, std = sqrt(var + eps):
+        r = clip(std / running_std, 1 / R, R)
+        d = clip((mean - running_mean) / running_std, -D, D)
+        y = weight * ((x - mean) / std * r + d) + bias
+        running_mean = (1 - momentum) * running_mean + momentum * mean
+        running_std = (1 - momentum) * running_std + momentum * std
+    r and d use the running values before this batch; no gradient passes
+    through them. R goes from 1 to ``r_max`` and D from 0 to ``d_max``, both
+    linearly, over the optimizer steps ``warmup`` to ``r_steps`` and
+    ``d_steps``. At R = 1, D = 0 it is batch norm. In evaluation:
+        y = weight * (x - running_mean) / running_std + bias
+
+    Convention: algorithm 1 of the paper, and its schedule. The variance is
+        biased, and running_std contains eps. TensorFlow's ``renorm=True``
+        has no schedule of its own and keeps two sets of running values,
+        which start from 0 and are divided by their weights. A BatchNorm
+        that it replaces gives running_std its sqrt(running_var + eps).
+    State: as its base, ``running_mean``, ``running_std`` and
+        ``num_forwards``, the number of training forwards so far.
+    Distributed: batch statistics are those of the rank;
+        :class:`~ws_mm.hooks.SyncEstimatesHook` averages the running ones.
+
+    Args:
+        num_features: channels of the input.
+        eps: constant added to the variance.
+        momentum: share of the newest batch in the running values.
+        affine: whether scale and shift are learned.
+        r_max: final bound of r, at least 1.
+        d_max: final bound of d.
+        warmup: optimizer steps of plain batch norm.
+        r_steps: optimizer step at which R is ``r_max``.
+        d_steps: optimizer step at which D is ``d_max``.
+        accumulative_counts: forwards per optimizer step: that of the
+            optim_wrapper, times the calls of a shared layer per image. The
+            layer sees no optimizer and counts forwards.
+        device: device of parameters and buffers.
+        dtype: dtype of the parameters.
+        **unknown: none; a misspelt argument is rejected by name.
+
+    Raises:
+        ValueError: an argument has an illegal value; in training, one value
+            per channel.
+
+    Source: arXiv 1702.03275; no official repository.
+    """
+
+    statistics: ClassVar = {'running_mean': 0.0, 'running_std': 1.0}
+    running_mean: Tensor
+    running_std: Tensor
+    num_forwards: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.01,
+        affine: bool = True,
+        *,
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        warmup: int = 5000,
+        r_steps: int = 40000,
+        d_steps: int = 25000,
+        accumulative_counts: int = 1,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **unknown: Any,
+    ) -> None:
+        check_momentum(momentum, 'norm_cfg')
+        check_number('r_max', r_max, 1, 'norm_cfg')
+        check_number('d_max', d_max, 0, 'norm_cfg')
+        check_number('warmup', warmup, 0, 'norm_cfg')
+        check_number('r_steps', r_steps, warmup, 'norm_cfg')
+        check_number('d_steps', d_steps, warmup, 'norm_cfg')
+        check_count('accumulative_counts', accumulative_counts, 1, 'norm_cfg')
+        super().__init__(num_features, eps, affine, unknown, device, dtype)
+        self.momentum, self.warmup = momentum, warmup
+        self.r_max, self.r_steps = r_max, r_steps
+        self.d_max, self.d_steps = d_max, d_steps
+        self.accumulative_counts = accumulative_counts
+        self.register_statistics(num_features, device, dtype)
+        count = torch.zeros((), dtype=torch.long, device=device)
+        self.register_buffer('num_forwards', count)
+
+    def reset_parameters(self) -> None:
+        """Also begin the schedule anew."""
+        super().reset_parameters()
+        if 'num_forwards' in self._buffers:
+            self.num_forwards.zero_()
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Normalize an input that has values."""
+        if not self.training:
+            centered = x - per_channel(self.running_mean.to(x.dtype), x)
+            std = self.running_std.to(x.dtype, copy=True)
+            return self.scaled(centered / per_channel(std, x))
+        check_values('BatchRenorm', x)
+        moves = self.begin_forward(x)
+        var, mean = torch.var_mean(x, over_channels(x), correction=0)
+        std = (var + self.eps).sqrt()
+        r, d = self._correction(mean.detach(), std.detach(), moves)
+        if moves:
+            batch = dict(running_mean=mean.detach(), running_std=std.detach())
+            self.move_statistics(batch, self.momentum)
+            self.num_forwards.add_(1)
+        y = (x - per_channel(mean, x)) * per_channel(r / std, x)
+        return self.scaled(y + per_channel(d, x))
+
+    def _correction(
+        self, mean: Tensor, std: Tensor, moves: bool
+    ) -> tuple[Tensor, ...]:
+        """The constants r and d of a batch."""
+        center, scale = (v.to(std.dtype) for v in self.before_moving(moves))
+        # A recomputation comes after its forward was counted.
+        forwards = self.num_forwards - int(not moves)
+        done = (forwards // self.accumulative_counts - self.warmup).to(std)
+        lengths = self.r_steps - self.warmup, self.d_steps - self.warmup
+        grown = [(done / max(n, 1)).clamp(0, 1) for n in lengths]
+        r_bound = 1 + (self.r_max - 1) * grown[0]
+        d_bound = self.d_max * grown[1]
+        r = torch.minimum(torch.maximum(std / scale, 1 / r_bound), r_bound)
+        d = (mean - center) / scale
+        d = torch.minimum(torch.maximum(d, -d_bound), d_bound)
+        # A compiler's backward would compute them anew, by statistics that
+        # have moved. It never repeats a concatenation.
+        return torch.stack([r, d]).unbind()
+
+    def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
+        """Mean and standard deviation of a batch, eps included."""
+        found = measured_moments(input, False, unbiased=False)[1]
+        std = (found['running_var'] + self.eps).sqrt()
+        return dict(running_mean=found['running_mean'], running_std=std)
+
+    @classmethod
+    def from_norm(
+        cls, norm: nn.Module, arguments: Mapping[str, Any]
+    ) -> 'tuple[BatchRenorm, dict[str, Tensor]]':
+        """Make one for the place of a norm; see the class."""
+        layer, values = super().from_norm(norm, arguments)
+        var: Any = getattr(norm, 'running_var', None)
+        if var is not None:
+            values['running_std'] = (var + layer.eps).sqrt()
+        return layer, values
+
+    def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
+        """Scale and shift of evaluation."""
+        scale, shift = self.affine_after(self.running_mean, self.running_std)
+        return scale, shift, nn.Identity()

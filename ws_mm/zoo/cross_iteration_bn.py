@@ -1,0 +1,249 @@
+"""Cross-Iteration Batch Normalization (arXiv 2002.05712)."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from .. import compat
+from ..arguments import check_count
+from ..functional import swap_channels
+from ..running_statistics import report_once, values_per_channel
+from ._batch import BatchStatistics
+from ._norm import over_channels, per_channel
+
+# What may lie between a convolution and its norm: casts, copies, hooks.
+PASSED = ('ToCopyBackward0', 'CloneBackward0', 'BackwardHookFunctionBackward')
+
+
+class Past(NamedTuple):
+    """Statistics of a former iteration, for any weight w.
+
+    mean(w) = mean_at_0 + dmean * w; mean is that of its own w.
+    var(w) = max(var_at_0 + dvar * w - (mean(w) - mean)^2, 0)
+    """
+
+    mean: Tensor
+    mean_at_0: Tensor
+    var_at_0: Tensor
+    dmean: Tensor
+    dvar: Tensor
+
+
+@MODELS.register_module()
+class CrossIterationBN(BatchStatistics):
+    """Batch norm by the statistics of the last iterations.
+
+    Formula, with w the weight of the convolution before it, and a_s and b_s
+    the mean and the mean square of the batch s iterations ago, s < window:
+        a_s(w) = a_s + da_s/dw * (w - w_s)
+        b_s(w) = max(b_s + db_s/dw * (w - w_s), a_s(w)^2)
+        mean = mean over s of a_s(w)
+        var = mean over s of b_s(w) - mean^2
+        y = weight * (x - mean) / sqrt(var + eps) + bias
+    Gradients pass through this iteration's a and b alone. w is constant.
+
+    Convention: the paper's formula. The official code leaves out an s whose
+        extrapolated b is below a^2, where the paper takes the maximum; it
+        adds eps to the root, and its variance is unbiased in burn-in. Bias
+        and earlier layers count as constant, as there. Its backbone hands
+        w to the norm; here the autograd graph has it: w is what the weight
+        is made of, the parameter of a plain or standardized convolution.
+        Only a cast may lie between the two layers.
+    No weight: none is found without gradients, after another layer or a
+        frozen convolution, in ``torch.compile`` and in reentrant activation
+        checkpoints (``with_cp`` of a backbone). The layer is plain BN then,
+        a warning says so once, and the window begins anew.
+    Iterations: each training forward is one. Under gradient accumulation
+        the window covers fewer optimizer steps. A head that pyramid levels
+        share would mix their statistics: use GN there.
+    State: as its base, ``running_mean`` and ``running_var``, those of
+        ``nn.BatchNorm2d``, and ``num_forwards``. The window, twice the size
+        of w for each iteration, is in copies and pickles, but not in the
+        state dict: after a resume it fills again. Each training forward
+        costs two more gradients of w.
+
+    Args:
+        num_features: channels of the input.
+        eps: constant added to the variance.
+        momentum: share of the newest batch in the running values.
+        affine: whether scale and shift are learned.
+        window: number of iterations, this one included.
+        burn_in: training forwards of plain batch norm at the start; the
+            published COCO configs have those of 8 epochs.
+        device: device of parameters and buffers.
+        dtype: dtype of the parameters.
+        **unknown: none; a misspelt argument is rejected by name.
+
+    Raises:
+        ValueError: an argument has an illegal value; in training, one value
+            per channel.
+
+    Source: arXiv 2002.05712; github.com/Howal/Cross-iterationBatchNorm.
+    """
+
+    num_forwards: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        *,
+        window: int = 4,
+        burn_in: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **unknown: Any,
+    ) -> None:
+        check_count('window', window, 1, 'norm_cfg')
+        check_count('burn_in', burn_in, 0, 'norm_cfg')
+        super().__init__(
+            num_features, eps, momentum, affine, unknown, device, dtype
+        )
+        self.window, self.burn_in = window, burn_in
+        count = torch.zeros((), dtype=torch.long, device=device)
+        self.register_buffer('num_forwards', count)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Also begin burn-in and window anew."""
+        super().reset_parameters()
+        # The first is that of the last forward, which may be recomputed.
+        self._window: list[Past] = []
+        # num_forwards: to read it from a device waits for the device.
+        self._count: int | None = None
+        if 'num_forwards' in self._buffers:
+            self.num_forwards.zero_()
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Normalize an input that has values."""
+        if not self.training:
+            return self.batch_norm(x, self.weight, self.bias)
+        self.check_values(x, values_per_channel(x))
+        mean, var = self._over_iterations(x)
+        std = (var + self.eps).sqrt()
+        return self.scaled((x - per_channel(mean, x)) / per_channel(std, x))
+
+    def _over_iterations(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        moves = self.begin_forward(x)
+        var, mean = torch.var_mean(x, over_channels(x), correction=0)
+        leaves, groups = weight_of(x)
+        weight = rows(leaves, groups).to(x.dtype) if leaves else mean
+        if moves:
+            count = values_per_channel(x)
+            unbiased = var.detach() * (count / (count - 1))
+            batch = dict(running_mean=mean.detach(), running_var=unbiased)
+            self.move_statistics(batch, self.momentum)
+            if not leaves:
+                _report_no_weight()
+            elif not self._burns_in():
+                # 1 would make gradients too small for float16.
+                seed = torch.full_like(mean, count**0.5)
+                past = [mean.detach()]
+                slopes = []
+                for v in (mean, var):
+                    slope = torch.autograd.grad(v, leaves, seed, True)
+                    slopes.append(rows(slope, groups) / count**0.5)
+                    past.append(v.detach() - (slopes[-1] * weight).sum(1))
+                self._window.insert(0, Past(*past, *slopes))
+            # None fits without a weight.
+            self._window = [
+                past
+                for past in self._window[: self.window]
+                if past.dmean.shape == weight.shape
+                and past.dmean.device == weight.device
+            ]
+        return averaged(mean, var, self._window[1:], weight)
+
+    def _burns_in(self) -> bool:
+        """Count a forward; return whether it is one of the burn-in."""
+        if self._count is None:
+            self._count = int(self.num_forwards)
+        self._count += 1
+        self.num_forwards.add_(1)
+        return self._count <= self.burn_in
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._count = None
+
+    def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
+        """Scale and shift of evaluation."""
+        return self.fold(self.weight, self.bias)
+
+
+def averaged(
+    mean: Tensor, var: Tensor, pasts: list[Past], weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance over this iteration and former ones.
+
+    Channels in which a former one is not finite go without it.
+    """
+    if not pasts:
+        return mean, var
+    means = torch.stack(
+        [p.mean_at_0 + (p.dmean * weight).sum(1) for p in pasts]
+    )
+    variances = torch.stack(
+        [p.var_at_0 + (p.dvar * weight).sum(1) for p in pasts]
+    )
+    old = torch.stack([p.mean for p in pasts])
+    variances = variances - (means - old).square()
+    used = (means + variances).isfinite()
+    means = means.where(used, 0)
+    variances = variances.where(used, 0).clamp_min(0)
+    number = 1 + used.sum(0)
+    center = (mean + means.sum(0)) / number
+    spread = (variances + used * (means - center).square()).sum(0)
+    return center, (var + (mean - center).square() + spread) / number
+
+
+def weight_of(x: Tensor) -> tuple[list[Tensor], int]:
+    """The parameters that make the weight of the convolution before.
+
+    Returns:
+        The parameters, none if there are no fitting ones; and the groups of
+        a transposed convolution, 0 for others.
+    """
+    node = None if compat.is_compiling() else x.grad_fn
+    while node is not None and node.name() in PASSED:
+        node = node.next_functions[0][0]
+    if node is None or not node.name().startswith('ConvolutionBackward'):
+        return [], 0
+    groups = compat.transposed_groups(node)
+    found, seen = [], set()
+    stack = [node.next_functions[1][0]]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack += [before for before, _ in node.next_functions]
+        if hasattr(node, 'variable'):
+            found.append(node.variable)
+    fit = all(len(_filters(v, groups)) == x.shape[1] for v in found)
+    return (found if fit else []), groups
+
+
+def rows(weights: Sequence[Tensor], groups: int) -> Tensor:
+    """Weights, or their gradients, as one row per output channel."""
+    filters = [_filters(v.detach(), groups) for v in weights]
+    return torch.cat([v.reshape(len(v), -1) for v in filters], 1)
+
+
+def _filters(weight: Tensor, groups: int) -> Tensor:
+    return swap_channels(weight, groups) if groups else weight
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _report_no_weight() -> bool:
+    return report_once(
+        'CrossIterationBN found no trained weight of a convolution right '
+        'before it, and is plain BN there: without gradients, in '
+        'torch.compile, in a reentrant activation checkpoint (with_cp=True), '
+        'after another layer or a frozen convolution'
+    )

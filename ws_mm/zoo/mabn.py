@@ -1,0 +1,211 @@
+"""Moving Average Batch Normalization, forward and backward."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ..arguments import check_count, check_momentum
+from ..kernels.plain import at_least_float32, moved
+from ..running_statistics import RunningStatistics
+from ._norm import Norm, over_channels, per_channel
+
+
+@MODELS.register_module()
+class MABN(RunningStatistics, Norm):
+    """Normalizes by moving averages, and its gradient by others.
+
+    It needs centered filters before it: ``ws_mm.CenteredConv2d``.
+
+    Formula, for each channel, in the t-th iteration of training:
+        squares = mean(x^2), of the last buffer_size iterations
+        var = mean(squares)                the newest one, while t is early
+        ratio = clip(sqrt(var + eps) / sqrt(running_var + eps), 1/5, 5)
+                                        1, while t is at most renorm_iters
+        z = x / sqrt(var + eps)
+        output = weight * ratio * z + bias
+        running_var = (1 - momentum) * running_var + momentum * var
+    In the backward, with g the gradient of ratio * z, times ratio:
+        gradients = mean(g z), of the last buffer_size iterations
+        dx = (g - z mean(gradients)) / sqrt(var + eps)
+                                           the newest one, while t is early
+    t is early up to buffer_size, and below warmup_iters. Evaluation divides
+    by sqrt(running_var + eps).
+
+    Convention: that of the authors' code for detection, which made the
+        published Mask R-CNN: simple averages of 16 iterations of two images
+        each, a running value for the rest. Their ``momentum`` is one minus
+        ours. Theirs keeps averages for each process; here
+        ``SyncEstimatesHook`` averages all of them. Channels keep their
+        averages where a batch, or its gradient, is infinite or NaN. After a
+        gradient scaler changes its scale, ``gradients`` hold both scales
+        for buffer_size iterations: use bfloat16, or a fixed ``loss_scale``.
+        There are no second derivatives.
+    State: ``weight``, ``bias``; buffers ``running_var``, ``previous_var``
+        (before its last move, for a recomputed forward), ``iterations``,
+        ``squares`` and ``gradients`` (a row of buffer_size per channel, the
+        newest last). ``gradients`` move once per backward, the others once
+        per forward.
+
+    Args:
+        num_features: channels of the input.
+        eps: added to means of squares.
+        momentum: share of the newest mean in running_var, in (0, 1].
+        affine: whether scale and shift are learned.
+        buffer_size: iterations that are averaged; times the images per
+            process, the authors' is 32.
+        warmup_iters: iterations that normalize by their own batch.
+        renorm_iters: iterations without the ratio; at least warmup_iters.
+        device: device of parameters and buffers.
+        dtype: dtype of the parameters.
+        **unknown: none; a misspelt argument is rejected by name.
+
+    Raises:
+        TypeError: an argument is unknown.
+        ValueError: an argument has an illegal value.
+
+    Source: arXiv 2001.06838; github.com/megvii-model/MABN, det/.
+    """
+
+    statistics: ClassVar = {
+        'running_var': 1.0,
+        'previous_var': 1.0,
+        'iterations': 0.0,
+        'squares': 1.0,
+        'gradients': 0.0,
+    }
+
+    running_var: Tensor
+    previous_var: Tensor
+    iterations: Tensor
+    squares: Tensor
+    gradients: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.02,
+        affine: bool = True,
+        *,
+        buffer_size: int = 16,
+        warmup_iters: int = 100,
+        renorm_iters: int = 1000,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__(num_features, eps, affine, unknown, device, dtype)
+        check_momentum(momentum, 'norm_cfg')
+        check_count('buffer_size', buffer_size, 1, 'norm_cfg')
+        check_count('warmup_iters', warmup_iters, 0, 'norm_cfg')
+        check_count('renorm_iters', renorm_iters, warmup_iters, 'norm_cfg')
+        self.momentum = momentum
+        self.warmup_iters = warmup_iters
+        self.renorm_iters = renorm_iters
+        widths = dict.fromkeys(('squares', 'gradients'), buffer_size)
+        self.register_statistics(num_features, device, dtype, widths)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Normalize by what the buffers hold after this forward moved them."""
+        if not self.training:
+            inverse = (self.running_var.to(x.dtype) + self.eps).rsqrt()
+            return self.scaled(x * per_channel(inverse, x))
+        if self.begin_forward(x):
+            self._move(x)
+        # Buffers alone, so that a recomputed forward finds the same.
+        inverse = (self._var(self.squares) + self.eps).rsqrt()
+        ratio = (self.previous_var + self.eps).rsqrt() / inverse
+        begins = self.iterations <= self.renorm_iters
+        ratio = torch.where(begins, 1.0, ratio.clamp(1 / 5, 5))
+        scales = inverse.to(x.dtype), ratio.to(x.dtype)
+        normalized: Tensor = _MovingGradient.apply(
+            x, *scales, self._is_early(), self.gradients
+        )
+        return self.scaled(normalized)
+
+    def _is_early(self) -> Tensor:
+        least = max(self.squares.shape[1], self.warmup_iters - 1)
+        return self.iterations <= least
+
+    def _var(self, squares: Tensor) -> Tensor:
+        return torch.where(self._is_early(), squares[:, -1], squares.mean(1))
+
+    @torch.no_grad()
+    def _move(self, x: Tensor) -> None:
+        newest = x.square().mean(over_channels(x))
+        # At once, so that none moves in a channel that is not finite.
+        self.move_statistics(
+            dict(
+                squares=_appended(self.squares, newest),
+                iterations=self.iterations + 1,
+                previous_var=self.running_var,
+            ),
+            1.0,
+        )
+        var = torch.where(newest.isfinite(), self._var(self.squares), newest)
+        self.move_statistics(dict(running_var=var), self.momentum)
+
+    def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
+        """The mean square, which evaluation divides by."""
+        x = at_least_float32(input.detach())
+        return dict(running_var=x.square().mean(over_channels(x)))
+
+    def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
+        """Fold all: evaluation is a scale and a shift."""
+        scale = (self.running_var.double() + self.eps).rsqrt()
+        if not self.affine:
+            return scale, torch.zeros_like(scale), nn.Identity()
+        return scale * self.weight, self.bias.double(), nn.Identity()
+
+    @classmethod
+    def from_norm(
+        cls, norm: Any, arguments: Mapping[str, Any]
+    ) -> 'tuple[MABN, dict[str, Tensor]]':
+        """Make the MABN that takes the place of a norm.
+
+        Convention: the mean square of a BatchNorm's input is the sum of its
+            running variance and its squared running mean.
+        """
+        layer, sources = super().from_norm(norm, arguments)
+        if 'running_var' in sources:
+            square = norm.running_mean.square()
+            sources['running_var'] = norm.running_var + square
+        return layer, sources
+
+
+class _MovingGradient(torch.autograd.Function):
+    """ratio * inverse * x, whose backward moves a mean and subtracts it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        inverse: Tensor,
+        ratio: Tensor,
+        is_early: Tensor,
+        gradients: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, inverse, ratio, is_early)
+        ctx.gradients = gradients  # later calls move it, before the backward
+        return x * per_channel(inverse * ratio, x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, inverse, ratio, is_early = ctx.saved_tensors
+        z = x * per_channel(inverse, x)
+        g = grad * per_channel(ratio, x)
+        newest = (g * z).mean(over_channels(x))
+        rows = ctx.gradients
+        rows.copy_(moved([rows], [_appended(rows, newest)], 1.0)[0])
+        mean = torch.where(is_early, newest, rows.mean(1).to(x.dtype))
+        dx = (g - z * per_channel(mean, x)) * per_channel(inverse, x)
+        return dx, None, None, None, None
+
+
+def _appended(rows: Tensor, newest: Tensor) -> Tensor:
+    """Rows with a new value at the end, without their first one."""
+    return torch.cat([rows[:, 1:], newest.to(rows.dtype)[:, None]], 1)

@@ -1,0 +1,220 @@
+"""Online Normalization (arXiv 1905.05894)."""
+
+from typing import Any, ClassVar
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..arguments import check_choice, check_momentum, check_number
+from ..kernels.plain import moved
+from ..running_statistics import (
+    RunningStatistics,
+    measured_moments,
+    moments_of_both,
+)
+from ._norm import Norm, per_channel
+
+GUARDS = ('layer_scaling', 'clamp', 'none')
+
+
+@MODELS.register_module()
+class OnlineNorm(RunningStatistics, Norm):
+    """Norm by running statistics that move with every image.
+
+    Formula, image after image t, with mean m_t and biased variance v_t of
+    each channel of x_t, and p = momentum:
+        y_t = (x_t - mean) / sqrt(var + eps)
+        var = (1 - p) * (var + p * (m_t - mean)^2) + p * v_t
+        mean = (1 - p) * mean + p * m_t
+        z_t = guard(weight * y_t + bias)
+    Gradient of x, image after image, from that of y, g_t; q =
+    ``control_momentum``, and s_t the root in y_t:
+        h_t = g_t - q * control_scale * y_t
+        control_scale = control_scale + mean(h_t * y_t)
+        dx_t = h_t / s_t - q * control_shift
+        control_shift = control_shift + mean(dx_t)
+    It is not that of the forward: on average, it is orthogonal to 1 and y,
+    as the gradient of a batch norm. Guard 'layer_scaling' is z / sqrt(mean(
+    z^2) + 1e-5) over all values of an image, 'clamp' cuts at ``limit``.
+
+    Convention: as the official kernels, whose alpha_fwd is 1 - momentum and
+        alpha_bkw 1 - control_momentum. The default guard is that of their
+        experiments and of the paper's figures; their layer has the clamp.
+        An image whose statistics or gradients are not finite moves nothing
+        in its channels; theirs keeps the NaN.
+    State: as its base, ``running_mean`` and ``running_var``, moved by the
+        forward, and ``control_scale`` and ``control_shift``, moved by the
+        backward. These two have the unit of the gradient: a changed loss
+        scale of AMP disturbs them for about 1 / control_momentum images.
+        Where activations are large
+        before the first statistics have settled, mean(y^2) above 2 /
+        control_momentum makes control_scale diverge: keep inputs near unit
+        scale, or begin with ``update_estimates``.
+    Compiled: ``torch.compile`` leaves out its training forward.
+
+    Args:
+        num_features: channels of the input.
+        eps: constant added to the variance.
+        momentum: share of the newest image in mean and variance.
+        affine: whether scale and shift are learned.
+        control_momentum: share of the control in each gradient.
+        guard: 'layer_scaling', 'clamp' or 'none'.
+        limit: bound of the guard 'clamp'.
+        device: device of parameters and buffers.
+        dtype: dtype of the parameters.
+        **unknown: none; a misspelt argument is rejected by name.
+
+    Raises:
+        ValueError: an argument has an illegal value.
+
+    Source: arXiv 1905.05894; github.com/Cerebras/online-normalization.
+    """
+
+    statistics: ClassVar = {
+        'running_mean': 0.0,
+        'running_var': 1.0,
+        'control_scale': 0.0,
+        'control_shift': 0.0,
+    }
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.001,
+        affine: bool = True,
+        *,
+        control_momentum: float = 0.01,
+        guard: str = 'layer_scaling',
+        limit: float = 5.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **unknown: Any,
+    ) -> None:
+        check_momentum(momentum, 'norm_cfg')
+        check_number('control_momentum', control_momentum, 0, 'norm_cfg')
+        check_choice('guard', guard, GUARDS, 'norm_cfg')
+        check_number('limit', limit, 0, 'norm_cfg')
+        super().__init__(num_features, eps, affine, unknown, device, dtype)
+        self.momentum, self.control_momentum = momentum, control_momentum
+        self.guard, self.limit = guard, limit
+        self.register_statistics(num_features, device, dtype)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Normalize an input that has values."""
+        if self.training:
+            y = self._controlled(x)
+        else:
+            std = (self.running_var + self.eps).sqrt().to(x.dtype)
+            y = x - per_channel(self.running_mean.to(x.dtype), x)
+            y = y / per_channel(std, x)
+        z = self.scaled(y)
+        if self.guard == 'layer_scaling':
+            mean = z.square().mean(tuple(range(1, z.dim())), keepdim=True)
+            return z / (mean + 1e-5).sqrt()
+        # A copy, as the backward needs y, and a ReLU may change the result.
+        limit = self.limit if self.guard == 'clamp' else torch.inf
+        return z.clamp(-limit, limit)
+
+    # No compiler promises to keep what a backward moves.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _controlled(self, x: Tensor) -> Tensor:
+        moves = self.begin_forward(x)
+        values = x.detach().reshape(*x.shape[:2], -1)
+        var, mean = torch.var_mean(values, 2, correction=0)
+        now = list(self.before_moving(moves)[:2])
+        used = []
+        for v, m in zip(var, mean, strict=True):
+            used.append(torch.stack(now))
+            between = (1 - self.momentum) * (m - now[0]).square()
+            now = moved(now, [m, v + between], self.momentum)
+        if moves:
+            self.running_mean.copy_(now[0])
+            self.running_var.copy_(now[1])
+        means, variances = torch.stack(used, 1)
+        y: Tensor = _Controlled.apply(
+            x,
+            _of_images(means.to(x), x),
+            _of_images((variances + self.eps).sqrt().to(x), x),
+            self.control_scale,
+            self.control_shift,
+            self.control_momentum,
+        )
+        return y
+
+    def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
+        """Mean and biased variance of a batch."""
+        return measured_moments(input, False, unbiased=False)[1]
+
+    def join(
+        self,
+        first: dict[str, Tensor],
+        second: dict[str, Tensor],
+        share: Tensor,
+    ) -> dict[str, Tensor]:
+        """Moments of the values of both."""
+        return moments_of_both(first, second, share)
+
+    def folded(self) -> tuple[Tensor, Tensor, nn.Module] | None:
+        """Scale and shift of evaluation, and the clamp."""
+        if self.guard == 'layer_scaling':
+            return None
+        std = (self.running_var.double() + self.eps).sqrt()
+        left: nn.Module = nn.Identity()
+        if self.guard == 'clamp':
+            left = nn.Hardtanh(-self.limit, self.limit)
+        return *self.affine_after(self.running_mean, std), left
+
+
+class _Controlled(torch.autograd.Function):
+    """(x - mean) / std, with the controlled gradient of OnlineNorm."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor,
+        std: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        share: float,
+    ) -> Tensor:
+        y = (x - mean) / std
+        ctx.save_for_backward(y, std)
+        ctx.control, ctx.share = (scale, shift), share
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        y, std = ctx.saved_tensors
+        # Sums over each image are enough to move the control.
+        of_g, of_y, of_gy, of_yy = (
+            v.flatten(2).mean(2) if v.dim() > 2 else v
+            for v in (g, y, g * y, y * y)
+        )
+        roots = std.flatten(1)
+        scale, shift = ctx.control
+        used = []
+        for i in range(len(g)):
+            used.append(torch.stack([scale, shift]))
+            part = ctx.share * scale
+            of_dx = (of_g[i] - part * of_y[i]) / roots[i] - ctx.share * shift
+            new = scale + of_gy[i] - part * of_yy[i], shift + of_dx
+            finite = (new[0] + new[1]).isfinite()
+            scale = torch.where(finite, new[0], scale)
+            shift = torch.where(finite, new[1], shift)
+        for buffer, value in zip(ctx.control, (scale, shift), strict=True):
+            buffer.copy_(value)
+        scales, shifts = (ctx.share * torch.stack(used, 1)).to(g)
+        h = g - _of_images(scales, g) * y
+        return h / std - _of_images(shifts, g), *[None] * 5
+
+
+def _of_images(values: Tensor, x: Tensor) -> Tensor:
+    """Values (N, C) in a shape that broadcasts over x, (N, C, *)."""
+    return values.view(*values.shape, *[1] * (x.dim() - 2))
