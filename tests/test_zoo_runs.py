@@ -1,7 +1,6 @@
 """Every norm and filter of ws_mm/zoo in real models of the hosts.
 
-By configuration alone: norm_cfg or conv_cfg, and the hook of those that
-take the place of the activation.
+By configuration alone: norm_cfg or conv_cfg.
 """
 
 import copy
@@ -40,6 +39,8 @@ ITERATIONS = 50
 def parts_of(case: Case) -> dict[str, Any]:
     """The conv_cfg and norm_cfg of a config."""
     own = dict(type=f'ws_mm.{case.name}', **case.options)
+    if case.activates:
+        own['replaces_act'] = True
     if case.is_conv:
         return dict(conv_cfg=own, norm_cfg=dict(type='GN', num_groups=2))
     return dict(conv_cfg=None, norm_cfg=own)
@@ -112,8 +113,6 @@ def config_of(case: Case, text: str, folder: Path) -> Path:
     put(model, parts_of(case))
     if text == SEG and case.one_value:
         model.decode_head.norm_cfg = dict(type='GN', num_groups=2)
-    if case.activates:
-        cfg.custom_hooks = [dict(type='ws_mm.NormActivationHook')]
     cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=ITERATIONS)
     cfg.train_dataloader.sampler = dict(type='InfiniteSampler', shuffle=True)
     cfg.default_hooks.checkpoint = dict(

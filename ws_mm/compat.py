@@ -19,6 +19,8 @@ what differs                    answer
                                 such a class
 float16 on a CPU                batch norm takes it since torch 2.2
 NumPy 2                         since torch 2.3
+subclasses of a tensor          compiled since torch 2.10; before, the compiler
+                                leaves and enters its graph around them
 Triton 3                        since torch 2.4; before, a GPU runs eager
                                 operations
 ``package::`` configs           mmengine knows a fixed list of packages, by
@@ -36,9 +38,12 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+)
 from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack as _dispatch_modes,
 )
@@ -269,6 +274,35 @@ def gpu_driver() -> int:
 def is_forward_ad() -> bool:
     """Return whether ``forward_ad.dual_level`` is entered; else False."""
     return getattr(torch.autograd.forward_ad, '_current_level', -1) >= 0
+
+
+COMPILES_SUBCLASSES = _numbers(torch.__version__) >= (2, 10)
+Subclass = TypeVar('Subclass', bound=torch.Tensor)
+
+
+def as_subclass(x: torch.Tensor, kind: type[Subclass]) -> Subclass:
+    """Return ``x.as_subclass(kind)``; the modes of a dispatcher see nothing.
+
+    Of torch 2.1 they return an object that no longer takes a class.
+    """
+    if is_compiling() and COMPILES_SUBCLASSES:
+        return x.as_subclass(kind)
+    made: Subclass = _uncompiled_subclass(x, kind)
+    return made
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _uncompiled_subclass(x: torch.Tensor, kind: Any) -> Any:
+    if not _dispatch_modes():
+        return x.as_subclass(kind)
+    with _disable_current_modes():
+        return x.as_subclass(kind)
+
+
+def own_requires_grad(x: torch.Tensor) -> bool:
+    """Return whether an object of a subclass requires grad itself."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return bool(x.requires_grad)
 
 
 def is_backward() -> bool:

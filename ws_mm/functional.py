@@ -184,7 +184,7 @@ def batch_channel_norm(
     Source: ``BCNorm`` and ``EstBN`` of the authors' BCN repository.
     """
     check_choice('mode', mode, MODES, 'norm_cfg')
-    _check_group_size(input, num_groups)
+    check_group_size(input, num_groups)
     source = 'running'
     if training and mode == 'sync_batch' and world_size() > 1:
         source = 'ranks'
@@ -216,7 +216,16 @@ def largest_group_count(num_channels: int, most: int) -> int:
     return next(n for n in range(most, 0, -1) if num_channels % n == 0)
 
 
-def _check_group_size(input: Tensor, num_groups: int) -> None:
+def check_group_size(
+    input: Tensor, num_groups: int, layer: str = 'BCN'
+) -> None:
+    """Reject groups of one value, which has no variance.
+
+    Args:
+        input: activations.
+        num_groups: groups of channels.
+        layer: class name of the layer.
+    """
     # numel() would tie an exported program to the sizes of its example.
     if math.prod(input.shape[1:]) != num_groups:
         return
@@ -225,7 +234,7 @@ def _check_group_size(input: Tensor, num_groups: int) -> None:
         fewer = largest_group_count(num_groups, num_groups)
         fix = f'fewer groups (norm_cfg=dict(num_groups={fewer}))'
     raise ValueError(
-        'a group of one value cannot be normalized: a BCN of '
+        f'a group of one value cannot be normalized: {layer} of '
         f'{input.shape[1]} channels got an input of shape '
         f'{tuple(input.shape)}, of which num_groups={num_groups} leaves one '
         f'value per group. Give it a larger feature map, or {fix}'

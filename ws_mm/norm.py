@@ -321,7 +321,10 @@ class BCN(RunningStatistics, nn.GroupNorm):
 
 
 def fit_num_groups(
-    num_channels: int, num_groups: int | None = None, strict: bool = False
+    num_channels: int,
+    num_groups: int | None = None,
+    strict: bool = False,
+    layer: str = 'BCN',
 ) -> int:
     """Number of groups of a layer.
 
@@ -332,6 +335,7 @@ def fit_num_groups(
         strict: whether to reject a count that does not divide num_channels.
             Otherwise it becomes the largest smaller one that does and leaves
             two channels per group.
+        layer: class name of the layer.
 
     Raises:
         TypeError: ``num_groups`` is no whole number.
@@ -360,17 +364,19 @@ def fit_num_groups(
             f'channels; the largest count that does is {fitting} '
             '(norm_cfg=dict(num_groups=..., strict_groups=False))'
         )
-    _report_fallback(num_channels, asked, fitting)
+    _report_fallback(layer, num_channels, asked, fitting)
     return fitting
 
 
 @cache
-def _report_fallback(channels: int, asked: int, fitting: int) -> None:
+def _report_fallback(
+    layer: str, channels: int, asked: int, fitting: int
+) -> None:
     why = f'do not divide {channels} channels'
     if asked == channels:
         why = f'leave one of {channels} channels to each'
     print_log(
-        f'BCN: {asked} groups {why}; layers of {channels} channels use '
+        f'{layer}: {asked} groups {why}; layers of {channels} channels use '
         f'{fitting} groups',
         logger='current',
     )

@@ -11,6 +11,9 @@ from .bnet import BNET
 from .centered_conv import CenteredConv2d
 from .cross_iteration_bn import CrossIterationBN
 from .deformable import WSModulatedDeformConv2d, WSModulatedDeformConv2dPack
+from .evonorm import EvoNormB0, EvoNormS0
+from .frn import FRN
+from .group_norm1 import GroupNorm1
 from .iter_norm import IterNorm
 from .mabn import MABN
 from .online_norm import OnlineNorm
@@ -24,6 +27,7 @@ from .weight_norm import MeanOnlyBN, WNConv2d
 
 __all__ = [
     'BNET',
+    'FRN',
     'MABN',
     'AdaptiveWSConv2d',
     'BatchGroupNorm',
@@ -31,6 +35,9 @@ __all__ = [
     'BatchRenorm',
     'CenteredConv2d',
     'CrossIterationBN',
+    'EvoNormB0',
+    'EvoNormS0',
+    'GroupNorm1',
     'IterNorm',
     'MeanOnlyBN',
     'OnlineNorm',
