@@ -24,6 +24,20 @@ from ws_mm.compat import COMPILES_SUBCLASSES
 
 EXACT = 1e-10
 CASES = [case for case in oracles.cases() if case.activates]
+ACTS = {
+    'ReLU': nn.ReLU(),
+    'ReLU in place': nn.ReLU(inplace=True),
+    'ReLU6': nn.ReLU6(inplace=True),
+    'LeakyReLU': nn.LeakyReLU(0.1),
+    'SiLU': nn.SiLU(),
+    'Hardswish': nn.Hardswish(),
+    'F.relu': F.relu,
+    'torch.relu': torch.relu,
+    'torch.relu_': torch.relu_,
+    'Tensor.relu': Tensor.relu,
+    'Tensor.relu_': Tensor.relu_,
+    'F.relu in place': partial(F.relu, inplace=True),
+}
 cases = pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 
 
@@ -119,24 +133,7 @@ def test_some_case_activates():
 
 
 @cases
-@pytest.mark.parametrize(
-    'act',
-    [
-        nn.ReLU(),
-        nn.ReLU(inplace=True),
-        nn.ReLU6(inplace=True),
-        nn.LeakyReLU(0.1),
-        nn.SiLU(),
-        nn.Hardswish(),
-        F.relu,
-        torch.relu,
-        torch.relu_,
-        Tensor.relu,
-        Tensor.relu_,
-        partial(F.relu, inplace=True),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize('act', ACTS.values(), ids=ACTS)
 def test_activations_of_a_block(case, act):
     block, by_hand = blocks(case, act)
     for number in range(3):
