@@ -62,4 +62,5 @@ def reject_others(cls: type, arguments: Mapping[str, Any]) -> None:
 
 def exact_dtype(weight: Tensor) -> torch.dtype:
     """At least float32, to compute filters in."""
-    return torch.promote_types(weight.dtype, torch.float32)
+    is_double = weight.dtype == torch.float64
+    return torch.float64 if is_double else torch.float32
