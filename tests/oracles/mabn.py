@@ -6,7 +6,7 @@ Channel by channel, in a list of the latest batches.
 import torch
 from torch import Tensor
 
-from . import Case, State
+from . import RECENT_COMPILER, Case, State
 
 SIZE, WARMUP, RENORM = 4, 10, 100
 
