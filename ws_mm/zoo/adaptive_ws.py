@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..functional import standardize_weight
 from ..kernels.plain import at_least_float32
-from ..running_statistics import HALF
+from ..running_statistics import keep_exact
 from ._filters import Filters, exact_dtype
 
 
@@ -93,8 +93,5 @@ class AdaptiveWSConv2d(Filters, nn.Conv2d):
     ) -> 'AdaptiveWSConv2d':
         exact = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        for name, values in exact.items():
-            cast = self.get_buffer(name)
-            if cast.dtype in HALF:
-                setattr(self, name, values.to(cast.device))
+        keep_exact(self, exact)
         return self

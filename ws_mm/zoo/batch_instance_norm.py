@@ -34,61 +34,33 @@ class BatchInstanceNorm(BatchStatistics):
     State: ``gate_offset``, one entry per channel, 0 at the start, which is
         BN; affine; ``running_mean``, ``running_var``.
 
-    Args:
-        num_features: channels of the input.
-        eps: constant added to both variances.
-        momentum: share of the newest batch in the running values.
-        affine: whether scale and shift are learned; gates always are.
-        device: device of parameters and buffers.
-        dtype: dtype of the parameters.
+    Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`.
 
     Raises:
-        TypeError: an argument is unknown.
-        ValueError: an argument has an illegal value, or training sees one
-            value per channel. Maps of 1x1 of several images run: their IN
-            is 0.
+        ValueError: training sees one value per channel. Maps of 1x1 of
+            several images run: their IN is 0.
 
     Source: arXiv 1805.07925; hyeonseob-nam/Batch-Instance-Normalization.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        affine: bool = True,
-        *,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: Any,
-    ) -> None:
-        super().__init__(
-            num_features, eps, momentum, affine, unknown, device, dtype
-        )
-        values = torch.zeros(num_features, device=device, dtype=dtype)
-        self.gate_offset = nn.Parameter(values)
+    gate_offset: nn.Parameter
 
-    def reset_parameters(self) -> None:
-        """Restore affine, statistics and gates of 1."""
-        super().reset_parameters()
-        if 'gate_offset' in self._parameters:
-            nn.init.zeros_(self.gate_offset)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_parameter('gate_offset', 0.0, self.num_features)
 
     def normalize(self, x: Tensor) -> Tensor:
         """Both normalizations in one step, around the mean of each map."""
         moves = self.begin_forward(x)
         map_mean, map_var = instance_moments(x)
         if self.training:
-            count = x.numel() // x.shape[1]
-            self.check_values(x, count)
+            self.check_values(x)
             mean, var = joined_moments(map_mean, map_var, 0)
             if moves:
-                of_batch = {
-                    'running_mean': mean.detach().flatten(),
-                    'running_var': var.detach().flatten()
-                    * (count / (count - 1)),
-                }
-                self.move_statistics(of_batch, self.momentum)
+                count = x.numel() // x.shape[1]
+                unbiased = var.flatten() * (count / (count - 1))
+                batch = dict(running_mean=mean.flatten(), running_var=unbiased)
+                self.move_statistics(batch, self.momentum)
             if torch.is_grad_enabled():  # what only measures changes nothing
                 # Not as a new version: a graph of before may keep it.
                 self.gate_offset.data.clamp_(-1 / ROOT, 0)
@@ -101,3 +73,6 @@ class BatchInstanceNorm(BatchStatistics):
         scale = of_batch_scale + (1 - gate) * torch.rsqrt(map_var + self.eps)
         shift = of_batch_scale * (map_mean - mean)
         return self.scaled((x - map_mean) * scale + shift)
+
+    def folded(self) -> None:
+        """None: IN is no affine map."""

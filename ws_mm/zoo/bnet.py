@@ -29,41 +29,23 @@ class BNET(BatchStatistics):
         that hosts spare with all others from decay; ``running_mean``,
         ``running_var``.
 
-    Args:
-        num_features: channels of the input.
-        eps: constant added to the variance.
-        momentum: share of the newest batch in the running values.
+    Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`, and
         affine: whether the convolution is there; False leaves x - mean over
             deviation.
         kernel_size: k, an odd number; 1 is ``nn.BatchNorm2d``.
-        device: device of parameters and buffers.
-        dtype: dtype of the parameters.
 
     Raises:
-        TypeError: an argument is unknown.
-        ValueError: an argument has an illegal value, training sees one value
-            per channel, or a kernel above 1 gets no images (N, C, H, W).
+        ValueError: a kernel above 1 gets no images (N, C, H, W).
 
     Source: arXiv 2011.14150; yuhuixu1993/BNET.
     """
 
-    around: nn.Parameter
+    around: nn.Parameter | None
 
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        affine: bool = True,
-        *,
-        kernel_size: int = 3,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: Any,
+        self, *args: Any, kernel_size: int = 3, **kwargs: Any
     ) -> None:
-        super().__init__(
-            num_features, eps, momentum, affine, unknown, device, dtype
-        )
+        super().__init__(*args, **kwargs)
         is_odd = isinstance(kernel_size, int) and kernel_size % 2 == 1
         if not is_odd or kernel_size < 1:
             raise ValueError(
@@ -71,20 +53,13 @@ class BNET(BatchStatistics):
                 'least 1 (norm_cfg=dict(kernel_size=...))'
             )
         self.kernel_size = kernel_size
-        number = num_features * (kernel_size**2 - 1)
-        values = torch.zeros(number, device=device, dtype=dtype)
-        self.register_parameter(
-            'around', nn.Parameter(values) if affine and number else None
-        )
-
-    def reset_parameters(self) -> None:
-        """Restore BN, with zeros around the middle of the kernel."""
-        super().reset_parameters()
-        if getattr(self, 'around', None) is not None:
-            nn.init.zeros_(self.around)
+        number = self.num_features * (kernel_size**2 - 1)
+        exists = self.affine and number > 0
+        self.add_parameter('around', 0.0, number, exists=exists)
 
     def kernel(self) -> Tensor:
         """The kernel, in the layout of ``nn.Conv2d``."""
+        assert self.around is not None
         before, after = self.around.view(self.num_features, 2, -1).unbind(1)
         rows = torch.cat([before, self.weight[:, None], after], 1)
         return rows.view(-1, 1, self.kernel_size, self.kernel_size)
@@ -111,8 +86,8 @@ class BNET(BatchStatistics):
     def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
         """BN for the convolution before; what is left is the kernel's."""
         if self.around is None:
-            return self.fold(self.weight, self.bias)
-        scale, shift, _ = self.fold(None, None)
+            return self.folded_with(self.weight, self.bias)
+        scale, shift, _ = self.folded_with(None, None)
         left = nn.utils.skip_init(
             nn.Conv2d,
             self.num_features,
@@ -124,7 +99,3 @@ class BNET(BatchStatistics):
         left.weight = nn.Parameter(self.kernel())
         left.bias = nn.Parameter(self.bias.clone())
         return scale, shift, left.train(self.training)
-
-    def extra_repr(self) -> str:
-        """Constructor arguments."""
-        return f'{super().extra_repr()}, kernel_size={self.kernel_size}'

@@ -1,15 +1,14 @@
 """Convolution with centered filters, as MABN needs them."""
 
-import inspect
 from typing import Any
 
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..arguments import reject_unknown
 from ..conv import WSConv2d
 from ..kernels.plain import at_least_float32
+from ._filters import reject_others
 
 
 @MODELS.register_module()
@@ -37,9 +36,7 @@ class CenteredConv2d(WSConv2d):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        legal = inspect.signature(CenteredConv2d).parameters
-        unknown = {key: kwargs[key] for key in kwargs if key not in legal}
-        reject_unknown('CenteredConv2d', 'conv_cfg', unknown, legal)
+        reject_others(CenteredConv2d, kwargs)
         super().__init__(*args, **kwargs)
 
     def standardized_weight(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from mmengine.registry import MODELS
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import compat
 from ..arguments import check_count
@@ -65,21 +65,10 @@ class CrossIterationBN(BatchStatistics):
         state dict: after a resume it fills again. Each training forward
         costs two more gradients of w.
 
-    Args:
-        num_features: channels of the input.
-        eps: constant added to the variance.
-        momentum: share of the newest batch in the running values.
-        affine: whether scale and shift are learned.
+    Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`, and
         window: number of iterations, this one included.
         burn_in: training forwards of plain batch norm at the start; the
             published COCO configs have those of 8 epochs.
-        device: device of parameters and buffers.
-        dtype: dtype of the parameters.
-        **unknown: none; a misspelt argument is rejected by name.
-
-    Raises:
-        ValueError: an argument has an illegal value; in training, one value
-            per channel.
 
     Source: arXiv 2002.05712; github.com/Howal/Cross-iterationBatchNorm.
     """
@@ -87,27 +76,13 @@ class CrossIterationBN(BatchStatistics):
     num_forwards: Tensor
 
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        affine: bool = True,
-        *,
-        window: int = 4,
-        burn_in: int = 0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: Any,
+        self, *args: Any, window: int = 4, burn_in: int = 0, **kwargs: Any
     ) -> None:
+        super().__init__(*args, **kwargs)
         check_count('window', window, 1, 'norm_cfg')
         check_count('burn_in', burn_in, 0, 'norm_cfg')
-        super().__init__(
-            num_features, eps, momentum, affine, unknown, device, dtype
-        )
         self.window, self.burn_in = window, burn_in
-        count = torch.zeros((), dtype=torch.long, device=device)
-        self.register_buffer('num_forwards', count)
-        self.reset_parameters()
+        self.count_forwards()
 
     def reset_parameters(self) -> None:
         """Also begin burn-in and window anew."""
@@ -116,14 +91,12 @@ class CrossIterationBN(BatchStatistics):
         self._window: list[Past] = []
         # num_forwards: to read it from a device waits for the device.
         self._count: int | None = None
-        if 'num_forwards' in self._buffers:
-            self.num_forwards.zero_()
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize an input that has values."""
         if not self.training:
             return self.batch_norm(x, self.weight, self.bias)
-        self.check_values(x, values_per_channel(x))
+        self.check_values(x)
         mean, var = self._over_iterations(x)
         std = (var + self.eps).sqrt()
         return self.scaled((x - per_channel(mean, x)) / per_channel(std, x))
@@ -135,8 +108,8 @@ class CrossIterationBN(BatchStatistics):
         weight = rows(leaves, groups).to(x.dtype) if leaves else mean
         if moves:
             count = values_per_channel(x)
-            unbiased = var.detach() * (count / (count - 1))
-            batch = dict(running_mean=mean.detach(), running_var=unbiased)
+            unbiased = var * (count / (count - 1))
+            batch = dict(running_mean=mean, running_var=unbiased)
             self.move_statistics(batch, self.momentum)
             if not leaves:
                 _report_no_weight()
@@ -170,10 +143,6 @@ class CrossIterationBN(BatchStatistics):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._count = None
-
-    def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
-        """Scale and shift of evaluation."""
-        return self.fold(self.weight, self.bias)
 
 
 def averaged(

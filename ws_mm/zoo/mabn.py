@@ -7,14 +7,13 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..arguments import check_count, check_momentum
+from ..arguments import check_count
 from ..kernels.plain import at_least_float32, moved
-from ..running_statistics import RunningStatistics
-from ._norm import Norm, over_channels, per_channel
+from ._norm import RunningNorm, fold, over_channels, per_channel
 
 
 @MODELS.register_module()
-class MABN(RunningStatistics, Norm):
+class MABN(RunningNorm):
     """Normalizes by moving averages, and its gradient by others.
 
     It needs centered filters before it: ``ws_mm.CenteredConv2d``.
@@ -49,22 +48,12 @@ class MABN(RunningStatistics, Norm):
         newest last). ``gradients`` move once per backward, the others once
         per forward.
 
-    Args:
-        num_features: channels of the input.
-        eps: added to means of squares.
+    Args: those of :class:`~ws_mm.zoo._norm.RunningNorm`, and
         momentum: share of the newest mean in running_var, in (0, 1].
-        affine: whether scale and shift are learned.
         buffer_size: iterations that are averaged; times the images per
             process, the authors' is 32.
         warmup_iters: iterations that normalize by their own batch.
         renorm_iters: iterations without the ratio; at least warmup_iters.
-        device: device of parameters and buffers.
-        dtype: dtype of the parameters.
-        **unknown: none; a misspelt argument is rejected by name.
-
-    Raises:
-        TypeError: an argument is unknown.
-        ValueError: an argument has an illegal value.
 
     Source: arXiv 2001.06838; github.com/megvii-model/MABN, det/.
     """
@@ -93,20 +82,17 @@ class MABN(RunningStatistics, Norm):
         buffer_size: int = 16,
         warmup_iters: int = 100,
         renorm_iters: int = 1000,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(num_features, eps, affine, unknown, device, dtype)
-        check_momentum(momentum, 'norm_cfg')
         check_count('buffer_size', buffer_size, 1, 'norm_cfg')
         check_count('warmup_iters', warmup_iters, 0, 'norm_cfg')
         check_count('renorm_iters', renorm_iters, warmup_iters, 'norm_cfg')
-        self.momentum = momentum
+        widths = dict.fromkeys(('squares', 'gradients'), buffer_size)
+        super().__init__(
+            num_features, eps, momentum, affine, _widths=widths, **kwargs
+        )
         self.warmup_iters = warmup_iters
         self.renorm_iters = renorm_iters
-        widths = dict.fromkeys(('squares', 'gradients'), buffer_size)
-        self.register_statistics(num_features, device, dtype, widths)
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize by what the buffers hold after this forward moved them."""
@@ -155,10 +141,8 @@ class MABN(RunningStatistics, Norm):
 
     def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
         """Fold all: evaluation is a scale and a shift."""
-        scale = (self.running_var.double() + self.eps).rsqrt()
-        if not self.affine:
-            return scale, torch.zeros_like(scale), nn.Identity()
-        return scale * self.weight, self.bias.double(), nn.Identity()
+        std = (self.running_var.double() + self.eps).sqrt()
+        return fold(torch.zeros_like(std), std, self.weight, self.bias)
 
     @classmethod
     def from_norm(

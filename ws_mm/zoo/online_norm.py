@@ -7,20 +7,16 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..arguments import check_choice, check_momentum, check_number
+from ..arguments import check_choice, check_number
 from ..kernels.plain import moved
-from ..running_statistics import (
-    RunningStatistics,
-    measured_moments,
-    moments_of_both,
-)
-from ._norm import Norm, per_channel
+from ..running_statistics import moments_of_both
+from ._norm import RunningNorm, fold, per_channel
 
 GUARDS = ('layer_scaling', 'clamp', 'none')
 
 
 @MODELS.register_module()
-class OnlineNorm(RunningStatistics, Norm):
+class OnlineNorm(RunningNorm):
     """Norm by running statistics that move with every image.
 
     Formula, image after image t, with mean m_t and biased variance v_t of
@@ -54,20 +50,11 @@ class OnlineNorm(RunningStatistics, Norm):
         scale, or begin with ``update_estimates``.
     Compiled: ``torch.compile`` leaves out its training forward.
 
-    Args:
-        num_features: channels of the input.
-        eps: constant added to the variance.
+    Args: those of :class:`~ws_mm.zoo._norm.RunningNorm`, and
         momentum: share of the newest image in mean and variance.
-        affine: whether scale and shift are learned.
         control_momentum: share of the control in each gradient.
         guard: 'layer_scaling', 'clamp' or 'none'.
         limit: bound of the guard 'clamp'.
-        device: device of parameters and buffers.
-        dtype: dtype of the parameters.
-        **unknown: none; a misspelt argument is rejected by name.
-
-    Raises:
-        ValueError: an argument has an illegal value.
 
     Source: arXiv 1905.05894; github.com/Cerebras/online-normalization.
     """
@@ -91,27 +78,22 @@ class OnlineNorm(RunningStatistics, Norm):
         control_momentum: float = 0.01,
         guard: str = 'layer_scaling',
         limit: float = 5.0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: Any,
+        **kwargs: Any,
     ) -> None:
-        check_momentum(momentum, 'norm_cfg')
         check_number('control_momentum', control_momentum, 0, 'norm_cfg')
         check_choice('guard', guard, GUARDS, 'norm_cfg')
         check_number('limit', limit, 0, 'norm_cfg')
-        super().__init__(num_features, eps, affine, unknown, device, dtype)
-        self.momentum, self.control_momentum = momentum, control_momentum
+        super().__init__(num_features, eps, momentum, affine, **kwargs)
+        self.control_momentum = control_momentum
         self.guard, self.limit = guard, limit
-        self.register_statistics(num_features, device, dtype)
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize an input that has values."""
         if self.training:
             y = self._controlled(x)
         else:
-            std = (self.running_var + self.eps).sqrt().to(x.dtype)
-            y = x - per_channel(self.running_mean.to(x.dtype), x)
-            y = y / per_channel(std, x)
+            mean, var, *_ = self.running(x)
+            y = (x - mean) / (var + self.eps).sqrt()
         z = self.scaled(y)
         if self.guard == 'layer_scaling':
             mean = z.square().mean(tuple(range(1, z.dim())), keepdim=True)
@@ -138,17 +120,13 @@ class OnlineNorm(RunningStatistics, Norm):
         means, variances = torch.stack(used, 1)
         y: Tensor = _Controlled.apply(
             x,
-            _of_images(means.to(x), x),
-            _of_images((variances + self.eps).sqrt().to(x), x),
+            per_channel(means.to(x), x),
+            per_channel((variances + self.eps).sqrt().to(x), x),
             self.control_scale,
             self.control_shift,
             self.control_momentum,
         )
         return y
-
-    def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
-        """Mean and biased variance of a batch."""
-        return measured_moments(input, False, unbiased=False)[1]
 
     def join(
         self,
@@ -164,10 +142,12 @@ class OnlineNorm(RunningStatistics, Norm):
         if self.guard == 'layer_scaling':
             return None
         std = (self.running_var.double() + self.eps).sqrt()
-        left: nn.Module = nn.Identity()
+        scale, shift, left = fold(
+            self.running_mean, std, self.weight, self.bias
+        )
         if self.guard == 'clamp':
             left = nn.Hardtanh(-self.limit, self.limit)
-        return *self.affine_after(self.running_mean, std), left
+        return scale, shift, left
 
 
 class _Controlled(torch.autograd.Function):
@@ -211,10 +191,5 @@ class _Controlled(torch.autograd.Function):
         for buffer, value in zip(ctx.control, (scale, shift), strict=True):
             buffer.copy_(value)
         scales, shifts = (ctx.share * torch.stack(used, 1)).to(g)
-        h = g - _of_images(scales, g) * y
-        return h / std - _of_images(shifts, g), *[None] * 5
-
-
-def _of_images(values: Tensor, x: Tensor) -> Tensor:
-    """Values (N, C) in a shape that broadcasts over x, (N, C, *)."""
-    return values.view(*values.shape, *[1] * (x.dim() - 2))
+        h = g - per_channel(scales, g) * y
+        return h / std - per_channel(shifts, g), *[None] * 5

@@ -2,12 +2,10 @@
 
 from typing import Any
 
-import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ._batch import BatchStatistics
-from ._norm import per_channel
 
 
 @MODELS.register_module()
@@ -28,18 +26,12 @@ class OutputBN(BatchStatistics):
         the image, which says whether the image shows the class. Each rank
         needs two images, or two regions in a box head.
 
-    Args:
+    Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`, and
         num_features: number of classes.
-        eps: constant added to the variance.
-        momentum: share of the newest batch in the running values.
         affine: whether a shift is learned.
-        device: device of parameters and buffers.
-        dtype: dtype of the parameters.
 
     Raises:
-        TypeError: an argument is unknown.
-        ValueError: an argument has an illegal value, or training sees one
-            image.
+        ValueError: training sees one image.
 
     Source: arXiv 2103.11642; github.com/matthewbehrend/BNC.
     """
@@ -50,24 +42,11 @@ class OutputBN(BatchStatistics):
         eps: float = 1e-5,
         momentum: float = 0.1,
         affine: bool = True,
-        *,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            num_features, eps, momentum, False, unknown, device, dtype
-        )
+        super().__init__(num_features, eps, momentum, False, **kwargs)
         self.affine = affine
-        if affine:
-            values = torch.zeros(num_features, device=device, dtype=dtype)
-            self.bias = nn.Parameter(values)
-
-    def reset_parameters(self) -> None:
-        """Set shift 0, and statistics to their initial values."""
-        super().reset_parameters()
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        self.add_parameter('bias', 0.0, num_features, exists=affine)
 
     def normalize(self, x: Tensor) -> Tensor:
         """BN without a scale."""
@@ -80,17 +59,7 @@ class OutputBN(BatchStatistics):
                 'OutputBN out and normalize within the network instead '
                 "(norm_cfg=dict(type='GN', num_groups=32))"
             )
-        y = self.batch_norm(x, None, None)
-        if self.bias is not None:
-            y = y + per_channel(self.bias.to(y.dtype), y)
-        return y
-
-    def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
-        """Scale and shift of the evaluation."""
-        scale, shift, rest = self.fold(None, None)
-        if self.bias is not None:
-            shift = shift + self.bias
-        return scale, shift, rest
+        return self.scaled(self.batch_norm(x, None, None))
 
 
 @MODELS.register_module(name='WithOutputBN')  # type: ignore[untyped-decorator]

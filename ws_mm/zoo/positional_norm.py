@@ -22,35 +22,19 @@ class PositionalNorm(Norm):
         a generator (moment shortcut), for which a norm has no place here.
     State: affine per channel. Training and evaluation are alike.
 
-    Args:
-        num_features: channels of the input, at least 2.
-        eps: constant added to the variance.
-        affine: whether scale and shift are learned.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
+    Args: those of :class:`~ws_mm.zoo._norm.Norm`.
 
     Raises:
-        TypeError: an argument is unknown.
-        ValueError: an argument has an illegal value, or there is a single
-            channel.
+        ValueError: there is a single channel.
 
     Source: arXiv 1907.04312; Boyiliee/PONO.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        affine: bool = True,
-        *,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: Any,
-    ) -> None:
-        super().__init__(num_features, eps, affine, unknown, device, dtype)
-        if num_features < 2:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.num_features < 2:
             raise ValueError(
-                f'num_features={num_features} must be at least 2: '
+                f'num_features={self.num_features} must be at least 2: '
                 'PositionalNorm normalizes over channels. Use '
                 "norm_cfg=dict(type='GN', num_groups=1)"
             )

@@ -7,11 +7,9 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..arguments import check_momentum
 from ..kernels.plain import at_least_float32
-from ..running_statistics import RunningStatistics, values_per_channel
 from ._filters import Filters, reject_others
-from ._norm import Norm, over_channels, per_channel
+from ._norm import RunningNorm, fold, over_channels, per_channel
 
 # A filter of zeros has no direction; it computes and learns as a plain one.
 LEAST_NORM = 1e-12
@@ -85,7 +83,7 @@ def _norms(filters: Tensor) -> Tensor:
 
 
 @MODELS.register_module()
-class MeanOnlyBN(RunningStatistics, Norm):
+class MeanOnlyBN(RunningNorm):
     """Batch normalization of the mean alone, for :class:`WNConv2d`.
 
     Formula, for each channel:
@@ -99,75 +97,31 @@ class MeanOnlyBN(RunningStatistics, Norm):
         of residual blocks from growing from block to block.
     State: ``weight``, ``bias``; buffer ``running_mean``.
 
-    Args:
-        num_features: channels of the input.
-        eps: not used; the host passes one to every norm.
-        momentum: share of the newest batch in running_mean, in (0, 1].
-        affine: whether scale and shift are learned.
-        device: device of parameters and buffers.
-        dtype: dtype of the parameters.
-        **unknown: none; a misspelt argument is rejected by name.
+    Args: those of :class:`~ws_mm.zoo._norm.RunningNorm`.
 
     Raises:
-        TypeError: an argument is unknown.
-        ValueError: an argument has an illegal value; or one value per
-            channel in training, which is its own mean.
+        ValueError: training sees one value per channel, its own mean.
 
     Source: arXiv 1602.07868, section 4; github.com/openai/weightnorm.
     """
 
     statistics: ClassVar = {'running_mean': 0.0}
     running_mean: Tensor
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        affine: bool = True,
-        *,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: Any,
-    ) -> None:
-        super().__init__(num_features, eps, affine, unknown, device, dtype)
-        check_momentum(momentum, 'norm_cfg')
-        self.momentum = momentum
-        self.register_statistics(num_features, device, dtype)
-
-    @property
-    def estimating(self) -> bool:
-        """False: the running mean serves evaluation only."""
-        return False
+    estimating = False
 
     def normalize(self, x: Tensor) -> Tensor:
         """Subtract the mean of the batch, or the running one."""
-        mean = self.running_mean.to(x.dtype)
+        (mean,) = self.running(x)
         if self.training:
-            if values_per_channel(x) == 1:
-                raise ValueError(
-                    'MeanOnlyBN got one value per channel in training, which '
-                    'is its own mean: the output would not depend on the '
-                    f'input, of shape {tuple(x.shape)}. Use more images or '
-                    "larger maps, or norm_cfg=dict(type='GN', num_groups=32)"
-                )
-            mean = x.mean(over_channels(x))
+            self.check_values(x)
+            of_batch = x.mean(over_channels(x))
             if self.begin_forward(x):
-                self.move_statistics(
-                    {'running_mean': mean.detach()}, self.momentum
-                )
-        return self.scaled(x - per_channel(mean, x))
-
-    def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
-        """The mean of each channel."""
-        x = at_least_float32(input.detach())
-        return {'running_mean': x.mean(over_channels(x))}
+                batch = dict(running_mean=of_batch)
+                self.move_statistics(batch, self.momentum)
+            mean = per_channel(of_batch, x)
+        return self.scaled(x - mean)
 
     def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
         """Evaluation is affine."""
-        shift = -self.running_mean.double()
-        scale = torch.ones_like(shift)
-        if self.affine:
-            scale = scale * self.weight
-            shift = shift * scale + self.bias
-        return scale, shift, nn.Identity()
+        mean = self.running_mean
+        return fold(mean, torch.ones_like(mean), self.weight, self.bias)
