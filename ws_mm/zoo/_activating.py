@@ -34,11 +34,10 @@ class ActivatingNorm(Norm):
 
     Convention: with ``replaces_act`` a forward returns the values of
         :meth:`linear`. A ReLU, ReLU6, LeakyReLU, SiLU or Hardswish that takes
-        this very tensor, a module or a function, in place or not, returns
-        what :meth:`activated` does instead. Everything else gets the values,
-        as the sum with the shortcut of a block, whose ReLU stays one.
-    Checkpointed: a reentrant checkpoint that ends between the layer and its
-        activation would lose gradients, and is an error.
+        this very tensor returns what :meth:`activated` does instead.
+        Everything else gets the values, as the sum with the shortcut of a
+        block, whose ReLU stays one. A reentrant checkpoint that ends between
+        the layer and its activation is an error: it would lose gradients.
     Compiled: with ``replaces_act``, ``torch.compile`` takes it whole since
         torch 2.10, and in parts before; ``torch.export.export`` needs torch
         2.10 and ``strict=True``.
@@ -49,8 +48,6 @@ class ActivatingNorm(Norm):
             becomes that of this layer, and where none does the layer does
             not activate. False: it activates in every forward, for
             ``act_cfg=None``.
-
-    The parameters of the activation are learned without ``affine``, too.
     """
 
     activates = True
@@ -89,9 +86,8 @@ class ActivatingNorm(Norm):
 class _Pending(Tensor):
     """Values of :meth:`ActivatingNorm.linear`, before an activation.
 
-    Every other operation on it is one on the plain tensor, and returns plain
-    tensors. So a sum with a shortcut, in place, is no longer the result of
-    the norm, although it is at the same place in memory.
+    Every other operation returns plain tensors. A sum with a shortcut, in
+    place, is no longer the result of the norm, although in the same memory.
     """
 
     layer: ActivatingNorm

@@ -27,23 +27,13 @@ class AdaptiveWSConv2d(Filters, nn.Conv2d):
     Convention: names, eps and constant gains are those of DetectoRS, that is
         of mmcv's ``ConvAWS``, whose checkpoints load. They are buffers:
         nothing trains or decays them. Decay of ``weight`` changes no output.
-        They belong to the filters at construction, or to the checkpoint:
-        an initializer that fills ``weight`` later does not set them, and a
-        norm behind it takes the scale out.
+        An initializer that fills ``weight`` later does not set them; a norm
+        behind it takes the scale out.
     State: as ``nn.Conv2d``, and buffers ``weight_gamma``, ``weight_beta`` of
         shape (out_channels, 1, 1, 1), which ``half()`` does not round. A
-        checkpoint without them keeps its function, of plain convolutions as
-        of standardized ones.
+        checkpoint without them, plain or standardized, keeps its function.
 
-    Args:
-        *args: arguments of ``nn.Conv2d``, in its order.
-        eps: eps of :func:`~ws_mm.functional.standardize_weight`.
-        eps_mode: 'inside' the root, or 'outside'.
-        **kwargs: arguments of ``nn.Conv2d``.
-
-    Raises:
-        TypeError: an argument is unknown.
-        ValueError: filters of one entry, or an unknown ``eps_mode``.
+    Args: those of :class:`~ws_mm.conv.WSConv2d`.
 
     Source: arXiv 2006.02334; ``ConvAWS2d`` of github.com/open-mmlab/mmcv.
     """

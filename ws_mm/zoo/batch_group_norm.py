@@ -20,13 +20,10 @@ class BatchGroupNorm(BatchStatistics):
     fewer groups, the more values in each: the paper takes fewer for smaller
     batches.
 
-    Convention: the authors published no code. The paper merges channels,
-        height and width before it cuts groups, so that a group may end
-        within a map, and running values would depend on the size of the
-        image. Here groups are whole channels. Running values are those of
-        ``nn.BatchNorm2d``: unbiased variance.
-    State: affine per channel; ``running_mean``, ``running_var``, one entry
-        per group.
+    Convention: the authors published no code. In the paper a group may end
+        within a map, so that running values depend on the size of the image.
+        Here groups are whole channels.
+    State: as its base, but one entry of the statistics per group.
 
     Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`, and
         num_groups: number of groups. None: 32, or the largest smaller

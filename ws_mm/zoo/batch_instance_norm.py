@@ -24,15 +24,14 @@ class BatchInstanceNorm(BatchStatistics):
 
     Convention: the official training loop clamps the gate after each step
         and trains it with 10 times the learning rate, without weight decay.
-        Here the factor in the formula gives SGD, with momentum, the very
-        same steps; those of Adam, which do not depend on the scale of a
-        gradient, are sqrt(10) times as large. Each training forward clamps
-        the parameter in place; the clamp in the formula is constant to
-        autograd, so no gate gets stuck at a bound. A weight decay of norms
+        Here the factor in the formula gives SGD, with momentum, the same
+        steps; those of Adam are sqrt(10) times as large. Each training
+        forward clamps the parameter in place; the clamp in the formula is
+        constant to autograd, so no gate gets stuck at a bound. Weight decay
         draws gates to 1, to BN; paramwise_cfg=dict(norm_decay_mult=0)
         switches it off, as the authors do.
-    State: ``gate_offset``, one entry per channel, 0 at the start, which is
-        BN; affine; ``running_mean``, ``running_var``.
+    State: as its base; ``gate_offset``, one entry per channel, 0 at the
+        start, which is BN.
 
     Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`.
 

@@ -35,8 +35,6 @@ class BatchRenorm(RunningNorm):
         that it replaces gives running_std its sqrt(running_var + eps).
     State: as its base, ``running_mean``, ``running_std`` and
         ``num_forwards``, the number of training forwards so far.
-    Distributed: batch statistics are those of the rank;
-        :class:`~ws_mm.hooks.SyncEstimatesHook` averages the running ones.
 
     Args: those of :class:`~ws_mm.zoo._norm.RunningNorm`, and
         r_max: final bound of r, at least 1.
@@ -81,9 +79,8 @@ class BatchRenorm(RunningNorm):
         check_number('d_steps', d_steps, warmup, 'norm_cfg')
         check_count('accumulative_counts', accumulative_counts, 1, 'norm_cfg')
         super().__init__(num_features, eps, momentum, affine, **kwargs)
-        self.warmup = warmup
-        self.r_max, self.r_steps = r_max, r_steps
-        self.d_max, self.d_steps = d_max, d_steps
+        self.warmup, self.r_max, self.d_max = warmup, r_max, d_max
+        self.r_steps, self.d_steps = r_steps, d_steps
         self.accumulative_counts = accumulative_counts
         self.count_forwards()
 
@@ -133,7 +130,7 @@ class BatchRenorm(RunningNorm):
     def from_norm(
         cls, norm: nn.Module, arguments: Mapping[str, Any]
     ) -> 'tuple[BatchRenorm, dict[str, Tensor]]':
-        """Make one for the place of a norm; see the class."""
+        """Make one for the place of a norm; see Convention."""
         layer, values = super().from_norm(norm, arguments)
         var: Any = getattr(norm, 'running_var', None)
         if var is not None:

@@ -19,15 +19,13 @@ class BNET(BatchStatistics):
 
     Convention: the authors use it for the last norm of each bottleneck. Their
         convolution is a module of its own, with zeros at the start and the
-        decay of a filter. Here the kernel belongs to the norm: host
-        initializations of convolutions, Weight Standardization and the
-        decay of filters do not reach it. ``weight`` is its middle, so that
-        it starts as BN, takes over a BN of equal names, and starts with
-        zeros where the host sets ``weight`` to 0 (``zero_init_residual``).
-    State: ``weight`` and ``bias``, of BN; ``around``, the other k k - 1
-        entries of each channel, row by row, zeros at the start, in one row
-        that hosts spare with all others from decay; ``running_mean``,
-        ``running_var``.
+        decay of a filter. Here the kernel belongs to the norm: what hosts
+        and Weight Standardization do to convolutions does not reach it.
+        ``weight`` is its middle, so that it starts as BN, takes over a BN,
+        and starts with zeros under ``zero_init_residual``.
+    State: as its base; ``around``, the other k k - 1 entries of each channel,
+        row by row, zeros at the start. It is one row of all channels, so
+        that hosts spare it from decay.
 
     Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`, and
         affine: whether the convolution is there; False leaves x - mean over
@@ -88,13 +86,10 @@ class BNET(BatchStatistics):
         if self.around is None:
             return self.folded_with(self.weight, self.bias)
         scale, shift, _ = self.folded_with(None, None)
+        channels, size = self.num_features, self.kernel_size
+        geometry = dict(padding=size // 2, groups=channels)
         left = nn.utils.skip_init(
-            nn.Conv2d,
-            self.num_features,
-            self.num_features,
-            self.kernel_size,
-            padding=self.kernel_size // 2,
-            groups=self.num_features,
+            nn.Conv2d, channels, channels, size, **geometry
         )
         left.weight = nn.Parameter(self.kernel())
         left.bias = nn.Parameter(self.bias.clone())

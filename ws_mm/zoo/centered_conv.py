@@ -24,12 +24,9 @@ class CenteredConv2d(WSConv2d):
         those of a WS network mean something else here.
     State: as ``nn.Conv2d``.
 
-    Args:
-        *args: arguments of ``nn.Conv2d``, in its order.
-        **kwargs: arguments of ``nn.Conv2d``.
+    Args: those of ``nn.Conv2d``.
 
     Raises:
-        TypeError: an argument is unknown; ``eps`` and ``eps_mode`` are.
         ValueError: filters of one entry, which would all be 0.
 
     Source: arXiv 2001.06838; github.com/megvii-model/MABN, ``CenConv2d``.

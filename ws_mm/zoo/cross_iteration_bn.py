@@ -48,22 +48,20 @@ class CrossIterationBN(BatchStatistics):
     Convention: the paper's formula. The official code leaves out an s whose
         extrapolated b is below a^2, where the paper takes the maximum; it
         adds eps to the root, and its variance is unbiased in burn-in. Bias
-        and earlier layers count as constant, as there. Its backbone hands
-        w to the norm; here the autograd graph has it: w is what the weight
-        is made of, the parameter of a plain or standardized convolution.
+        and earlier layers count as constant, as there. The autograd graph
+        gives w, the parameter of a plain or standardized convolution.
         Only a cast may lie between the two layers.
     No weight: none is found without gradients, after another layer or a
         frozen convolution, in ``torch.compile`` and in reentrant activation
-        checkpoints (``with_cp`` of a backbone). The layer is plain BN then,
-        a warning says so once, and the window begins anew.
-    Iterations: each training forward is one. Under gradient accumulation
-        the window covers fewer optimizer steps. A head that pyramid levels
-        share would mix their statistics: use GN there.
-    State: as its base, ``running_mean`` and ``running_var``, those of
-        ``nn.BatchNorm2d``, and ``num_forwards``. The window, twice the size
-        of w for each iteration, is in copies and pickles, but not in the
-        state dict: after a resume it fills again. Each training forward
-        costs two more gradients of w.
+        checkpoints (``with_cp``). The layer is plain BN then, a warning says
+        so once, and the window begins anew.
+    Iterations: each training forward is one, also under gradient
+        accumulation. A head that pyramid levels share would mix their
+        statistics: use GN there.
+    State: as its base, and ``num_forwards``. The window, twice the size of w
+        for each iteration, is in copies and pickles, but not in the state
+        dict: after a resume it fills again. Each training forward costs two
+        more gradients of w.
 
     Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`, and
         window: number of iterations, this one included.
@@ -123,12 +121,11 @@ class CrossIterationBN(BatchStatistics):
                     slopes.append(rows(slope, groups) / count**0.5)
                     past.append(v.detach() - (slopes[-1] * weight).sum(1))
                 self._window.insert(0, Past(*past, *slopes))
-            # None fits without a weight.
+            like = weight.shape, weight.device  # none is, without a weight
             self._window = [
                 past
                 for past in self._window[: self.window]
-                if past.dmean.shape == weight.shape
-                and past.dmean.device == weight.device
+                if (past.dmean.shape, past.dmean.device) == like
             ]
         return averaged(mean, var, self._window[1:], weight)
 
@@ -154,14 +151,11 @@ def averaged(
     """
     if not pasts:
         return mean, var
-    means = torch.stack(
-        [p.mean_at_0 + (p.dmean * weight).sum(1) for p in pasts]
+    old, means, variances, dmeans, dvars = map(
+        torch.stack, zip(*pasts, strict=True)
     )
-    variances = torch.stack(
-        [p.var_at_0 + (p.dvar * weight).sum(1) for p in pasts]
-    )
-    old = torch.stack([p.mean for p in pasts])
-    variances = variances - (means - old).square()
+    means = means + (dmeans * weight).sum(2)
+    variances = variances + (dvars * weight).sum(2) - (means - old).square()
     used = (means + variances).isfinite()
     means = means.where(used, 0)
     variances = variances.where(used, 0).clamp_min(0)
@@ -172,11 +166,9 @@ def averaged(
 
 
 def weight_of(x: Tensor) -> tuple[list[Tensor], int]:
-    """The parameters that make the weight of the convolution before.
+    """The parameters that make the weight of the convolution before, if any.
 
-    Returns:
-        The parameters, none if there are no fitting ones; and the groups of
-        a transposed convolution, 0 for others.
+    And the groups of a transposed convolution, 0 for others.
     """
     node = None if compat.is_compiling() else x.grad_fn
     while node is not None and node.name() in PASSED:

@@ -20,36 +20,21 @@ class WSModulatedDeformConv2d(WSConv2d, nn.Conv2d):
     Formula: that of ``mmcv.ops.ModulatedDeformConv2d``, of
         :func:`~ws_mm.functional.standardize_weight` of the weight.
 
-    Convention: mmcv's operator computes, and mmcv is imported when a layer
-        is built. It computes in the dtype of ``offset``, as mmcv does; it
-        has no bfloat16, so that those are computed in float32. It is a
-        ``nn.Conv2d``, and not a subclass of mmcv's class: the host's
-        ``dcn_offset_lr_mult`` does not reach ``conv_offset``, but
+    Convention: mmcv's operator computes, in the dtype of ``offset`` as mmcv
+        does, and bfloat16, which it lacks, in float32. It takes part in no
+        ``torch.compile`` graph. The layer is no subclass of mmcv's: the
+        host's ``dcn_offset_lr_mult`` does not reach ``conv_offset``, but
         ``paramwise_cfg=dict(custom_keys={'conv_offset': dict(lr_mult=...)})``
-        does. The operator takes part in no ``torch.compile`` graph.
+        does.
     State: that of mmcv's. Its plain filters mean something else here, and a
         load says so.
 
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        kernel_size: height and width of the filters, in pixels.
-        stride: as of ``nn.Conv2d``.
-        padding: as of ``nn.Conv2d``, in pixels.
-        dilation: as of ``nn.Conv2d``.
-        groups: as of ``nn.Conv2d``.
+    Args: those of :class:`~ws_mm.conv.WSConv2d`, and
         deform_groups: groups of input channels with offsets of their own.
-        bias: whether to add a bias.
-        eps: eps of :func:`~ws_mm.functional.standardize_weight`.
-        eps_mode: 'outside' the root, or 'inside'.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
-        **unknown: none; a misspelt argument is rejected by name.
+        padding: in pixels.
 
     Raises:
         ImportError: mmcv, or its compiled operators, are missing.
-        TypeError: an argument is unknown.
-        ValueError: an argument has an illegal value.
 
     Source: arXiv 1811.11168 and 1903.10520; ``mmcv.ops``.
     """
@@ -90,19 +75,11 @@ class WSModulatedDeformConv2d(WSConv2d, nn.Conv2d):
                 f'deform_groups={deform_groups!r} must divide '
                 f'in_channels={in_channels} (dcn=dict(deform_groups=...))'
             )
+        shape = in_channels, out_channels, kernel_size
+        geometry = stride, padding, dilation, groups
+        made = dict(device=device, dtype=dtype)
         super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            eps=eps,
-            eps_mode=eps_mode,
-            device=device,
-            dtype=dtype,
+            *shape, *geometry, bias, eps=eps, eps_mode=eps_mode, **made
         )
         self.deform_groups = deform_groups
         self._add_offsets()
@@ -141,24 +118,16 @@ class WSModulatedDeformConv2d(WSConv2d, nn.Conv2d):
             y = nn.functional.conv2d(x, weight, bias, *geometry)
             y = y + 0 * (offset.sum() + mask.sum())
         else:
-            y = operators('').modulated_deform_conv2d(
-                x,
-                offset.to(dtype),
-                mask.to(dtype),
-                weight,
-                bias,
-                *geometry,
-                self.deform_groups,
-            )
+            filters = weight, bias, *geometry, self.deform_groups
+            convolve = operators('').modulated_deform_conv2d
+            y = convolve(x, offset.to(dtype), mask.to(dtype), *filters)
         return y.to(offset.dtype)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, *args: Any
     ) -> None:
-        if (
-            metadata.get('version') == 2
-            and f'{prefix}conv_offset.weight' in state_dict
-        ):
+        offsets = f'{prefix}conv_offset.weight'
+        if metadata.get('version') == 2 and offsets in state_dict:
             metadata = {**metadata, 'version': 1}
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
@@ -188,15 +157,12 @@ class WSModulatedDeformConv2dPack(WSModulatedDeformConv2d, nn.Conv2d):
     def _add_offsets(self) -> None:
         entries = self.kernel_size[0] * self.kernel_size[1]
         channels = 3 * self.deform_groups * entries
-        shape: Any = (self.in_channels, channels, self.kernel_size)
-        options: Any = dict(
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            device=self.weight.device,
-            dtype=self.weight.dtype,
+        made: Any = dict(device=self.weight.device, dtype=self.weight.dtype)
+        size: Any = self.kernel_size
+        geometry: Any = self.stride, self.padding, self.dilation
+        self.conv_offset = nn.Conv2d(
+            self.in_channels, channels, size, *geometry, **made
         )
-        self.conv_offset = nn.Conv2d(*shape, **options)
         self.init_weights()
 
     def init_weights(self) -> None:

@@ -41,10 +41,9 @@ class EvoNormS0(_EvoNorm):
 
     Convention: as in the official code, what stands in the place of a norm
         without ReLU (with ``replaces_act``, norm3 of a block) normalizes
-        nothing, so use no weight standardization with it. The official code,
-        too, lowers a number of groups that does not divide the channels;
-        ours leaves two channels in each. Parameters have the names of timm's
-        ``EvoNorm2dS0``, which raises a bare assertion there.
+        nothing, so use no weight standardization with it. A number of groups
+        that does not divide the channels is lowered, as there; ours leaves
+        two channels in each. Names are those of timm's ``EvoNorm2dS0``.
     State: ``weight``, ``bias`` and ``v``, one entry per channel.
 
     Args: those of :class:`~ws_mm.zoo._activating.ActivatingNorm`, and

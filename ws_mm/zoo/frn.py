@@ -21,10 +21,10 @@ class FRN(ActivatingNorm):
 
     Convention: eps of the paper is 1e-6; mmcv passes 1e-5, as timm has it,
         unless the config sets another. Of one value per map the formula
-        keeps the sign, and no gradient reaches the layers before: the paper
-        learns eps there (image pooling). Values are widened before they are
-        squared, where timm's half precision overflows. Parameters have the
-        names of timm's ``FilterResponseNormTlu2d``.
+        keeps only the sign: the paper learns eps there (image pooling).
+        Values are widened before they are squared, where timm's half
+        precision overflows. Names are those of timm's
+        ``FilterResponseNormTlu2d``.
     State: ``weight``, ``bias``, ``tau`` per channel, which starts at 0;
         with learned_eps one ``learned_eps``, which starts at 1e-4.
 

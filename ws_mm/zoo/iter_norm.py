@@ -37,16 +37,14 @@ class IterNorm(RunningNorm):
         the covariance. It is linear in the values, so that weighted means
         over batches (``update_estimates``) have a meaning, and the authors
         report it to be more stable (arXiv 2003.12327). Groups differ by one
-        channel at most where ``channels_per_group`` does not divide: 80
-        channels are 40 and 40, in the authors' two versions 5 of 16, and 64
-        and 16. Gradients are those of all iterations, in at least float32.
+        channel at most: 80 channels are 40 and 40, in the authors' two
+        versions 5 of 16, and 64 and 16.
     State: affine per channel; ``running_mean`` (C,), ``running_cov``
         (C, width of a group): covariances with the channels of the group.
-    Few values: with fewer values than channels in a group the batch has
-        directions without variance. Output and gradients stay finite, but
-        training then differs from evaluation: of correlated normal values in
-        64 channels, 16 came out with a mean square of 0.21, 2048 with 0.47.
-        Use a smaller ``channels_per_group`` there.
+    Few values: with fewer values than channels in a group, training differs
+        from evaluation: of correlated normal values in 64 channels, 16 came
+        out with a mean square of 0.21, 2048 with 0.47. Use a smaller
+        ``channels_per_group`` there.
     Baked: it mixes channels, so ``bake`` does not fold it.
 
     Args: those of :class:`~ws_mm.zoo._norm.RunningNorm`, and
@@ -78,14 +76,13 @@ class IterNorm(RunningNorm):
     ) -> None:
         check_count('channels_per_group', channels_per_group, 1, 'norm_cfg')
         check_count('iterations', iterations, 1, 'norm_cfg')
-        count = -(-num_features // channels_per_group)
-        width = -(-num_features // count)
-        widths = {'running_cov': width}
+        count = -(-num_features // channels_per_group) or 1
+        widths = {'running_cov': -(-num_features // count)}
         super().__init__(
             num_features, eps, momentum, affine, _widths=widths, **kwargs
         )
         self.channels_per_group = channels_per_group
-        self.iterations, self.width = iterations, width
+        self.iterations, self.width = iterations, widths['running_cov']
 
     def normalize(self, x: Tensor) -> Tensor:
         """Whiten, by the batch in training."""

@@ -36,12 +36,10 @@ class MABN(RunningNorm):
     Convention: that of the authors' code for detection, which made the
         published Mask R-CNN: simple averages of 16 iterations of two images
         each, a running value for the rest. Their ``momentum`` is one minus
-        ours. Theirs keeps averages for each process; here
-        ``SyncEstimatesHook`` averages all of them. Channels keep their
-        averages where a batch, or its gradient, is infinite or NaN. After a
-        gradient scaler changes its scale, ``gradients`` hold both scales
-        for buffer_size iterations: use bfloat16, or a fixed ``loss_scale``.
-        There are no second derivatives.
+        ours. Theirs keeps averages for each process. After a gradient scaler
+        changes its scale, ``gradients`` hold both scales for buffer_size
+        iterations: use bfloat16, or a fixed ``loss_scale``. There are no
+        second derivatives.
     State: ``weight``, ``bias``; buffers ``running_var``, ``previous_var``
         (before its last move, for a recomputed forward), ``iterations``,
         ``squares`` and ``gradients`` (a row of buffer_size per channel, the

@@ -42,12 +42,11 @@ class OnlineNorm(RunningNorm):
         in its channels; theirs keeps the NaN.
     State: as its base, ``running_mean`` and ``running_var``, moved by the
         forward, and ``control_scale`` and ``control_shift``, moved by the
-        backward. These two have the unit of the gradient: a changed loss
-        scale of AMP disturbs them for about 1 / control_momentum images.
-        Where activations are large
-        before the first statistics have settled, mean(y^2) above 2 /
-        control_momentum makes control_scale diverge: keep inputs near unit
-        scale, or begin with ``update_estimates``.
+        backward, in the unit of the gradient: a changed loss scale of AMP
+        disturbs them for about 1 / control_momentum images.
+    Large activations: mean(y^2) above 2 / control_momentum, before the first
+        statistics have settled, makes control_scale diverge. Keep inputs near
+        unit scale, or begin with ``update_estimates``.
     Compiled: ``torch.compile`` leaves out its training forward.
 
     Args: those of :class:`~ws_mm.zoo._norm.RunningNorm`, and
@@ -67,6 +66,7 @@ class OnlineNorm(RunningNorm):
     }
     running_mean: Tensor
     running_var: Tensor
+    join = staticmethod(moments_of_both)
 
     def __init__(
         self,
@@ -127,15 +127,6 @@ class OnlineNorm(RunningNorm):
             self.control_momentum,
         )
         return y
-
-    def join(
-        self,
-        first: dict[str, Tensor],
-        second: dict[str, Tensor],
-        share: Tensor,
-    ) -> dict[str, Tensor]:
-        """Moments of the values of both."""
-        return moments_of_both(first, second, share)
 
     def folded(self) -> tuple[Tensor, Tensor, nn.Module] | None:
         """Scale and shift of evaluation, and the clamp."""

@@ -19,12 +19,10 @@ class OutputBN(BatchStatistics):
         output = (input - mean) / sqrt(var + eps) + bias
 
     Convention: as in the authors' code there is no scale, so that outputs
-        keep the variance 1. The running variance is that of
-        ``nn.BatchNorm2d``, unbiased.
+        keep the variance 1.
     State: ``bias``, ``running_mean``, ``running_var``, one entry per class.
-    One image: refused in training. BN removes the mean of each class over
-        the image, which says whether the image shows the class. Each rank
-        needs two images, or two regions in a box head.
+    One image: refused in training: BN removes what says which classes an
+        image shows. Each rank needs two images, or regions in a box head.
 
     Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`, and
         num_features: number of classes.

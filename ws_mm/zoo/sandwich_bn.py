@@ -27,9 +27,8 @@ class SandwichBN(BatchStatistics):
         their code for architecture search and adversarial training keeps
         some for each. It draws the scales of conditions from N(1, 0.02),
         ours start at 1: the layer starts as the BN that it replaces.
-    State: ``weight``, ``bias``; ``condition_weight``, ``condition_bias``,
-        one row per condition; ``running_mean``, ``running_var``. The
-        condition itself is an attribute and in no checkpoint.
+    State: as its base; ``condition_weight``, ``condition_bias``, one row per
+        condition. The condition itself is in no checkpoint.
 
     Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`, and
         affine: whether both affines are learned.
@@ -96,9 +95,6 @@ def set_condition(model: nn.Module, condition: int | Tensor) -> None:
     Args:
         model: any model.
         condition: index of the condition, or a tensor of one per image.
-
-    Raises:
-        ValueError: an index is not below ``num_conditions`` of a layer.
     """
     layers = [m for m in model.modules() if isinstance(m, SandwichBN)]
     indices = torch.as_tensor(condition)

@@ -31,17 +31,14 @@ class StochasticWhiteningBN(RunningNorm):
         github.com/lucanunz/Stochastic-Whitening-Batch-Normalization, made
         from the paper, with its momentum and its biased variance. Its eps is
         1e-8. The paper lowers ``step`` with the learning rate; here it is
-        constant. 'fro' is the default because its w stays bounded: in
-        directions without variance, of few values or of a constant channel,
-        it rests. That of 'kl' grows there by the factor 1 + step each time,
-        and may diverge on single images at steps far above the published
-        1e-5. The CIFAR-10 figure which that repository quotes is of 'kl'.
+        constant. 'fro' is the default because its w stays bounded. In
+        directions without variance that of 'kl' grows by the factor
+        1 + step each time, and may diverge on single images at steps far
+        above the published 1e-5. The figure of that repository is of 'kl'.
     State: affine per channel; ``running_mean``, ``running_var`` (C,);
         ``whitening``, w, (C, C). ``update_estimates`` leaves w as it is.
     Cost: an update is 6 C^3 operations, whatever the size of the map, and w
         has C^2 values: 52e9 and 16 MiB at C = 2048. There are no groups.
-    Distributed: with :class:`~ws_mm.hooks.SyncEstimatesHook`, w moves by
-        the mean of the ranks' rules.
     Baked: it mixes channels, so ``bake`` does not fold it.
 
     Args: those of :class:`~ws_mm.zoo._norm.RunningNorm`, and

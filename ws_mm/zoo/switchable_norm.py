@@ -27,9 +27,8 @@ class SwitchableNorm(BatchStatistics):
         as that of BN. Its momentum of 0.9 is the share that stays: 0.1 here.
         Its figures with the mean over many batches in the place of running
         values need :func:`~ws_mm.update_estimates` after training.
-    State: ``mean_weight`` and ``var_weight``, logits of the mixtures, each 1
-        at the start; affine; ``running_mean``, ``running_var`` (biased).
-        A weight decay of norms draws the mixtures to equal shares.
+    State: as its base; ``mean_weight`` and ``var_weight``, logits of the
+        mixtures, 1 at the start. Weight decay draws them to equal shares.
 
     Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`, and
         using_bn: False leaves the mixtures IN and LN, as the authors do

@@ -13,6 +13,7 @@ from ._norm import RunningNorm, fold, over_channels, per_channel
 
 # A filter of zeros has no direction; it computes and learns as a plain one.
 LEAST_NORM = 1e-12
+FIRST_NORM = math.sqrt(2)
 
 
 @MODELS.register_module()
@@ -26,22 +27,14 @@ class WNConv2d(Filters, nn.Conv2d):
     Convention: gains start at sqrt(2), the norm of a filter in He's
         initialization, whatever fills ``weight``. The authors start at 1 and
         scale by the data of the first batch. Mean and scale of an output are
-        not fixed: a norm behind it, such as :class:`MeanOnlyBN`, is usual,
-        but not needed. Weight decay: the optimizer of the host decays
-        ``gain`` as it does ``weight``, and on ``weight`` alone decay changes
-        no output. The authors have none:
+        not fixed: a norm behind it, such as :class:`MeanOnlyBN`, is usual.
+        The host decays ``gain`` as it does ``weight``, whose decay changes
+        no output. The authors have no decay:
         ``paramwise_cfg=dict(custom_keys={'.gain': dict(decay_mult=0)})``.
-    State: as ``nn.Conv2d``, and ``gain`` of shape (out_channels,). The
-        checkpoint of a plain convolution keeps its function: its gains are
-        the norms of its filters.
+    State: as ``nn.Conv2d``, and ``gain`` of shape (out_channels,). A plain
+        checkpoint keeps its function: its gains are the norms of its filters.
 
-    Args:
-        *args: arguments of ``nn.Conv2d``, in its order.
-        **kwargs: arguments of ``nn.Conv2d``.
-
-    Raises:
-        TypeError: an argument is unknown; ``eps`` and ``eps_mode`` are.
-        ValueError: filters of one entry.
+    Args: those of ``nn.Conv2d``.
 
     Source: arXiv 1602.07868; github.com/openai/weightnorm, lasagne/.
     """
@@ -49,17 +42,14 @@ class WNConv2d(Filters, nn.Conv2d):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         reject_others(WNConv2d, kwargs)
         super().__init__(*args, **kwargs)
-        self.gain = nn.Parameter(self.weight.new_empty(self.out_channels))
-        self._reset_gain()
+        gain = self.weight.new_full((self.out_channels,), FIRST_NORM)
+        self.gain = nn.Parameter(gain)
 
     def reset_parameters(self) -> None:
         """Set new filters, and gains of sqrt(2)."""
         super().reset_parameters()
         if 'gain' in self._parameters:  # not in the constructor of torch
-            self._reset_gain()
-
-    def _reset_gain(self) -> None:
-        nn.init.constant_(self.gain, math.sqrt(2))
+            nn.init.constant_(self.gain, FIRST_NORM)
 
     def standardized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The filters, of norm gain."""
@@ -92,9 +82,9 @@ class MeanOnlyBN(RunningNorm):
     evaluation.
 
     Convention: the mean is that of one process. The gradient flows through
-        it. The authors have no scale but the gain of the filters. This one
-        is for the host's ``zero_init_residual``: nothing else keeps the sums
-        of residual blocks from growing from block to block.
+        it. The authors have no ``weight``. It is for the host's
+        ``zero_init_residual``, without which the sums of residual blocks
+        grow from block to block.
     State: ``weight``, ``bias``; buffer ``running_mean``.
 
     Args: those of :class:`~ws_mm.zoo._norm.RunningNorm`.
