@@ -40,8 +40,10 @@ class BatchStatistics(RunningNorm):
         if weight is not None and bias is not None:
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         if not self.training:
-            mean, var = (v.flatten() for v in self.running(x))
-            return F.batch_norm(x, mean, var, weight, bias, eps=self.eps)
+            mean, var = self.running(x)
+            return F.batch_norm(
+                x, mean.flatten(), var.flatten(), weight, bias, eps=self.eps
+            )
         self.check_values(x)
         # With momentum 1 it leaves the moments of the batch in these.
         mean, var = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])

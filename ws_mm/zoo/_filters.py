@@ -53,8 +53,3 @@ def reject_others(cls: type, arguments: Mapping[str, Any]) -> None:
     legal = inspect.signature(cls).parameters
     unknown = {k: arguments[k] for k in arguments if k not in legal}
     reject_unknown(cls.__name__, 'conv_cfg', unknown, legal)
-
-
-def exact_dtype(weight: Tensor) -> torch.dtype:
-    """At least float32, to compute filters in."""
-    return torch.promote_types(weight.dtype, torch.float32)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..functional import standardize_weight
 from ..kernels.plain import at_least_float32
 from ..running_statistics import keep_exact
-from ._filters import Filters, exact_dtype
+from ._filters import Filters
 
 
 @MODELS.register_module()
@@ -62,7 +62,7 @@ class AdaptiveWSConv2d(Filters, nn.Conv2d):
 
     def standardized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The standardized weight, times weight_gamma, plus weight_beta."""
-        exact = exact_dtype(self.weight)
+        exact = at_least_float32(self.weight).dtype
         filters = standardize_weight(
             self.weight, self.eps, self.eps_mode, exact
         )

@@ -105,7 +105,8 @@ class BatchRenorm(RunningNorm):
         self, mean: Tensor, std: Tensor, moves: bool
     ) -> tuple[Tensor, ...]:
         """The constants r and d of a batch."""
-        center, scale = (v.to(std.dtype) for v in self.before_moving(moves))
+        center, scale = self.before_moving(moves)
+        center, scale = center.to(std.dtype), scale.to(std.dtype)
         # A recomputation comes after its forward was counted.
         forwards = self.num_forwards - int(not moves)
         done = (forwards // self.accumulative_counts - self.warmup).to(std)

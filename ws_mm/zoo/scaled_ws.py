@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..conv import WSConv2d
 from ..functional import standardize_weight
+from ..kernels.plain import at_least_float32
 from ..replacement import fan_in
-from ._filters import exact_dtype, reject_others
+from ._filters import reject_others
 
 
 @MODELS.register_module()
@@ -67,7 +68,7 @@ class ScaledWSConv2d(WSConv2d, nn.Conv2d):
     def standardized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The filters, of mean 0 and norm gain * gamma."""
         entries = fan_in(self)  # and entries - 1 of the unbiased variance
-        exact = exact_dtype(self.weight)
+        exact = at_least_float32(self.weight).dtype
         eps = self.eps * entries / (entries - 1)
         filters = standardize_weight(self.weight, eps, 'inside', exact)
         scale = self.gain.to(exact) * (self.gamma / math.sqrt(entries - 1))

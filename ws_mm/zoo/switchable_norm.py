@@ -60,8 +60,11 @@ class SwitchableNorm(BatchStatistics):
             self.check_values(x, x.numel())
             of_batch = joined_moments(*of_maps, 0)
             if moves:
-                mean, var = (v.flatten() for v in of_batch)
-                batch = dict(running_mean=mean, running_var=var)
+                mean, var = of_batch
+                batch = {
+                    'running_mean': mean.flatten(),
+                    'running_var': var.flatten(),
+                }
                 self.move_statistics(batch, self.momentum)
         else:
             of_batch = self.running(x)
