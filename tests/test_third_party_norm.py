@@ -33,15 +33,13 @@ WIDE = TOLERANCE[torch.float64]
 
 
 def of_the_page() -> dict[str, Any]:
-    """The blocks of docs/add_a_norm.md: a module, its oracle, its rows."""
+    """The blocks of docs/add_a_norm.md: a module, its oracle, its row."""
     page = (ROOT / 'docs/add_a_norm.md').read_text()
-    norm, oracle, rows = re.findall(
-        r'^```python\n(.*?)^```', page, re.M | re.S
-    )
+    norm, oracle, row = re.findall(r'^```python\n(.*?)^```', page, re.M | re.S)
     # Pickle finds the class in this module.
     names: dict[str, Any] = {'__name__': __name__, 'WS': norms.WS}
     exec(norm + oracle, names)
-    return names | {'rows': eval(f'{{{rows}}}', names)}
+    return names | {'row': eval(f'{{{row}}}', names)}
 
 
 PAGE = of_the_page()
@@ -283,13 +281,11 @@ def test_norm_and_activation_in_one_are_copied_and_pickled(tmp_path):
 
 def test_one_row_puts_it_into_the_benchmark(monkeypatch):
     pytest.importorskip('mmcv')
-    layers = pytest.importorskip('benchmark.layers')
-    from benchmark import implementations
-
-    row = PAGE['rows']['RunningRMS']
-    monkeypatch.setitem(implementations.NORMS, 'RunningRMS', row)
-    rows = layers.time_norms((2, 32, 4, 4), 1, 'cpu')
-    (row,) = (row for row in rows if row['contender'] == 'RunningRMS')
+    zoo = pytest.importorskip('benchmark.zoo')
+    name = 'RunningRMS+WS'
+    monkeypatch.setitem(norms.NORMS, name, PAGE['row'][name])
+    rows = zoo.time_blocks([name, 'GN'], (2, 32, 4, 4), 1, 'cpu')
+    (row,) = (row for row in rows if row['contender'] == name)
     assert row['ms'] > 0
     assert row['ratio'] > 0
     assert row['saved_bytes'] > 0
@@ -297,7 +293,7 @@ def test_one_row_puts_it_into_the_benchmark(monkeypatch):
 
 def test_one_row_puts_it_into_the_experiments(monkeypatch):
     name = 'RunningRMS+WS'
-    monkeypatch.setitem(norms.NORMS, name, PAGE['rows'][name])
+    monkeypatch.setitem(norms.NORMS, name, PAGE['row'][name])
     cfg: dict[str, Any] = dict(backbone=dict(norm_cfg=dict(type='BN')))
     assert norms.apply(cfg, name, momentum=0.02) == 1
     layer = MODELS.build(cfg['backbone']['norm_cfg'] | dict(num_features=8))

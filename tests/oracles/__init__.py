@@ -6,9 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ws_mm import compat
+
 State = dict[str, Tensor]
+# Of torch.compile. Versions between 2.1 and this one were not tried.
+RECENT_COMPILER = compat._numbers(torch.__version__) >= (2, 10)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ws_mm.singularities import NORMS
 DIVERGED = 'diverged.json'
 # What says that a norm cannot do its work on these activations.
 IMPOSSIBLE = re.compile(
-    '.*more than (?:1|one) value per channel.*'
+    '.*more than (?:1|one) value per (?:channel|statistic).*'
     '|a group of one value cannot be normalized.*'
 )
 Batch = Any

@@ -13,7 +13,8 @@ metrics at the end of the runs, with --average their means over the runs.
 --figure draws the loss, or with --curve a metric, over the images seen; with
 --layers what SingularitiesHook measured in each layer at the end; with
 --points the numbers of the tables, a point for each run. --publish collects
-the records in one file, which this command reads as well.
+the records in one file, which this command reads as well. --which prints one
+table of all tasks instead, at the best learning rate of each cell, with cost.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from experiments.tables import (
     of_task,
     table,
 )
+from experiments.which import which_table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         '--points', action='store_true', help='the runs of the tables'
     )
     parser.add_argument('--publish', type=Path, help='JSON to collect in')
+    parser.add_argument(
+        '--which', type=Path, help='result of benchmark/zoo.py, see above'
+    )
     options = parser.parse_args(argv)
     source = options.source
     if source.is_dir():
@@ -110,7 +115,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 + (', '.join(sorted(known)) or 'none at all')
             )
     value = average if options.average else last
-    for task in tasks:
+    if options.which:
+        print(f'{which_table(found, options.which)}\n')
+    for task in [] if options.which else tasks:
         own = of_task(found, task)
         if options.metrics:
             print(f'{metrics_table(task, own, options.metrics, value)}\n')
