@@ -18,9 +18,6 @@ class BatchStatistics(RunningNorm):
     State: buffers ``running_mean`` and ``running_var``, beside the affine.
 
     Args: those of :class:`~ws_mm.zoo._norm.RunningNorm`.
-
-    Raises:
-        ValueError: training sees one value per channel.
     """
 
     statistics: ClassVar = {'running_mean': 0.0, 'running_var': 1.0}

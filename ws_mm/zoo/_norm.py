@@ -163,6 +163,9 @@ class RunningNorm(RunningStatistics, Norm):
         _rows: number of rows of each statistic; None: one per channel.
         _widths: see
             :meth:`~ws_mm.running_statistics.RunningStatistics.register_statistics`.
+
+    Raises:
+        ValueError: training by the batch sees one value per channel.
     """
 
     def __init__(

@@ -26,12 +26,8 @@ class BatchGroupNorm(BatchStatistics):
     State: as its base, but one entry of the statistics per group.
 
     Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`, and
-        num_groups: number of groups. None: 32, or the largest smaller
-            number that divides ``num_features`` and leaves two channels.
-
-    Raises:
-        ValueError: ``num_groups`` does not divide ``num_features``, or
-            training sees one value per group.
+        num_groups: number of groups, which divides ``num_features``. None:
+            32, or the largest smaller one that leaves two channels.
 
     Source: arXiv 2012.02782.
     """

@@ -22,22 +22,16 @@ class BatchInstanceNorm(BatchStatistics):
         gate = clamp(1 + sqrt(10) * gate_offset, 0, 1)
         output = (gate * BN(input) + (1 - gate) * IN(input)) * weight + bias
 
-    Convention: the official training loop clamps the gate after each step
-        and trains it with 10 times the learning rate, without weight decay.
-        Here the factor in the formula gives SGD, with momentum, the same
-        steps; those of Adam are sqrt(10) times as large. Each training
-        forward clamps the parameter in place; the clamp in the formula is
-        constant to autograd, so no gate gets stuck at a bound. Weight decay
-        draws gates to 1, to BN; paramwise_cfg=dict(norm_decay_mult=0)
-        switches it off, as the authors do.
+    Convention: IN of maps of 1x1 is 0. The official training loop clamps the
+        gate after each step and trains it with 10 times the learning rate,
+        without weight decay. Here the factor in the formula gives SGD, with
+        momentum, the same steps; those of Adam are sqrt(10) times as large.
+        Each training forward clamps the parameter in place; the clamp in the
+        formula is constant to autograd, so no gate gets stuck at a bound.
+        Weight decay draws gates to 1, to BN; switch it off as the authors
+        do: paramwise_cfg=dict(norm_decay_mult=0).
     State: as its base; ``gate_offset``, one entry per channel, 0 at the
         start, which is BN.
-
-    Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`.
-
-    Raises:
-        ValueError: training sees one value per channel. Maps of 1x1 of
-            several images run: their IN is 0.
 
     Source: arXiv 1805.07925; hyeonseob-nam/Batch-Instance-Normalization.
     """

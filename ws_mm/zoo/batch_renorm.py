@@ -29,10 +29,8 @@ class BatchRenorm(RunningNorm):
         y = weight * (x - running_mean) / running_std + bias
 
     Convention: algorithm 1 of the paper, and its schedule. The variance is
-        biased, and running_std contains eps. TensorFlow's ``renorm=True``
-        has no schedule of its own and keeps two sets of running values,
-        which start from 0 and are divided by their weights. A BatchNorm
-        that it replaces gives running_std its sqrt(running_var + eps).
+        biased, and running_std contains eps. A BatchNorm that it replaces
+        gives running_std its sqrt(running_var + eps).
     State: as its base, ``running_mean``, ``running_std`` and
         ``num_forwards``, the number of training forwards so far.
 
@@ -41,13 +39,9 @@ class BatchRenorm(RunningNorm):
         d_max: final bound of d.
         warmup: optimizer steps of plain batch norm.
         r_steps: optimizer step at which R is ``r_max``.
-        d_steps: optimizer step at which D is ``d_max``.
+        d_steps: the same of D.
         accumulative_counts: forwards per optimizer step: that of the
-            optim_wrapper, times the calls of a shared layer per image. The
-            layer sees no optimizer and counts forwards.
-
-    Raises:
-        ValueError: training sees one value per channel.
+            optim_wrapper, times the calls of a shared layer per image.
 
     Source: arXiv 1702.03275; no official repository.
     """

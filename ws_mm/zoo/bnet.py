@@ -30,10 +30,8 @@ class BNET(BatchStatistics):
     Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`, and
         affine: whether the convolution is there; False leaves x - mean over
             deviation.
-        kernel_size: k, an odd number; 1 is ``nn.BatchNorm2d``.
-
-    Raises:
-        ValueError: a kernel above 1 gets no images (N, C, H, W).
+        kernel_size: k, an odd number; 1 is ``nn.BatchNorm2d``, others take
+            images (N, C, H, W) alone.
 
     Source: arXiv 2011.14150; yuhuixu1993/BNET.
     """

@@ -51,10 +51,9 @@ class CrossIterationBN(BatchStatistics):
         and earlier layers count as constant, as there. The autograd graph
         gives w, the parameter of a plain or standardized convolution.
         Only a cast may lie between the two layers.
-    No weight: none is found without gradients, after another layer or a
-        frozen convolution, in ``torch.compile`` and in reentrant activation
-        checkpoints (``with_cp``). The layer is plain BN then, a warning says
-        so once, and the window begins anew.
+    No weight: it is plain BN, after one warning, and the window begins anew:
+        without gradients, after another layer or a frozen convolution, in
+        ``torch.compile`` and in reentrant checkpoints (``with_cp``).
     Iterations: each training forward is one, also under gradient
         accumulation. A head that pyramid levels share would mix their
         statistics: use GN there.

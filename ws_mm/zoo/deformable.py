@@ -90,9 +90,8 @@ class WSModulatedDeformConv2d(WSConv2d, nn.Conv2d):
     @property
     def plain_type(self) -> type[nn.Module]:
         """Class of the baked layer."""
-        kind: type[nn.Module] = getattr(
-            operators(type(self).__name__), self.plain_name
-        )
+        mmcv = operators(type(self).__name__)
+        kind: type[nn.Module] = getattr(mmcv, self.plain_name)
         return kind
 
     @recorded
@@ -136,9 +135,8 @@ class WSModulatedDeformConv2d(WSConv2d, nn.Conv2d):
 class WSModulatedDeformConv2dPack(WSModulatedDeformConv2d, nn.Conv2d):
     """The same with the convolution that finds offsets and mask.
 
-    For ``dcn`` of MMDetection's and MMSegmentation's backbones. They refuse
-    ``conv_cfg`` beside it, so that :func:`~ws_mm.converted.converted`
-    standardizes the other convolutions, once they are built::
+    For ``dcn`` of the hosts' backbones. They refuse ``conv_cfg`` beside it;
+    :func:`~ws_mm.converted.converted` standardizes other convolutions::
 
         backbone = dict(
             type='ws_mm.Converted', of='ResNet', conv={}, depth=50, ...,
@@ -180,11 +178,7 @@ class WSModulatedDeformConv2dPack(WSModulatedDeformConv2d, nn.Conv2d):
 
 
 def operators(needed_by: str) -> Any:
-    """The module mmcv.ops.
-
-    Raises:
-        ImportError: it is missing.
-    """
+    """The module mmcv.ops."""
     try:
         return importlib.import_module('mmcv.ops')
     except ImportError as error:

@@ -50,10 +50,6 @@ class EvoNormS0(_EvoNorm):
         num_groups: groups of channels; None means 32, or fewer, see
             :class:`~ws_mm.norm.BCN`.
 
-    Raises:
-        TypeError: ``num_groups`` is no whole number.
-        ValueError: at a forward, a group has one value.
-
     Source: github.com/tensorflow/tpu, models/official/resnet/resnet_model.py.
     """
 
@@ -66,9 +62,8 @@ class EvoNormS0(_EvoNorm):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_features, eps, affine, **kwargs)
-        self.num_groups = fit_num_groups(
-            num_features, num_groups, layer='EvoNormS0'
-        )
+        fitting = fit_num_groups(num_features, num_groups, layer='EvoNormS0')
+        self.num_groups = fitting
 
     def activated(self, x: Tensor, linear: Tensor | None = None) -> Tensor:
         """Apply the whole formula."""
@@ -93,19 +88,14 @@ class EvoNormB0(RunningNorm, _EvoNorm):
         running_var = (1 - momentum) running_var + momentum var_batch
         output = weight * x + bias        in the place of a norm without ReLU
 
-    Convention: as the official code, running_var is biased, where timm's
-        ``EvoNorm2dB0`` divides by zero for one value, and there is no
-        normalization without a ReLU, see :class:`EvoNormS0`. Parameters and
-        buffers have timm's names.
+    Convention: as in the official code, running_var is biased, and nothing is
+        normalized without a ReLU, see :class:`EvoNormS0`. Names are those of
+        timm's ``EvoNorm2dB0``, which divides by zero for one value.
     State: ``weight``, ``bias`` and ``v``, one entry per channel; buffer
-        ``running_var``. Training does not read it, and a layer without a
-        ReLU never moves it.
+        ``running_var``, which a layer without a ReLU never moves.
 
     Args: those of :class:`~ws_mm.zoo._activating.ActivatingNorm`, and
         momentum: share of the newest batch in running_var, in (0, 1].
-
-    Raises:
-        ValueError: in training, a channel has one value.
 
     Source: github.com/tensorflow/tpu, models/official/resnet/resnet_model.py.
     """

@@ -19,11 +19,6 @@ class GroupNorm1(Norm):
         dict, as timm's ``GroupNorm1``. A config needs no number of groups.
     State: ``weight`` and ``bias``, one entry per channel.
 
-    Args: those of :class:`~ws_mm.zoo._norm.Norm`.
-
-    Raises:
-        ValueError: at a forward, an image has one value.
-
     Source: the layer of PoolFormer (arXiv 2111.11418), timm's ``norm.py``.
     """
 

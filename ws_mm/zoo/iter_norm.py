@@ -52,9 +52,6 @@ class IterNorm(RunningNorm):
         iterations: Newton iterations; more whiten more, also what is noise
             in a small batch.
 
-    Raises:
-        ValueError: training sees one value per channel.
-
     Source: arXiv 1904.03441; github.com/huangleiBuaa/IterNorm-pytorch.
     """
 

@@ -121,14 +121,12 @@ class MABN(RunningNorm):
     def _move(self, x: Tensor) -> None:
         newest = x.square().mean(over_channels(x))
         # At once, so that none moves in a channel that is not finite.
-        self.move_statistics(
-            dict(
-                squares=_appended(self.squares, newest),
-                iterations=self.iterations + 1,
-                previous_var=self.running_var,
-            ),
-            1.0,
-        )
+        at_once = {
+            'squares': _appended(self.squares, newest),
+            'iterations': self.iterations + 1,
+            'previous_var': self.running_var,
+        }
+        self.move_statistics(at_once, 1.0)
         var = torch.where(newest.isfinite(), self._var(self.squares), newest)
         self.move_statistics(dict(running_var=var), self.momentum)
 
@@ -146,11 +144,7 @@ class MABN(RunningNorm):
     def from_norm(
         cls, norm: Any, arguments: Mapping[str, Any]
     ) -> 'tuple[MABN, dict[str, Tensor]]':
-        """Make the MABN that takes the place of a norm.
-
-        Convention: the mean square of a BatchNorm's input is the sum of its
-            running variance and its squared running mean.
-        """
+        """Take the mean square of a BatchNorm's input: variance + mean^2."""
         layer, sources = super().from_norm(norm, arguments)
         if 'running_var' in sources:
             square = norm.running_mean.square()

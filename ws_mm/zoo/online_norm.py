@@ -92,7 +92,7 @@ class OnlineNorm(RunningNorm):
         if self.training:
             y = self._controlled(x)
         else:
-            mean, var, *_ = self.running(x)
+            mean, var = self.running(x)[:2]
             y = (x - mean) / (var + self.eps).sqrt()
         z = self.scaled(y)
         if self.guard == 'layer_scaling':
@@ -118,13 +118,11 @@ class OnlineNorm(RunningNorm):
             self.running_mean.copy_(now[0])
             self.running_var.copy_(now[1])
         means, variances = torch.stack(used, 1)
+        std = (variances + self.eps).sqrt()
+        moments = per_channel(means.to(x), x), per_channel(std.to(x), x)
+        control = self.control_scale, self.control_shift
         y: Tensor = _Controlled.apply(
-            x,
-            per_channel(means.to(x), x),
-            per_channel((variances + self.eps).sqrt().to(x), x),
-            self.control_scale,
-            self.control_shift,
-            self.control_momentum,
+            x, *moments, control, self.control_momentum
         )
         return y
 
@@ -150,13 +148,12 @@ class _Controlled(torch.autograd.Function):
         x: Tensor,
         mean: Tensor,
         std: Tensor,
-        scale: Tensor,
-        shift: Tensor,
+        control: tuple[Tensor, Tensor],
         share: float,
     ) -> Tensor:
         y = (x - mean) / std
         ctx.save_for_backward(y, std)
-        ctx.control, ctx.share = (scale, shift), share
+        ctx.control, ctx.share = control, share
         return y
 
     @staticmethod
@@ -183,4 +180,4 @@ class _Controlled(torch.autograd.Function):
             buffer.copy_(value)
         scales, shifts = (ctx.share * torch.stack(used, 1)).to(g)
         h = g - per_channel(scales, g) * y
-        return h / std - per_channel(shifts, g), *[None] * 5
+        return h / std - per_channel(shifts, g), *[None] * 4

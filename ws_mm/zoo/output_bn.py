@@ -28,9 +28,6 @@ class OutputBN(BatchStatistics):
         num_features: number of classes.
         affine: whether a shift is learned.
 
-    Raises:
-        ValueError: training sees one image.
-
     Source: arXiv 2103.11642; github.com/matthewbehrend/BNC.
     """
 
@@ -80,9 +77,6 @@ def with_output_bn(
             ``conv_seg.0``.
         output_bn: arguments of :class:`OutputBN`.
         **arguments: those of the head.
-
-    Raises:
-        ValueError: the head has no such layer.
     """
     head: nn.Module = MODELS.build(dict(type=of, **arguments))
     classifiers = {
@@ -98,7 +92,6 @@ def with_output_bn(
             'layer=...))'
         )
     classifier = classifiers[layer]
-    classes = len(classifier.weight)
-    norm = OutputBN(classes, **(output_bn or {}))
+    norm = OutputBN(len(classifier.weight), **(output_bn or {}))
     setattr(head, layer, nn.Sequential(classifier, norm))
     return head

@@ -22,11 +22,6 @@ class PositionalNorm(Norm):
         a generator (moment shortcut), for which a norm has no place here.
     State: affine per channel. Training and evaluation are alike.
 
-    Args: those of :class:`~ws_mm.zoo._norm.Norm`.
-
-    Raises:
-        ValueError: there is a single channel.
-
     Source: arXiv 1907.04312; Boyiliee/PONO.
     """
 

@@ -34,9 +34,6 @@ class SandwichBN(BatchStatistics):
         affine: whether both affines are learned.
         num_conditions: number of conditions.
 
-    Raises:
-        ValueError: there are more or fewer conditions than images.
-
     Source: arXiv 2102.11382; VITA-Group/Sandwich-Batch-Normalization.
     """
 

@@ -46,9 +46,6 @@ class StochasticWhiteningBN(RunningNorm):
             gradient of the Kullback-Leibler divergence).
         step: step size of the rule, in (0, 1].
 
-    Raises:
-        ValueError: training sees one value per channel.
-
     Source: arXiv 2106.04413.
     """
 

@@ -34,9 +34,6 @@ class SwitchableNorm(BatchStatistics):
         using_bn: False leaves the mixtures IN and LN, as the authors do
             for one image per GPU. Running values then serve nothing.
 
-    Raises:
-        ValueError: the whole batch is a single value in training.
-
     Source: arXiv 1806.10779; switchablenorms/Switchable-Normalization.
     """
 

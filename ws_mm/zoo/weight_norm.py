@@ -34,8 +34,6 @@ class WNConv2d(Filters, nn.Conv2d):
     State: as ``nn.Conv2d``, and ``gain`` of shape (out_channels,). A plain
         checkpoint keeps its function: its gains are the norms of its filters.
 
-    Args: those of ``nn.Conv2d``.
-
     Source: arXiv 1602.07868; github.com/openai/weightnorm, lasagne/.
     """
 
@@ -86,11 +84,6 @@ class MeanOnlyBN(RunningNorm):
         ``zero_init_residual``, without which the sums of residual blocks
         grow from block to block.
     State: ``weight``, ``bias``; buffer ``running_mean``.
-
-    Args: those of :class:`~ws_mm.zoo._norm.RunningNorm`.
-
-    Raises:
-        ValueError: training sees one value per channel, its own mean.
 
     Source: arXiv 1602.07868, section 4; github.com/openai/weightnorm.
     """
