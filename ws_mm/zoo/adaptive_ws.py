@@ -33,7 +33,7 @@ class AdaptiveWSConv2d(Filters, nn.Conv2d):
         shape (out_channels, 1, 1, 1), which ``half()`` does not round. A
         checkpoint without them, plain or standardized, keeps its function.
 
-    Args: those of :class:`~ws_mm.conv.WSConv2d`.
+    Args: those of :class:`~ws_mm.conv.WSConv2d`; ``eps_mode`` is 'inside'.
 
     Source: arXiv 2006.02334; ``ConvAWS2d`` of github.com/open-mmlab/mmcv.
     """

@@ -36,7 +36,7 @@ class BNET(BatchStatistics):
     Source: arXiv 2011.14150; yuhuixu1993/BNET.
     """
 
-    around: nn.Parameter | None
+    around: nn.Parameter
 
     def __init__(
         self, *args: Any, kernel_size: int = 3, **kwargs: Any
@@ -55,7 +55,6 @@ class BNET(BatchStatistics):
 
     def kernel(self) -> Tensor:
         """The kernel, in the layout of ``nn.Conv2d``."""
-        assert self.around is not None
         before, after = self.around.view(self.num_features, 2, -1).unbind(1)
         rows = torch.cat([before, self.weight[:, None], after], 1)
         return rows.view(-1, 1, self.kernel_size, self.kernel_size)

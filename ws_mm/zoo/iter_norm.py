@@ -63,10 +63,7 @@ class IterNorm(RunningNorm):
     def __init__(
         self,
         num_features: int,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        affine: bool = True,
-        *,
+        *args: Any,
         channels_per_group: int = 64,
         iterations: int = 5,
         **kwargs: Any,
@@ -75,9 +72,7 @@ class IterNorm(RunningNorm):
         check_count('iterations', iterations, 1, 'norm_cfg')
         count = -(-num_features // channels_per_group) or 1
         widths = {'running_cov': -(-num_features // count)}
-        super().__init__(
-            num_features, eps, momentum, affine, _widths=widths, **kwargs
-        )
+        super().__init__(num_features, *args, _widths=widths, **kwargs)
         self.channels_per_group = channels_per_group
         self.iterations, self.width = iterations, widths['running_cov']
 

@@ -13,7 +13,7 @@ from ._norm import Norm
 class PositionalNorm(Norm):
     """Normalize each position of each image over its channels.
 
-    Formula, over the channels of one position:
+    Formula, over the channels, at least two, of one position:
         output = (input - mean) / sqrt(var + eps) * weight + bias
 
     Convention: unbiased variance, as in the official code; the paper divides
