@@ -1,7 +1,6 @@
 """The bases of the norms in this folder."""
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ class Norm(nn.GroupNorm):
             if '__init__' not in vars(base):
                 continue
             own = inspect.signature(vars(base)['__init__']).parameters
-            found = {**own, **found}
+            found = {**found, **{k: own[k] for k in own if k not in found}}
             if all(p.kind is not p.VAR_KEYWORD for p in own.values()):
                 break
         public = [
@@ -61,7 +60,6 @@ class Norm(nn.GroupNorm):
             for name, p in found.items()
             if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
             and name != 'self'
-            and name[0] != '_'
         ]
         public.sort(key=lambda p: p.kind)
         cls.__signature__ = inspect.Signature(public)
@@ -155,14 +153,11 @@ class RunningNorm(RunningStatistics, Norm):
     """Base of norms that keep running statistics.
 
     A subclass names them, see
-    :class:`~ws_mm.running_statistics.RunningStatistics`, and may call
-    :meth:`count_forwards`.
+    :class:`~ws_mm.running_statistics.RunningStatistics`. If they are not one
+    value per channel, it also registers them.
 
     Args: those of :class:`Norm`, and
         momentum: share of the newest batch in the statistics, in (0, 1].
-        _rows: number of rows of each statistic; None: one per channel.
-        _widths: see
-            :meth:`~ws_mm.running_statistics.RunningStatistics.register_statistics`.
 
     Raises:
         ValueError: training by the batch sees one value per channel.
@@ -174,17 +169,14 @@ class RunningNorm(RunningStatistics, Norm):
         eps: float = 1e-5,
         momentum: float = 0.1,
         affine: bool = True,
-        *,
-        _rows: int | None = None,
-        _widths: Mapping[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_features, eps, affine, **kwargs)
         check_momentum(momentum, 'norm_cfg')
         self.momentum = momentum
-        self.register_statistics(
-            _rows or num_features, **self._made, widths=_widths
-        )
+        # A function fills rows, whose width the subclass knows.
+        if not any(callable(v) for v in self.statistics.values()):
+            self.register_statistics(num_features, **self._made)
 
     def count_forwards(self) -> None:
         """Keep ``num_forwards``, a count that the subclass adds to."""

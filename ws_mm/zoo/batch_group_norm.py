@@ -50,7 +50,8 @@ class BatchGroupNorm(BatchStatistics):
                 'and their running values depend on the size of the image '
                 '(norm_cfg=dict(num_groups=...))'
             )
-        super().__init__(num_features, *args, _rows=num_groups, **kwargs)
+        super().__init__(num_features, *args, **kwargs)
+        self.register_statistics(num_groups, **self._made)
         # That of nn.GroupNorm, too, which is otherwise not used here.
         self.num_groups = num_groups
 

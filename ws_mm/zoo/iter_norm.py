@@ -62,7 +62,6 @@ class IterNorm(RunningNorm):
 
     def __init__(
         self,
-        num_features: int,
         *args: Any,
         channels_per_group: int = 64,
         iterations: int = 5,
@@ -70,11 +69,14 @@ class IterNorm(RunningNorm):
     ) -> None:
         check_count('channels_per_group', channels_per_group, 1, 'norm_cfg')
         check_count('iterations', iterations, 1, 'norm_cfg')
-        count = -(-num_features // channels_per_group) or 1
-        widths = {'running_cov': -(-num_features // count)}
-        super().__init__(num_features, *args, _widths=widths, **kwargs)
+        super().__init__(*args, **kwargs)
         self.channels_per_group = channels_per_group
-        self.iterations, self.width = iterations, widths['running_cov']
+        self.iterations = iterations
+        count = -(-self.num_features // channels_per_group)
+        self.width = -(-self.num_features // count)
+        self.register_statistics(
+            self.num_features, **self._made, widths={'running_cov': self.width}
+        )
 
     def normalize(self, x: Tensor) -> Tensor:
         """Whiten, by the batch in training."""

@@ -85,12 +85,11 @@ class MABN(RunningNorm):
         check_count('buffer_size', buffer_size, 1, 'norm_cfg')
         check_count('warmup_iters', warmup_iters, 0, 'norm_cfg')
         check_count('renorm_iters', renorm_iters, warmup_iters, 'norm_cfg')
-        widths = dict.fromkeys(('squares', 'gradients'), buffer_size)
-        super().__init__(
-            num_features, eps, momentum, affine, _widths=widths, **kwargs
-        )
+        super().__init__(num_features, eps, momentum, affine, **kwargs)
         self.warmup_iters = warmup_iters
         self.renorm_iters = renorm_iters
+        widths = dict.fromkeys(('squares', 'gradients'), buffer_size)
+        self.register_statistics(num_features, **self._made, widths=widths)
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize by what the buffers hold after this forward moved them."""

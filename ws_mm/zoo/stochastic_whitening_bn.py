@@ -71,11 +71,10 @@ class StochasticWhiteningBN(RunningNorm):
     ) -> None:
         check_choice('criterion', criterion, CRITERIA, 'norm_cfg')
         check_share('step', step, 'norm_cfg')
-        widths = {'whitening': num_features}
-        super().__init__(
-            num_features, eps, momentum, affine, _widths=widths, **kwargs
-        )
+        super().__init__(num_features, eps, momentum, affine, **kwargs)
         self.step, self.criterion = step, criterion
+        widths = {'whitening': num_features}
+        self.register_statistics(num_features, **self._made, widths=widths)
 
     # ``estimating``: training uses w, of which all ranks need one.
 
