@@ -74,16 +74,13 @@ class Norm(nn.GroupNorm):
         dtype: torch.dtype | None = None,
         **unknown: Any,
     ) -> None:
-        kind = type(self)
-        reject_unknown(
-            kind.__name__, 'norm_cfg', unknown, legal_arguments(kind)
-        )
+        name, legal = type(self).__name__, legal_arguments(type(self))
+        reject_unknown(name, 'norm_cfg', unknown, legal)
         check_eps(eps, 'norm_cfg')
         if num_features < 1:
             raise ValueError(f'num_features={num_features} must be at least 1')
         super().__init__(1, num_features, eps, False)
-        self.num_features = num_features
-        self.affine = affine
+        self.num_features, self.affine = num_features, affine
         self._made: dict[str, Any] = dict(device=device, dtype=dtype)
         self._initial: dict[str, float] = {}
         self.add_parameter('weight', 1.0, num_features, exists=affine)

@@ -134,6 +134,5 @@ class BatchRenorm(RunningNorm):
 
     def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
         """Scale and shift of evaluation."""
-        return fold(
-            self.running_mean, self.running_std, self.weight, self.bias
-        )
+        mean, std = self.running_mean, self.running_std
+        return fold(mean, std, self.weight, self.bias)

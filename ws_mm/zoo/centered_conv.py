@@ -18,16 +18,9 @@ class CenteredConv2d(WSConv2d):
     Formula, for each filter (output channel) w:
         output = conv2d(input, w - mean(w)) + bias
 
-    Convention: a ``nn.Conv2d`` in arguments, initial values and state. The
-        authors' ``CenConv2d`` has bias=False and initial values of its own,
-        which their detector sets anew. The scale of the filters counts:
-        those of a WS network mean something else here.
-    State: as ``nn.Conv2d``.
-
-    Args: those of ``nn.Conv2d``.
-
-    Raises:
-        ValueError: filters of one entry, which would all be 0.
+    Convention: a ``nn.Conv2d`` in arguments, initial values and state, where
+        the authors' has bias=False. The scale of the filters counts: those of
+        a WS network mean something else here.
 
     Source: arXiv 2001.06838; github.com/megvii-model/MABN, ``CenConv2d``.
     """

@@ -7,7 +7,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..arguments import reject_unknown
+from ..arguments import check_count, reject_unknown
 from ..conv import WSConv2d
 from ..running_statistics import legal_arguments
 from ..symbolic import recorded
@@ -69,8 +69,8 @@ class WSModulatedDeformConv2d(WSConv2d, nn.Conv2d):
                 f'padding={padding!r} must be a number of pixels, or two '
                 f'({kind.__name__})'
             )
-        is_whole = isinstance(deform_groups, int) and deform_groups > 0
-        if not is_whole or in_channels % deform_groups:
+        check_count('deform_groups', deform_groups, 1, 'dcn')
+        if in_channels % deform_groups:
             raise ValueError(
                 f'deform_groups={deform_groups!r} must divide '
                 f'in_channels={in_channels} (dcn=dict(deform_groups=...))'
@@ -136,14 +136,8 @@ class WSModulatedDeformConv2dPack(WSModulatedDeformConv2d, nn.Conv2d):
     """The same with the convolution that finds offsets and mask.
 
     For ``dcn`` of the hosts' backbones. They refuse ``conv_cfg`` beside it;
-    :func:`~ws_mm.converted.converted` standardizes other convolutions::
-
-        backbone = dict(
-            type='ws_mm.Converted', of='ResNet', conv={}, depth=50, ...,
-            norm_cfg=dict(type='ws_mm.BCN'), conv_cfg=None,
-            dcn=dict(type='ws_mm.WSModulatedDeformConv2dPack',
-                     deform_groups=1),
-            stage_with_dcn=(False, True, True, True))
+    :func:`~ws_mm.converted.converted` standardizes the other convolutions.
+    docs/zoo.md has such a config.
 
     State: that of mmcv's ``DCNv2``: ``weight``, ``bias`` and
         ``conv_offset``, which starts at 0: offsets 0, masks 1/2.

@@ -62,8 +62,8 @@ class EvoNormS0(_EvoNorm):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_features, eps, affine, **kwargs)
-        fitting = fit_num_groups(num_features, num_groups, layer='EvoNormS0')
-        self.num_groups = fitting
+        groups = fit_num_groups(num_features, num_groups, layer='EvoNormS0')
+        self.num_groups = groups
 
     def activated(self, x: Tensor, linear: Tensor | None = None) -> Tensor:
         """Apply the whole formula."""

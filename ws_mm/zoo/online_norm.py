@@ -131,12 +131,10 @@ class OnlineNorm(RunningNorm):
         if self.guard == 'layer_scaling':
             return None
         std = (self.running_var.double() + self.eps).sqrt()
-        scale, shift, left = fold(
-            self.running_mean, std, self.weight, self.bias
-        )
-        if self.guard == 'clamp':
-            left = nn.Hardtanh(-self.limit, self.limit)
-        return scale, shift, left
+        folded = fold(self.running_mean, std, self.weight, self.bias)
+        if self.guard == 'none':
+            return folded
+        return *folded[:2], nn.Hardtanh(-self.limit, self.limit)
 
 
 class _Controlled(torch.autograd.Function):
@@ -144,16 +142,11 @@ class _Controlled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        mean: Tensor,
-        std: Tensor,
-        control: tuple[Tensor, Tensor],
-        share: float,
+        ctx: Any, x: Tensor, mean: Tensor, std: Tensor, control: Any, q: float
     ) -> Tensor:
         y = (x - mean) / std
         ctx.save_for_backward(y, std)
-        ctx.control, ctx.share = control, share
+        ctx.control, ctx.share = control, q
         return y
 
     @staticmethod

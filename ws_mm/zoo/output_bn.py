@@ -12,8 +12,7 @@ from ._batch import BatchStatistics
 class OutputBN(BatchStatistics):
     """BN of the outputs of a classifier, before softmax and loss.
 
-    For the last layer alone, which :func:`with_output_bn` puts it behind; the
-    other norms of a network stay.
+    For the last layer alone, behind which :func:`with_output_bn` puts it.
 
     Formula, with mean and biased var per class, of the batch in training:
         output = (input - mean) / sqrt(var + eps) + bias
@@ -73,8 +72,7 @@ def with_output_bn(
     Args:
         of: type of the head.
         layer: name of its classifier: 'conv_seg' in MMSegmentation, 'fc_cls'
-            in the box heads of MMDetection. A checkpoint has it as
-            ``conv_seg.0``.
+            in box heads. A checkpoint has it as ``conv_seg.0``.
         output_bn: arguments of :class:`OutputBN`.
         **arguments: those of the head.
     """

@@ -17,9 +17,8 @@ class PositionalNorm(Norm):
         output = (input - mean) / sqrt(var + eps) * weight + bias
 
     Convention: unbiased variance, as in the official code; the paper divides
-        by the number of channels. The official code has no affine
-        (``affine=False``): it gives mean and deviation to a later layer of
-        a generator (moment shortcut), for which a norm has no place here.
+        by the number of channels. The official code has no affine, and gives
+        mean and deviation to a later layer of a generator; this does not.
     State: affine per channel. Training and evaluation are alike.
 
     Source: arXiv 1907.04312; Boyiliee/PONO.

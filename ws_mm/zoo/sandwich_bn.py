@@ -19,14 +19,12 @@ class SandwichBN(BatchStatistics):
         shared = BN(input) * weight + bias
         output = shared * condition_weight[k] + condition_bias[k]
 
-    A config has no conditions: the condition is 0 until
-    :func:`set_condition` names another. With one condition it is BN with
-    one more affine.
+    The condition is 0 until :func:`set_condition` names another. With one
+    condition it is BN with one more affine.
 
-    Convention: all conditions share the statistics, as in the authors' GANs;
-        their code for architecture search and adversarial training keeps
-        some for each. It draws the scales of conditions from N(1, 0.02),
-        ours start at 1: the layer starts as the BN that it replaces.
+    Convention: all conditions share the statistics, as in the authors' GANs.
+        These draw the scales of conditions from N(1, 0.02); ours start at 1,
+        so that the layer starts as the BN that it replaces.
     State: as its base; ``condition_weight``, ``condition_bias``, one row per
         condition. The condition itself is in no checkpoint.
 
@@ -47,11 +45,9 @@ class SandwichBN(BatchStatistics):
         check_count('num_conditions', num_conditions, 1, 'norm_cfg')
         self.num_conditions = num_conditions
         self.condition: int | Tensor = 0
-        for name, initial in ('weight', 1.0), ('bias', 0.0):
-            shape = num_conditions, self.num_features
-            self.add_parameter(
-                f'condition_{name}', initial, *shape, exists=self.affine
-            )
+        shape, exists = (num_conditions, self.num_features), self.affine
+        self.add_parameter('condition_weight', 1.0, *shape, exists=exists)
+        self.add_parameter('condition_bias', 0.0, *shape, exists=exists)
 
     def both_affines(self) -> tuple[Tensor, Tensor]:
         """Scale and shift of both in one, (C,) or (N, C)."""

@@ -25,22 +25,17 @@ class ScaledWSConv2d(WSConv2d, nn.Conv2d):
 
     Convention: eps and the shape of ``gain`` are those of timm's
         ``ScaledStdConv2d``, whose checkpoints load; the authors' code has
-        max(fan_in * var, 1e-4) instead, which differs in filters of almost
-        no variance. ``padding`` is that of ``nn.Conv2d``, 0 by default; in
-        timm it is half the kernel. The host decays ``gain`` as it does
-        ``weight``. The authors do not:
+        max(fan_in * var, 1e-4) instead. ``padding`` is 0 by default; in timm
+        it is half the kernel. The host decays ``gain`` as ``weight``, the
+        authors do not:
         ``paramwise_cfg=dict(custom_keys={'.gain': dict(decay_mult=0)})``.
     State: as ``nn.Conv2d``, and ``gain`` of shape (out_channels, 1, 1, 1),
         1 at the start. A plain checkpoint loses its function, as in WS.
 
     Args: those of ``nn.Conv2d``, and
-        gamma: constant of the activation before it, which brings its
-            variance back to 1: 1.7139588594 for ReLU. 1 where the activation
-            has it already.
+        gamma: constant that brings the variance of the activation before it
+            back to 1: 1.7139588594 for ReLU.
         eps: constant added to the variance, in units of weight squared.
-
-    Raises:
-        ValueError: filters of one entry, or an illegal ``gamma``.
 
     Source: arXiv 2101.08692; google-deepmind/deepmind-research, nfnets/.
     """

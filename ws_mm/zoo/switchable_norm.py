@@ -25,8 +25,7 @@ class SwitchableNorm(BatchStatistics):
         unbiased one of each map, from which it computes the others, and is
         NaN for maps of 1x1. Its running variance starts at 0, ours at 1,
         as that of BN. Its momentum of 0.9 is the share that stays: 0.1 here.
-        Its figures with the mean over many batches in the place of running
-        values need :func:`~ws_mm.update_estimates` after training.
+        Its figures need :func:`~ws_mm.update_estimates` after training.
     State: as its base; ``mean_weight`` and ``var_weight``, logits of the
         mixtures, 1 at the start. Weight decay draws them to equal shares.
 

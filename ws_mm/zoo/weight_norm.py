@@ -76,8 +76,7 @@ class MeanOnlyBN(RunningNorm):
 
     Formula, for each channel:
         output = weight * (input - mean(input)) + bias
-    with the mean over batch and space in training, running_mean in
-    evaluation.
+    with the mean of the batch in training, running_mean in evaluation.
 
     Convention: the mean is that of one process. The gradient flows through
         it. The authors have no ``weight``. It is for the host's
