@@ -214,7 +214,8 @@ class RunningNorm(RunningStatistics, Norm):
     def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
         """Mean and biased variance, of those that are kept."""
         found = measured_moments(input, False, unbiased=False)[1]
-        return {k: v for k, v in found.items() if k in self.statistics}
+        kept = {k: v for k, v in found.items() if k in self.statistics}
+        return kept or super().batch_statistics(input)
 
 
 def fold(

@@ -28,8 +28,7 @@ class BNET(BatchStatistics):
         that hosts spare it from decay.
 
     Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`, and
-        affine: whether the convolution is there; False leaves x - mean over
-            deviation.
+        affine: whether the convolution is there.
         kernel_size: k, an odd number; 1 is ``nn.BatchNorm2d``, others take
             images (N, C, H, W) alone.
 

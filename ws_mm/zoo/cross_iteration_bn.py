@@ -58,9 +58,8 @@ class CrossIterationBN(BatchStatistics):
         accumulation. A head that pyramid levels share would mix their
         statistics: use GN there.
     State: as its base, and ``num_forwards``. The window, twice the size of w
-        for each iteration, is in copies and pickles, but not in the state
-        dict: after a resume it fills again. Each training forward costs two
-        more gradients of w.
+        for each iteration, is not in the state dict: after a resume it fills
+        again. Each training forward costs two more gradients of w.
 
     Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`, and
         window: number of iterations, this one included.

@@ -26,8 +26,7 @@ class WSModulatedDeformConv2d(WSConv2d, nn.Conv2d):
         host's ``dcn_offset_lr_mult`` does not reach ``conv_offset``, but
         ``paramwise_cfg=dict(custom_keys={'conv_offset': dict(lr_mult=...)})``
         does.
-    State: that of mmcv's. Its plain filters mean something else here, and a
-        load says so.
+    State: that of mmcv's; loading its plain filters warns.
 
     Args: those of :class:`~ws_mm.conv.WSConv2d`, and
         deform_groups: groups of input channels with offsets of their own.
@@ -100,10 +99,9 @@ class WSModulatedDeformConv2d(WSConv2d, nn.Conv2d):
     ) -> Tensor:
         """Convolve ``input`` where ``offset`` says, weighted by ``mask``.
 
-        Shape:
-            offset: (N, 2 * deform_groups * entries of a kernel, H, W) of
-                the output, vertical and horizontal by turns, in pixels.
-            mask: half as many channels.
+        The offset is (N, 2 * deform_groups * entries of a kernel, H, W) of
+        the output, vertical and horizontal by turns, in pixels; the mask has
+        half as many channels.
         """
         dtype = offset.dtype
         if dtype == torch.bfloat16:

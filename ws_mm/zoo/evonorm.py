@@ -47,8 +47,7 @@ class EvoNormS0(_EvoNorm):
     State: ``weight``, ``bias`` and ``v``, one entry per channel.
 
     Args: those of :class:`~ws_mm.zoo._activating.ActivatingNorm`, and
-        num_groups: groups of channels; None means 32, or fewer, see
-            :class:`~ws_mm.norm.BCN`.
+        num_groups: see :class:`~ws_mm.norm.BCN`.
 
     Source: github.com/tensorflow/tpu, models/official/resnet/resnet_model.py.
     """

@@ -42,14 +42,12 @@ class MABN(RunningNorm):
         second derivatives.
     State: ``weight``, ``bias``; buffers ``running_var``, ``previous_var``
         (before its last move, for a recomputed forward), ``iterations``,
-        ``squares`` and ``gradients`` (a row of buffer_size per channel, the
-        newest last). ``gradients`` move once per backward, the others once
-        per forward.
+        ``squares`` and, moved by the backward, ``gradients`` (rows of
+        buffer_size, the newest last).
 
     Args: those of :class:`~ws_mm.zoo._norm.RunningNorm`, and
         momentum: share of the newest mean in running_var, in (0, 1].
-        buffer_size: iterations that are averaged; times the images per
-            process, the authors' is 32.
+        buffer_size: iterations that are averaged, 32 images of the authors.
         warmup_iters: iterations that normalize by their own batch.
         renorm_iters: iterations without the ratio; at least warmup_iters.
 

@@ -38,8 +38,6 @@ class OnlineNorm(RunningNorm):
     Convention: as the official kernels, whose alpha_fwd is 1 - momentum and
         alpha_bkw 1 - control_momentum. The default guard is that of their
         experiments and of the paper's figures; their layer has the clamp.
-        An image whose statistics or gradients are not finite moves nothing
-        in its channels; theirs keeps the NaN.
     State: as its base, ``running_mean`` and ``running_var``, moved by the
         forward, and ``control_scale`` and ``control_shift``, moved by the
         backward, in the unit of the gradient: a changed loss scale of AMP
