@@ -47,7 +47,7 @@ class MABN(RunningNorm):
 
     Args: those of :class:`~ws_mm.zoo._norm.RunningNorm`, and
         momentum: share of the newest mean in running_var, in (0, 1].
-        buffer_size: iterations that are averaged, 32 images of the authors.
+        buffer_size: iterations that are averaged; the authors' hold 32 images.
         warmup_iters: iterations that normalize by their own batch.
         renorm_iters: iterations without the ratio; at least warmup_iters.
 
