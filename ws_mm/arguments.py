@@ -40,7 +40,7 @@ def reject_unknown(
 
 
 def check_choice(
-    name: str, value: Any, legal: Collection[str], key: str
+    name: str, value: Any, legal: Collection[Any], key: str
 ) -> None:
     """Reject a value that is not one of the legal ones."""
     if value not in legal:
@@ -58,14 +58,12 @@ def check_share(name: str, value: Any, key: str) -> None:
 
 def check_eps(value: Any, key: str) -> None:
     """Reject an eps that is not a finite number of at least 0."""
-    is_legal = 0 <= _number(value) < math.inf
-    _check_number('eps', value, is_legal, '[0, inf)', key)
+    check_number('eps', value, 0, key)
 
 
 def check_momentum(value: Any, key: str) -> None:
     """Reject a momentum outside (0, 1]."""
-    is_legal = 0 < _number(value) <= 1
-    _check_number('momentum', value, is_legal, '(0, 1]', key)
+    check_share('momentum', value, key)
 
 
 def check_number(name: str, value: Any, least: float, key: str) -> None:

@@ -265,11 +265,16 @@ class RunningStatistics(nn.Module):
     def _apply(self: Layer, fn: Any, recurse: bool = True) -> Layer:
         exact = {name: self.get_buffer(name) for name in self.statistics}
         super()._apply(fn, recurse)
-        for name, values in exact.items():
-            cast = self.get_buffer(name)
-            if cast.dtype in HALF:
-                setattr(self, name, values.to(cast.device))
+        keep_exact(self, exact)
         return self
+
+
+def keep_exact(layer: nn.Module, exact: Mapping[str, Tensor]) -> None:
+    """Undo a cast of these buffers to half precision, but no move."""
+    for name, values in exact.items():
+        cast = layer.get_buffer(name)
+        if cast.dtype in HALF:
+            setattr(layer, name, values.to(cast.device))
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Norms that take the place of the activation, too."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import compat
+from ..arguments import check_choice
 from ..kernels.plain import at_least_float32
 from ..symbolic import recorded
 from ._norm import Norm
@@ -34,52 +34,29 @@ class ActivatingNorm(Norm):
 
     Convention: with ``replaces_act`` a forward returns the values of
         :meth:`linear`. A ReLU, ReLU6, LeakyReLU, SiLU or Hardswish that takes
-        this very tensor, a module or a function, in place or not, returns
-        what :meth:`activated` does instead. Everything else gets the values,
-        as the sum with the shortcut of a block, whose ReLU stays one.
-    Checkpointed: a reentrant checkpoint that ends between the layer and its
-        activation would lose gradients, and is an error.
+        this very tensor returns what :meth:`activated` does instead.
+        Everything else gets the values, as the sum with the shortcut of a
+        block, whose ReLU stays one. A reentrant checkpoint that ends between
+        the layer and its activation is an error: it would lose gradients.
     Compiled: with ``replaces_act``, ``torch.compile`` takes it whole since
         torch 2.10, and in parts before; ``torch.export.export`` needs torch
         2.10 and ``strict=True``.
 
-    Args:
-        num_features: channels of the input.
-        eps: see the subclass.
-        affine: whether scale and shift are learned. The parameters of the
-            activation always are.
+    Args: those of :class:`~ws_mm.zoo._norm.Norm`, and
         replaces_act: True in a network that has activations of its
             own (``ResNet``, ``ConvModule``): the one that directly follows
             becomes that of this layer, and where none does the layer does
             not activate. False: it activates in every forward, for
             ``act_cfg=None``.
-        unknown: arguments that the subclass does not have.
-        device: device of parameters and buffers.
-        dtype: dtype of the parameters.
-
-    Raises:
-        TypeError: an argument is unknown.
-        ValueError: an argument has an illegal value.
     """
 
     activates = True
 
     def __init__(
-        self,
-        num_features: int,
-        eps: float,
-        affine: bool,
-        replaces_act: bool,
-        unknown: Mapping[str, Any],
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        self, *args: Any, replaces_act: bool = False, **kwargs: Any
     ) -> None:
-        super().__init__(num_features, eps, affine, unknown, device, dtype)
-        if replaces_act not in (False, True):
-            raise ValueError(
-                f'replaces_act={replaces_act!r} must be True or False '
-                '(norm_cfg=dict(replaces_act=...))'
-            )
+        super().__init__(*args, **kwargs)
+        check_choice('replaces_act', replaces_act, (False, True), 'norm_cfg')
         self.replaces_act = replaces_act
 
     @recorded
@@ -105,17 +82,12 @@ class ActivatingNorm(Norm):
         """Result with the activation; linear is that of :meth:`linear`."""
         raise NotImplementedError
 
-    def extra_repr(self) -> str:
-        """Constructor arguments."""
-        return f'{super().extra_repr()}, replaces_act={self.replaces_act}'
-
 
 class _Pending(Tensor):
     """Values of :meth:`ActivatingNorm.linear`, before an activation.
 
-    Every other operation on it is one on the plain tensor, and returns plain
-    tensors. So a sum with a shortcut, in place, is no longer the result of
-    the norm, although it is at the same place in memory.
+    Every other operation returns plain tensors. A sum with a shortcut, in
+    place, is no longer the result of the norm, although in the same memory.
     """
 
     layer: ActivatingNorm

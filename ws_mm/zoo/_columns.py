@@ -25,13 +25,3 @@ def exact_products(x: Tensor) -> AbstractContextManager[Any]:
     if autocast_dtype(x.device.type) is None:
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
-
-
-def check_values(layer: str, x: Tensor) -> None:
-    """Reject a single value per channel, which has no covariance."""
-    if x.numel() == x.shape[1]:
-        raise ValueError(
-            f'{layer} needs more than one value per channel in training, got '
-            f'an input of shape {tuple(x.shape)}. Use larger batches or '
-            "maps, or norm_cfg=dict(type='GN', num_groups=32)"
-        )

@@ -16,14 +16,13 @@ from ..functional import standardize_weight
 class Filters(WSConv2d):
     """Base: values per filter, which the checkpoint of a plain one lacks.
 
-    A subclass registers parameters or buffers of its own, and
-    :meth:`values_of` says which ones make a filter what it was. Its bases
-    name ``nn.Conv2d`` again: initializers of the host that have
-    ``layer='Conv2d'`` read the names of direct bases.
+    A subclass registers parameters or buffers of its own and defines
+    :meth:`values_of`. It names ``nn.Conv2d`` as a base again: the host's
+    initializers with ``layer='Conv2d'`` read the names of direct bases.
 
     State: a checkpoint with ``weight`` alone is given these values when it
-        is loaded, in a strict load, too. One of a WS network is standardized
-        first, with the eps that it has by default: the function stays.
+        is loaded. One of a WS network is standardized first, with the default
+        eps: the function stays.
     """
 
     keeps_plain = True
@@ -50,17 +49,7 @@ class Filters(WSConv2d):
 
 
 def reject_others(cls: type, arguments: Mapping[str, Any]) -> None:
-    """Reject what a class does not take, though its base does.
-
-    Raises:
-        TypeError: there is such an argument; the message names it.
-    """
+    """Reject what a class does not take, though its base does."""
     legal = inspect.signature(cls).parameters
     unknown = {k: arguments[k] for k in arguments if k not in legal}
     reject_unknown(cls.__name__, 'conv_cfg', unknown, legal)
-
-
-def exact_dtype(weight: Tensor) -> torch.dtype:
-    """At least float32, to compute filters in."""
-    is_double = weight.dtype == torch.float64
-    return torch.float64 if is_double else torch.float32

@@ -1,24 +1,27 @@
-"""The base of the norms in this folder."""
+"""The bases of the norms in this folder."""
 
-from collections.abc import Mapping
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_eps, reject_unknown
+from ..arguments import check_eps, check_momentum, reject_unknown
 from ..kernels.plain import at_least_float32
-from ..running_statistics import RunningStatistics, legal_arguments
+from ..running_statistics import (
+    RunningStatistics,
+    legal_arguments,
+    measured_moments,
+)
 from ..symbolic import recorded
 
 
 class Norm(nn.GroupNorm):
     """Base: an affine per channel, and the treatment of a norm by the host.
 
-    A subclass defines :meth:`normalize`. If it keeps running statistics, it
-    inherits from :class:`~ws_mm.running_statistics.RunningStatistics` first,
-    and calls ``register_statistics`` in its constructor. If it has other
-    parameters, it extends :meth:`reset_parameters`.
+    A subclass defines :meth:`normalize`. Its constructor, if it has one, adds
+    its own arguments and parameters, and hands on all others. If it keeps
+    running statistics, it inherits from :class:`RunningNorm`.
 
     State: ``weight`` and ``bias``, one entry per channel.
     Frozen: it is a ``nn.GroupNorm`` to the host, which decays, initializes
@@ -28,9 +31,9 @@ class Norm(nn.GroupNorm):
         num_features: channels of the input.
         eps: constant added to the variance.
         affine: whether scale and shift are learned.
-        unknown: arguments that the subclass does not have.
         device: device of parameters and buffers.
         dtype: dtype of the parameters.
+        **unknown: none; a misspelt argument is rejected by name.
 
     Raises:
         TypeError: an argument is unknown.
@@ -39,43 +42,68 @@ class Norm(nn.GroupNorm):
 
     # As in torchvision, so that checkpoints of BN networks have its place.
     _abbr_ = 'bn'
+    __signature__: inspect.Signature
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Join the signatures of the constructors, for errors and tools."""
+        super().__init_subclass__(**kwargs)
+        found: dict[str, inspect.Parameter] = {}
+        for base in cls.__mro__[: cls.__mro__.index(Norm) + 1]:
+            if '__init__' not in vars(base):
+                continue
+            own = inspect.signature(vars(base)['__init__']).parameters
+            found = {**found, **{k: own[k] for k in own if k not in found}}
+            if all(p.kind is not p.VAR_KEYWORD for p in own.values()):
+                break
+        public = [
+            p
+            for name, p in found.items()
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+            and name != 'self'
+        ]
+        public.sort(key=lambda p: p.kind)
+        cls.__signature__ = inspect.Signature(public)
 
     def __init__(
         self,
         num_features: int,
-        eps: float,
-        affine: bool,
-        unknown: Mapping[str, Any],
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        **unknown: Any,
     ) -> None:
-        kind = type(self)
-        reject_unknown(
-            kind.__name__, 'norm_cfg', unknown, legal_arguments(kind)
-        )
+        name, legal = type(self).__name__, legal_arguments(type(self))
+        reject_unknown(name, 'norm_cfg', unknown, legal)
         check_eps(eps, 'norm_cfg')
         if num_features < 1:
             raise ValueError(f'num_features={num_features} must be at least 1')
         super().__init__(1, num_features, eps, False)
-        self.num_features = num_features
-        self.affine = affine
-        for name in ('weight', 'bias'):
-            values = torch.empty(num_features, device=device, dtype=dtype)
-            self.register_parameter(
-                name, nn.Parameter(values) if affine else None
-            )
-        Norm.reset_parameters(self)
+        self.num_features, self.affine = num_features, affine
+        self._made: dict[str, Any] = dict(device=device, dtype=dtype)
+        self._initial: dict[str, float] = {}
+        self.add_parameter('weight', 1.0, num_features, exists=affine)
+        self.add_parameter('bias', 0.0, num_features, exists=affine)
+
+    def add_parameter(
+        self, name: str, initial: float, *shape: int, exists: bool = True
+    ) -> None:
+        """Register a parameter of one initial value; None unless it exists."""
+        if not exists:
+            return self.register_parameter(name, None)
+        self._initial[name] = initial
+        values = torch.full(shape, initial, **self._made)
+        return self.register_parameter(name, nn.Parameter(values))
 
     def reset_parameters(self) -> None:
-        """Set scale 1, shift 0, and statistics to their initial values.
+        """Set parameters and statistics to their initial values.
 
         Builders without memory (FSDP, ``to_empty``) call this alone.
         """
-        if isinstance(self, RunningStatistics) and self._buffers:
-            self.reset_running_stats()
-        if getattr(self, 'weight', None) is not None:
-            nn.init.ones_(self.weight)
-            nn.init.zeros_(self.bias)
+        # nn.GroupNorm calls it before there are any.
+        for name, initial in vars(self).get('_initial', {}).items():
+            nn.init.constant_(self.get_parameter(name), initial)
 
     @recorded
     def forward(self, input: Tensor) -> Tensor:
@@ -100,29 +128,110 @@ class Norm(nn.GroupNorm):
 
     def scaled(self, x: Tensor) -> Tensor:
         """Weight * x + bias, per channel."""
-        if not self.affine:
-            return x
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return x * per_channel(weight, x) + per_channel(bias, x)
-
-    def affine_after(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and shift of ``scaled((x - mean) / std)``, in float64."""
-        scale = 1 / std.double()
-        shift = -mean.double() * scale
-        if self.affine:
-            scale, shift = scale * self.weight, shift * self.weight + self.bias
-        return scale, shift
+        if self.weight is not None:
+            x = x * per_channel(self.weight.to(x.dtype), x)
+        if self.bias is not None:
+            x = x + per_channel(self.bias.to(x.dtype), x)
+        return x
 
     def extra_repr(self) -> str:
         """Constructor arguments."""
-        names = ['eps', 'momentum', 'affine']
-        told = (f'{n}={getattr(self, n)}' for n in names if hasattr(self, n))
+        names = legal_arguments(type(self))[1:]
+        values = {name: getattr(self, name, None) for name in names}
+        told = (
+            f'{name}={value!r}'
+            for name, value in values.items()
+            if isinstance(value, (int, float, str))
+        )
         return ', '.join([str(self.num_features), *told])
 
 
+class RunningNorm(RunningStatistics, Norm):
+    """Base of norms that keep running statistics.
+
+    A subclass names them, see
+    :class:`~ws_mm.running_statistics.RunningStatistics`. If they are not one
+    value per channel, it also registers them.
+
+    Args: those of :class:`Norm`, and
+        momentum: share of the newest batch in the statistics, in (0, 1].
+
+    Raises:
+        ValueError: training by the batch sees one value per channel.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_features, eps, affine, **kwargs)
+        check_momentum(momentum, 'norm_cfg')
+        self.momentum = momentum
+        # A function fills rows, whose width the subclass knows.
+        if not any(callable(v) for v in self.statistics.values()):
+            self.register_statistics(num_features, **self._made)
+
+    def count_forwards(self) -> None:
+        """Keep ``num_forwards``, a count that the subclass adds to."""
+        count = torch.zeros((), dtype=torch.long, device=self._made['device'])
+        self.register_buffer('num_forwards', count)
+
+    def reset_parameters(self) -> None:
+        """Set parameters, statistics and counts to their initial values."""
+        super().reset_parameters()
+        if self._buffers:
+            self.reset_running_stats()
+        if 'num_forwards' in self._buffers:
+            self.get_buffer('num_forwards').zero_()
+
+    def running(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Copies of the statistics, in their order, per channel of x.
+
+        Later calls may change the buffers before a backward.
+        """
+        return tuple(
+            per_channel(getattr(self, name).to(x.dtype, copy=True), x)
+            for name in self._names
+        )
+
+    def check_values(self, x: Tensor, count: int | None = None) -> None:
+        """Reject statistics of a single value; one channel's by default."""
+        if count is None:
+            count = x.numel() // x.shape[1]
+        if count < 2:
+            raise ValueError(
+                f'{type(self).__name__} needs more than one value per channel '
+                'in training, or per group of channels, got an input of shape '
+                f'{tuple(x.shape)}. Use larger batches or maps, or '
+                "norm_cfg=dict(type='GN', num_groups=32), which normalizes "
+                'each image'
+            )
+
+    def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
+        """Mean and biased variance, of those that are kept."""
+        found = measured_moments(input, False, unbiased=False)[1]
+        kept = {k: v for k, v in found.items() if k in self.statistics}
+        return kept or super().batch_statistics(input)
+
+
+def fold(
+    mean: Tensor, std: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, nn.Module]:
+    """What ``folded`` returns for (x - mean) / std * weight + bias."""
+    scale = 1 / std.double()
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean.double() * scale
+    return scale, shift if bias is None else shift + bias, nn.Identity()
+
+
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """Values of shape (C,) in a shape that broadcasts over x, (N, C, *)."""
-    return values.view(-1, *[1] * (x.dim() - 2))
+    """Values (C,) or (N, C) in a shape that broadcasts over x, (N, C, *)."""
+    return values.view(*values.shape, *[1] * (x.dim() - 2))
 
 
 def over_channels(x: Tensor) -> tuple[int, ...]:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..functional import standardize_weight
 from ..kernels.plain import at_least_float32
-from ..running_statistics import HALF
-from ._filters import Filters, exact_dtype
+from ..running_statistics import keep_exact
+from ._filters import Filters
 
 
 @MODELS.register_module()
@@ -27,23 +27,13 @@ class AdaptiveWSConv2d(Filters, nn.Conv2d):
     Convention: names, eps and constant gains are those of DetectoRS, that is
         of mmcv's ``ConvAWS``, whose checkpoints load. They are buffers:
         nothing trains or decays them. Decay of ``weight`` changes no output.
-        They belong to the filters at construction, or to the checkpoint:
-        an initializer that fills ``weight`` later does not set them, and a
-        norm behind it takes the scale out.
+        An initializer that fills ``weight`` later does not set them; a norm
+        behind it takes the scale out.
     State: as ``nn.Conv2d``, and buffers ``weight_gamma``, ``weight_beta`` of
         shape (out_channels, 1, 1, 1), which ``half()`` does not round. A
-        checkpoint without them keeps its function, of plain convolutions as
-        of standardized ones.
+        checkpoint without them, plain or standardized, keeps its function.
 
-    Args:
-        *args: arguments of ``nn.Conv2d``, in its order.
-        eps: eps of :func:`~ws_mm.functional.standardize_weight`.
-        eps_mode: 'inside' the root, or 'outside'.
-        **kwargs: arguments of ``nn.Conv2d``.
-
-    Raises:
-        TypeError: an argument is unknown.
-        ValueError: filters of one entry, or an unknown ``eps_mode``.
+    Args: those of :class:`~ws_mm.conv.WSConv2d`; ``eps_mode`` is 'inside'.
 
     Source: arXiv 2006.02334; ``ConvAWS2d`` of github.com/open-mmlab/mmcv.
     """
@@ -72,7 +62,7 @@ class AdaptiveWSConv2d(Filters, nn.Conv2d):
 
     def standardized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The standardized weight, times weight_gamma, plus weight_beta."""
-        exact = exact_dtype(self.weight)
+        exact = at_least_float32(self.weight).dtype
         filters = standardize_weight(
             self.weight, self.eps, self.eps_mode, exact
         )
@@ -93,8 +83,5 @@ class AdaptiveWSConv2d(Filters, nn.Conv2d):
     ) -> 'AdaptiveWSConv2d':
         exact = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        for name, values in exact.items():
-            cast = self.get_buffer(name)
-            if cast.dtype in HALF:
-                setattr(self, name, values.to(cast.device))
+        keep_exact(self, exact)
         return self

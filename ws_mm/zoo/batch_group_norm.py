@@ -2,9 +2,8 @@
 
 from typing import Any
 
-import torch
 from mmengine.registry import MODELS
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..functional import largest_group_count
 from ._batch import BatchStatistics
@@ -21,28 +20,14 @@ class BatchGroupNorm(BatchStatistics):
     fewer groups, the more values in each: the paper takes fewer for smaller
     batches.
 
-    Convention: the authors published no code. The paper merges channels,
-        height and width before it cuts groups, so that a group may end
-        within a map, and running values would depend on the size of the
-        image. Here groups are whole channels. Running values are those of
-        ``nn.BatchNorm2d``: unbiased variance.
-    State: affine per channel; ``running_mean``, ``running_var``, one entry
-        per group.
+    Convention: the authors published no code. In the paper a group may end
+        within a map, so that running values depend on the size of the image.
+        Here groups are whole channels.
+    State: as its base, but one entry of the statistics per group.
 
-    Args:
-        num_features: channels of the input.
-        eps: constant added to the variance.
-        momentum: share of the newest batch in the running values.
-        affine: whether scale and shift are learned.
-        num_groups: number of groups. None: 32, or the largest smaller
-            number that divides ``num_features`` and leaves two channels.
-        device: device of parameters and buffers.
-        dtype: dtype of the parameters.
-
-    Raises:
-        TypeError: an argument is unknown.
-        ValueError: an argument has an illegal value, ``num_groups`` does not
-            divide ``num_features``, or training sees one value per group.
+    Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`, and
+        num_groups: number of groups, which divides ``num_features``. None:
+            32, or the largest smaller one that leaves two channels.
 
     Source: arXiv 2012.02782.
     """
@@ -50,14 +35,9 @@ class BatchGroupNorm(BatchStatistics):
     def __init__(
         self,
         num_features: int,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        affine: bool = True,
-        *,
+        *args: Any,
         num_groups: int | None = None,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: Any,
+        **kwargs: Any,
     ) -> None:
         if num_groups is None:
             num_groups = largest_group_count(num_features, 32)
@@ -70,32 +50,19 @@ class BatchGroupNorm(BatchStatistics):
                 'and their running values depend on the size of the image '
                 '(norm_cfg=dict(num_groups=...))'
             )
-        super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            unknown,
-            device,
-            dtype,
-            num_rows=num_groups,
-        )
+        super().__init__(num_features, *args, **kwargs)
+        self.register_statistics(num_groups, **self._made)
         # That of nn.GroupNorm, too, which is otherwise not used here.
         self.num_groups = num_groups
 
-    def rows(self, x: Tensor) -> Tensor:
-        """View as (N, num_groups, values)."""
+    def _groups(self, x: Tensor) -> Tensor:
         return x.reshape(x.shape[0], self.num_groups, -1)
 
     def normalize(self, x: Tensor) -> Tensor:
         """BN of the groups, affine of the channels."""
-        y = self.batch_norm(self.rows(x), None, None)
+        y = self.batch_norm(self._groups(x), None, None)
         return self.scaled(y.reshape(x.shape))
 
-    def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
-        """Scale and shift of the evaluation."""
-        return self.fold(self.weight, self.bias)
-
-    def extra_repr(self) -> str:
-        """Constructor arguments."""
-        return f'{super().extra_repr()}, num_groups={self.num_groups}'
+    def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
+        """Mean and unbiased variance of each group."""
+        return super().batch_statistics(self._groups(input))

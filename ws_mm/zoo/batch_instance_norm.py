@@ -22,73 +22,38 @@ class BatchInstanceNorm(BatchStatistics):
         gate = clamp(1 + sqrt(10) * gate_offset, 0, 1)
         output = (gate * BN(input) + (1 - gate) * IN(input)) * weight + bias
 
-    Convention: the official training loop clamps the gate after each step
-        and trains it with 10 times the learning rate, without weight decay.
-        Here the factor in the formula gives SGD, with momentum, the very
-        same steps; those of Adam, which do not depend on the scale of a
-        gradient, are sqrt(10) times as large. Each training forward clamps
-        the parameter in place; the clamp in the formula is constant to
-        autograd, so no gate gets stuck at a bound. A weight decay of norms
-        draws gates to 1, to BN; paramwise_cfg=dict(norm_decay_mult=0)
-        switches it off, as the authors do.
-    State: ``gate_offset``, one entry per channel, 0 at the start, which is
-        BN; affine; ``running_mean``, ``running_var``.
-
-    Args:
-        num_features: channels of the input.
-        eps: constant added to both variances.
-        momentum: share of the newest batch in the running values.
-        affine: whether scale and shift are learned; gates always are.
-        device: device of parameters and buffers.
-        dtype: dtype of the parameters.
-
-    Raises:
-        TypeError: an argument is unknown.
-        ValueError: an argument has an illegal value, or training sees one
-            value per channel. Maps of 1x1 of several images run: their IN
-            is 0.
+    Convention: IN of maps of 1x1 is 0. The official training loop clamps the
+        gate after each step and trains it with 10 times the learning rate,
+        without weight decay. Here the factor in the formula gives SGD, with
+        momentum, the same steps; those of Adam are sqrt(10) times as large.
+        Each training forward clamps the parameter in place; the clamp in the
+        formula is constant to autograd, so no gate gets stuck at a bound.
+        Weight decay draws gates to 1, to BN; switch it off as the authors
+        do: paramwise_cfg=dict(norm_decay_mult=0).
+    State: as its base; ``gate_offset``, one entry per channel, 0 at the
+        start, which is BN.
 
     Source: arXiv 1805.07925; hyeonseob-nam/Batch-Instance-Normalization.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        affine: bool = True,
-        *,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: Any,
-    ) -> None:
-        super().__init__(
-            num_features, eps, momentum, affine, unknown, device, dtype
-        )
-        values = torch.zeros(num_features, device=device, dtype=dtype)
-        self.gate_offset = nn.Parameter(values)
+    gate_offset: nn.Parameter
 
-    def reset_parameters(self) -> None:
-        """Restore affine, statistics and gates of 1."""
-        super().reset_parameters()
-        if 'gate_offset' in self._parameters:
-            nn.init.zeros_(self.gate_offset)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_parameter('gate_offset', 0.0, self.num_features)
 
     def normalize(self, x: Tensor) -> Tensor:
         """Both normalizations in one step, around the mean of each map."""
         moves = self.begin_forward(x)
         map_mean, map_var = instance_moments(x)
         if self.training:
-            count = x.numel() // x.shape[1]
-            self.check_values(x, count)
+            self.check_values(x)
             mean, var = joined_moments(map_mean, map_var, 0)
             if moves:
-                of_batch = {
-                    'running_mean': mean.detach().flatten(),
-                    'running_var': var.detach().flatten()
-                    * (count / (count - 1)),
-                }
-                self.move_statistics(of_batch, self.momentum)
+                count = x.numel() // x.shape[1]
+                unbiased = var.flatten() * (count / (count - 1))
+                batch = dict(running_mean=mean.flatten(), running_var=unbiased)
+                self.move_statistics(batch, self.momentum)
             if torch.is_grad_enabled():  # what only measures changes nothing
                 # Not as a new version: a graph of before may keep it.
                 self.gate_offset.data.clamp_(-1 / ROOT, 0)
@@ -101,3 +66,6 @@ class BatchInstanceNorm(BatchStatistics):
         scale = of_batch_scale + (1 - gate) * torch.rsqrt(map_var + self.eps)
         shift = of_batch_scale * (map_mean - mean)
         return self.scaled((x - map_mean) * scale + shift)
+
+    def folded(self) -> None:
+        """None: IN is no affine map."""

@@ -7,14 +7,13 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..arguments import check_count, check_momentum, check_number
-from ..running_statistics import RunningStatistics, measured_moments
-from ._columns import check_values
-from ._norm import Norm, over_channels, per_channel
+from ..arguments import check_count, check_number
+from ..running_statistics import measured_moments
+from ._norm import RunningNorm, fold, over_channels, per_channel
 
 
 @MODELS.register_module()
-class BatchRenorm(RunningStatistics, Norm):
+class BatchRenorm(RunningNorm):
     """Batch norm, corrected towards the running statistics.
 
     Formula, with mean and std of the batch, std = sqrt(var + eps):
@@ -30,35 +29,19 @@ class BatchRenorm(RunningStatistics, Norm):
         y = weight * (x - running_mean) / running_std + bias
 
     Convention: algorithm 1 of the paper, and its schedule. The variance is
-        biased, and running_std contains eps. TensorFlow's ``renorm=True``
-        has no schedule of its own and keeps two sets of running values,
-        which start from 0 and are divided by their weights. A BatchNorm
-        that it replaces gives running_std its sqrt(running_var + eps).
+        biased, and running_std contains eps. A BatchNorm that it replaces
+        gives running_std its sqrt(running_var + eps).
     State: as its base, ``running_mean``, ``running_std`` and
         ``num_forwards``, the number of training forwards so far.
-    Distributed: batch statistics are those of the rank;
-        :class:`~ws_mm.hooks.SyncEstimatesHook` averages the running ones.
 
-    Args:
-        num_features: channels of the input.
-        eps: constant added to the variance.
-        momentum: share of the newest batch in the running values.
-        affine: whether scale and shift are learned.
+    Args: those of :class:`~ws_mm.zoo._norm.RunningNorm`, and
         r_max: final bound of r, at least 1.
         d_max: final bound of d.
         warmup: optimizer steps of plain batch norm.
         r_steps: optimizer step at which R is ``r_max``.
-        d_steps: optimizer step at which D is ``d_max``.
+        d_steps: the same of D.
         accumulative_counts: forwards per optimizer step: that of the
-            optim_wrapper, times the calls of a shared layer per image. The
-            layer sees no optimizer and counts forwards.
-        device: device of parameters and buffers.
-        dtype: dtype of the parameters.
-        **unknown: none; a misspelt argument is rejected by name.
-
-    Raises:
-        ValueError: an argument has an illegal value; in training, one value
-            per channel.
+            optim_wrapper, times the calls of a shared layer per image.
 
     Source: arXiv 1702.03275; no official repository.
     """
@@ -81,45 +64,32 @@ class BatchRenorm(RunningStatistics, Norm):
         r_steps: int = 40000,
         d_steps: int = 25000,
         accumulative_counts: int = 1,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: Any,
+        **kwargs: Any,
     ) -> None:
-        check_momentum(momentum, 'norm_cfg')
         check_number('r_max', r_max, 1, 'norm_cfg')
         check_number('d_max', d_max, 0, 'norm_cfg')
         check_number('warmup', warmup, 0, 'norm_cfg')
         check_number('r_steps', r_steps, warmup, 'norm_cfg')
         check_number('d_steps', d_steps, warmup, 'norm_cfg')
         check_count('accumulative_counts', accumulative_counts, 1, 'norm_cfg')
-        super().__init__(num_features, eps, affine, unknown, device, dtype)
-        self.momentum, self.warmup = momentum, warmup
-        self.r_max, self.r_steps = r_max, r_steps
-        self.d_max, self.d_steps = d_max, d_steps
+        super().__init__(num_features, eps, momentum, affine, **kwargs)
+        self.warmup, self.r_max, self.d_max = warmup, r_max, d_max
+        self.r_steps, self.d_steps = r_steps, d_steps
         self.accumulative_counts = accumulative_counts
-        self.register_statistics(num_features, device, dtype)
-        count = torch.zeros((), dtype=torch.long, device=device)
-        self.register_buffer('num_forwards', count)
-
-    def reset_parameters(self) -> None:
-        """Also begin the schedule anew."""
-        super().reset_parameters()
-        if 'num_forwards' in self._buffers:
-            self.num_forwards.zero_()
+        self.count_forwards()
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize an input that has values."""
         if not self.training:
-            centered = x - per_channel(self.running_mean.to(x.dtype), x)
-            std = self.running_std.to(x.dtype, copy=True)
-            return self.scaled(centered / per_channel(std, x))
-        check_values('BatchRenorm', x)
+            mean, std = self.running(x)
+            return self.scaled((x - mean) / std)
+        self.check_values(x)
         moves = self.begin_forward(x)
         var, mean = torch.var_mean(x, over_channels(x), correction=0)
         std = (var + self.eps).sqrt()
         r, d = self._correction(mean.detach(), std.detach(), moves)
         if moves:
-            batch = dict(running_mean=mean.detach(), running_std=std.detach())
+            batch = dict(running_mean=mean, running_std=std)
             self.move_statistics(batch, self.momentum)
             self.num_forwards.add_(1)
         y = (x - per_channel(mean, x)) * per_channel(r / std, x)
@@ -155,7 +125,7 @@ class BatchRenorm(RunningStatistics, Norm):
     def from_norm(
         cls, norm: nn.Module, arguments: Mapping[str, Any]
     ) -> 'tuple[BatchRenorm, dict[str, Tensor]]':
-        """Make one for the place of a norm; see the class."""
+        """Make one for the place of a norm; see Convention."""
         layer, values = super().from_norm(norm, arguments)
         var: Any = getattr(norm, 'running_var', None)
         if var is not None:
@@ -164,5 +134,5 @@ class BatchRenorm(RunningStatistics, Norm):
 
     def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
         """Scale and shift of evaluation."""
-        scale, shift = self.affine_after(self.running_mean, self.running_std)
-        return scale, shift, nn.Identity()
+        mean, std = self.running_mean, self.running_std
+        return fold(mean, std, self.weight, self.bias)

@@ -19,30 +19,18 @@ class BNET(BatchStatistics):
 
     Convention: the authors use it for the last norm of each bottleneck. Their
         convolution is a module of its own, with zeros at the start and the
-        decay of a filter. Here the kernel belongs to the norm: host
-        initializations of convolutions, Weight Standardization and the
-        decay of filters do not reach it. ``weight`` is its middle, so that
-        it starts as BN, takes over a BN of equal names, and starts with
-        zeros where the host sets ``weight`` to 0 (``zero_init_residual``).
-    State: ``weight`` and ``bias``, of BN; ``around``, the other k k - 1
-        entries of each channel, row by row, zeros at the start, in one row
-        that hosts spare with all others from decay; ``running_mean``,
-        ``running_var``.
+        decay of a filter. Here the kernel belongs to the norm: what hosts
+        and Weight Standardization do to convolutions does not reach it.
+        ``weight`` is its middle, so that it starts as BN, takes over a BN,
+        and starts with zeros under ``zero_init_residual``.
+    State: as its base; ``around``, the other k k - 1 entries of each channel,
+        row by row, zeros at the start. It is one row of all channels, so
+        that hosts spare it from decay.
 
-    Args:
-        num_features: channels of the input.
-        eps: constant added to the variance.
-        momentum: share of the newest batch in the running values.
-        affine: whether the convolution is there; False leaves x - mean over
-            deviation.
-        kernel_size: k, an odd number; 1 is ``nn.BatchNorm2d``.
-        device: device of parameters and buffers.
-        dtype: dtype of the parameters.
-
-    Raises:
-        TypeError: an argument is unknown.
-        ValueError: an argument has an illegal value, training sees one value
-            per channel, or a kernel above 1 gets no images (N, C, H, W).
+    Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`, and
+        affine: whether the convolution is there.
+        kernel_size: k, an odd number; 1 is ``nn.BatchNorm2d``, others take
+            images (N, C, H, W) alone.
 
     Source: arXiv 2011.14150; yuhuixu1993/BNET.
     """
@@ -50,20 +38,9 @@ class BNET(BatchStatistics):
     around: nn.Parameter
 
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        affine: bool = True,
-        *,
-        kernel_size: int = 3,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: Any,
+        self, *args: Any, kernel_size: int = 3, **kwargs: Any
     ) -> None:
-        super().__init__(
-            num_features, eps, momentum, affine, unknown, device, dtype
-        )
+        super().__init__(*args, **kwargs)
         is_odd = isinstance(kernel_size, int) and kernel_size % 2 == 1
         if not is_odd or kernel_size < 1:
             raise ValueError(
@@ -71,17 +48,9 @@ class BNET(BatchStatistics):
                 'least 1 (norm_cfg=dict(kernel_size=...))'
             )
         self.kernel_size = kernel_size
-        number = num_features * (kernel_size**2 - 1)
-        values = torch.zeros(number, device=device, dtype=dtype)
-        self.register_parameter(
-            'around', nn.Parameter(values) if affine and number else None
-        )
-
-    def reset_parameters(self) -> None:
-        """Restore BN, with zeros around the middle of the kernel."""
-        super().reset_parameters()
-        if getattr(self, 'around', None) is not None:
-            nn.init.zeros_(self.around)
+        number = self.num_features * (kernel_size**2 - 1)
+        exists = self.affine and number > 0
+        self.add_parameter('around', 0.0, number, exists=exists)
 
     def kernel(self) -> Tensor:
         """The kernel, in the layout of ``nn.Conv2d``."""
@@ -111,20 +80,13 @@ class BNET(BatchStatistics):
     def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
         """BN for the convolution before; what is left is the kernel's."""
         if self.around is None:
-            return self.fold(self.weight, self.bias)
-        scale, shift, _ = self.fold(None, None)
+            return self.folded_with(self.weight, self.bias)
+        scale, shift, _ = self.folded_with(None, None)
+        channels, size = self.num_features, self.kernel_size
+        geometry = dict(padding=size // 2, groups=channels)
         left = nn.utils.skip_init(
-            nn.Conv2d,
-            self.num_features,
-            self.num_features,
-            self.kernel_size,
-            padding=self.kernel_size // 2,
-            groups=self.num_features,
+            nn.Conv2d, channels, channels, size, **geometry
         )
         left.weight = nn.Parameter(self.kernel())
         left.bias = nn.Parameter(self.bias.clone())
         return scale, shift, left.train(self.training)
-
-    def extra_repr(self) -> str:
-        """Constructor arguments."""
-        return f'{super().extra_repr()}, kernel_size={self.kernel_size}'

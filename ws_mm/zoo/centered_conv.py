@@ -1,15 +1,14 @@
 """Convolution with centered filters, as MABN needs them."""
 
-import inspect
 from typing import Any
 
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..arguments import reject_unknown
 from ..conv import WSConv2d
 from ..kernels.plain import at_least_float32
+from ._filters import reject_others
 
 
 @MODELS.register_module()
@@ -19,27 +18,15 @@ class CenteredConv2d(WSConv2d):
     Formula, for each filter (output channel) w:
         output = conv2d(input, w - mean(w)) + bias
 
-    Convention: a ``nn.Conv2d`` in arguments, initial values and state. The
-        authors' ``CenConv2d`` has bias=False and initial values of its own,
-        which their detector sets anew. The scale of the filters counts:
-        those of a WS network mean something else here.
-    State: as ``nn.Conv2d``.
-
-    Args:
-        *args: arguments of ``nn.Conv2d``, in its order.
-        **kwargs: arguments of ``nn.Conv2d``.
-
-    Raises:
-        TypeError: an argument is unknown; ``eps`` and ``eps_mode`` are.
-        ValueError: filters of one entry, which would all be 0.
+    Convention: a ``nn.Conv2d`` in arguments, initial values and state, where
+        the authors' has bias=False. The scale of the filters counts: those of
+        a WS network mean something else here.
 
     Source: arXiv 2001.06838; github.com/megvii-model/MABN, ``CenConv2d``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        legal = inspect.signature(CenteredConv2d).parameters
-        unknown = {key: kwargs[key] for key in kwargs if key not in legal}
-        reject_unknown('CenteredConv2d', 'conv_cfg', unknown, legal)
+        reject_others(CenteredConv2d, kwargs)
         super().__init__(*args, **kwargs)
 
     def standardized_weight(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from mmengine.registry import MODELS
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import compat
 from ..arguments import check_count
@@ -48,38 +48,23 @@ class CrossIterationBN(BatchStatistics):
     Convention: the paper's formula. The official code leaves out an s whose
         extrapolated b is below a^2, where the paper takes the maximum; it
         adds eps to the root, and its variance is unbiased in burn-in. Bias
-        and earlier layers count as constant, as there. Its backbone hands
-        w to the norm; here the autograd graph has it: w is what the weight
-        is made of, the parameter of a plain or standardized convolution.
+        and earlier layers count as constant, as there. The autograd graph
+        gives w, the parameter of a plain or standardized convolution.
         Only a cast may lie between the two layers.
-    No weight: none is found without gradients, after another layer or a
-        frozen convolution, in ``torch.compile`` and in reentrant activation
-        checkpoints (``with_cp`` of a backbone). The layer is plain BN then,
-        a warning says so once, and the window begins anew.
-    Iterations: each training forward is one. Under gradient accumulation
-        the window covers fewer optimizer steps. A head that pyramid levels
-        share would mix their statistics: use GN there.
-    State: as its base, ``running_mean`` and ``running_var``, those of
-        ``nn.BatchNorm2d``, and ``num_forwards``. The window, twice the size
-        of w for each iteration, is in copies and pickles, but not in the
-        state dict: after a resume it fills again. Each training forward
-        costs two more gradients of w.
+    No weight: it is plain BN, after one warning, and the window begins anew:
+        without gradients, after another layer or a frozen convolution, in
+        ``torch.compile`` and in reentrant checkpoints (``with_cp``).
+    Iterations: each training forward is one, also under gradient
+        accumulation. A head that pyramid levels share would mix their
+        statistics: use GN there.
+    State: as its base, and ``num_forwards``. The window, twice the size of w
+        for each iteration, is not in the state dict: after a resume it fills
+        again. Each training forward costs two more gradients of w.
 
-    Args:
-        num_features: channels of the input.
-        eps: constant added to the variance.
-        momentum: share of the newest batch in the running values.
-        affine: whether scale and shift are learned.
+    Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`, and
         window: number of iterations, this one included.
         burn_in: training forwards of plain batch norm at the start; the
             published COCO configs have those of 8 epochs.
-        device: device of parameters and buffers.
-        dtype: dtype of the parameters.
-        **unknown: none; a misspelt argument is rejected by name.
-
-    Raises:
-        ValueError: an argument has an illegal value; in training, one value
-            per channel.
 
     Source: arXiv 2002.05712; github.com/Howal/Cross-iterationBatchNorm.
     """
@@ -87,27 +72,13 @@ class CrossIterationBN(BatchStatistics):
     num_forwards: Tensor
 
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        affine: bool = True,
-        *,
-        window: int = 4,
-        burn_in: int = 0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: Any,
+        self, *args: Any, window: int = 4, burn_in: int = 0, **kwargs: Any
     ) -> None:
+        super().__init__(*args, **kwargs)
         check_count('window', window, 1, 'norm_cfg')
         check_count('burn_in', burn_in, 0, 'norm_cfg')
-        super().__init__(
-            num_features, eps, momentum, affine, unknown, device, dtype
-        )
         self.window, self.burn_in = window, burn_in
-        count = torch.zeros((), dtype=torch.long, device=device)
-        self.register_buffer('num_forwards', count)
-        self.reset_parameters()
+        self.count_forwards()
 
     def reset_parameters(self) -> None:
         """Also begin burn-in and window anew."""
@@ -116,14 +87,12 @@ class CrossIterationBN(BatchStatistics):
         self._window: list[Past] = []
         # num_forwards: to read it from a device waits for the device.
         self._count: int | None = None
-        if 'num_forwards' in self._buffers:
-            self.num_forwards.zero_()
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize an input that has values."""
         if not self.training:
             return self.batch_norm(x, self.weight, self.bias)
-        self.check_values(x, values_per_channel(x))
+        self.check_values(x)
         mean, var = self._over_iterations(x)
         std = (var + self.eps).sqrt()
         return self.scaled((x - per_channel(mean, x)) / per_channel(std, x))
@@ -135,8 +104,8 @@ class CrossIterationBN(BatchStatistics):
         weight = rows(leaves, groups).to(x.dtype) if leaves else mean
         if moves:
             count = values_per_channel(x)
-            unbiased = var.detach() * (count / (count - 1))
-            batch = dict(running_mean=mean.detach(), running_var=unbiased)
+            unbiased = var * (count / (count - 1))
+            batch = dict(running_mean=mean, running_var=unbiased)
             self.move_statistics(batch, self.momentum)
             if not leaves:
                 _report_no_weight()
@@ -150,12 +119,11 @@ class CrossIterationBN(BatchStatistics):
                     slopes.append(rows(slope, groups) / count**0.5)
                     past.append(v.detach() - (slopes[-1] * weight).sum(1))
                 self._window.insert(0, Past(*past, *slopes))
-            # None fits without a weight.
+            like = weight.shape, weight.device  # none is, without a weight
             self._window = [
                 past
                 for past in self._window[: self.window]
-                if past.dmean.shape == weight.shape
-                and past.dmean.device == weight.device
+                if (past.dmean.shape, past.dmean.device) == like
             ]
         return averaged(mean, var, self._window[1:], weight)
 
@@ -171,10 +139,6 @@ class CrossIterationBN(BatchStatistics):
         super()._load_from_state_dict(*args)
         self._count = None
 
-    def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
-        """Scale and shift of evaluation."""
-        return self.fold(self.weight, self.bias)
-
 
 def averaged(
     mean: Tensor, var: Tensor, pasts: list[Past], weight: Tensor
@@ -185,14 +149,11 @@ def averaged(
     """
     if not pasts:
         return mean, var
-    means = torch.stack(
-        [p.mean_at_0 + (p.dmean * weight).sum(1) for p in pasts]
+    old, means, variances, dmeans, dvars = map(
+        torch.stack, zip(*pasts, strict=True)
     )
-    variances = torch.stack(
-        [p.var_at_0 + (p.dvar * weight).sum(1) for p in pasts]
-    )
-    old = torch.stack([p.mean for p in pasts])
-    variances = variances - (means - old).square()
+    means = means + (dmeans * weight).sum(2)
+    variances = variances + (dvars * weight).sum(2) - (means - old).square()
     used = (means + variances).isfinite()
     means = means.where(used, 0)
     variances = variances.where(used, 0).clamp_min(0)
@@ -203,11 +164,9 @@ def averaged(
 
 
 def weight_of(x: Tensor) -> tuple[list[Tensor], int]:
-    """The parameters that make the weight of the convolution before.
+    """The parameters that make the weight of the convolution before, if any.
 
-    Returns:
-        The parameters, none if there are no fitting ones; and the groups of
-        a transposed convolution, 0 for others.
+    And the groups of a transposed convolution, 0 for others.
     """
     node = None if compat.is_compiling() else x.grad_fn
     while node is not None and node.name() in PASSED:

@@ -7,7 +7,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..arguments import reject_unknown
+from ..arguments import check_count, reject_unknown
 from ..conv import WSConv2d
 from ..running_statistics import legal_arguments
 from ..symbolic import recorded
@@ -20,36 +20,20 @@ class WSModulatedDeformConv2d(WSConv2d, nn.Conv2d):
     Formula: that of ``mmcv.ops.ModulatedDeformConv2d``, of
         :func:`~ws_mm.functional.standardize_weight` of the weight.
 
-    Convention: mmcv's operator computes, and mmcv is imported when a layer
-        is built. It computes in the dtype of ``offset``, as mmcv does; it
-        has no bfloat16, so that those are computed in float32. It is a
-        ``nn.Conv2d``, and not a subclass of mmcv's class: the host's
-        ``dcn_offset_lr_mult`` does not reach ``conv_offset``, but
+    Convention: mmcv's operator computes, in the dtype of ``offset`` as mmcv
+        does, and bfloat16, which it lacks, in float32. It takes part in no
+        ``torch.compile`` graph. The layer is no subclass of mmcv's: the
+        host's ``dcn_offset_lr_mult`` does not reach ``conv_offset``, but
         ``paramwise_cfg=dict(custom_keys={'conv_offset': dict(lr_mult=...)})``
-        does. The operator takes part in no ``torch.compile`` graph.
-    State: that of mmcv's. Its plain filters mean something else here, and a
-        load says so.
+        does.
+    State: that of mmcv's; loading its plain filters warns.
 
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        kernel_size: height and width of the filters, in pixels.
-        stride: as of ``nn.Conv2d``.
-        padding: as of ``nn.Conv2d``, in pixels.
-        dilation: as of ``nn.Conv2d``.
-        groups: as of ``nn.Conv2d``.
+    Args: those of :class:`~ws_mm.conv.WSConv2d`, and
         deform_groups: groups of input channels with offsets of their own.
-        bias: whether to add a bias.
-        eps: eps of :func:`~ws_mm.functional.standardize_weight`.
-        eps_mode: 'outside' the root, or 'inside'.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
-        **unknown: none; a misspelt argument is rejected by name.
+        padding: in pixels.
 
     Raises:
         ImportError: mmcv, or its compiled operators, are missing.
-        TypeError: an argument is unknown.
-        ValueError: an argument has an illegal value.
 
     Source: arXiv 1811.11168 and 1903.10520; ``mmcv.ops``.
     """
@@ -84,25 +68,17 @@ class WSModulatedDeformConv2d(WSConv2d, nn.Conv2d):
                 f'padding={padding!r} must be a number of pixels, or two '
                 f'({kind.__name__})'
             )
-        is_whole = isinstance(deform_groups, int) and deform_groups > 0
-        if not is_whole or in_channels % deform_groups:
+        check_count('deform_groups', deform_groups, 1, 'dcn')
+        if in_channels % deform_groups:
             raise ValueError(
                 f'deform_groups={deform_groups!r} must divide '
                 f'in_channels={in_channels} (dcn=dict(deform_groups=...))'
             )
+        shape = in_channels, out_channels, kernel_size
+        geometry = stride, padding, dilation, groups
+        made = dict(device=device, dtype=dtype)
         super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            eps=eps,
-            eps_mode=eps_mode,
-            device=device,
-            dtype=dtype,
+            *shape, *geometry, bias, eps=eps, eps_mode=eps_mode, **made
         )
         self.deform_groups = deform_groups
         self._add_offsets()
@@ -113,9 +89,8 @@ class WSModulatedDeformConv2d(WSConv2d, nn.Conv2d):
     @property
     def plain_type(self) -> type[nn.Module]:
         """Class of the baked layer."""
-        kind: type[nn.Module] = getattr(
-            operators(type(self).__name__), self.plain_name
-        )
+        mmcv = operators(type(self).__name__)
+        kind: type[nn.Module] = getattr(mmcv, self.plain_name)
         return kind
 
     @recorded
@@ -124,10 +99,9 @@ class WSModulatedDeformConv2d(WSConv2d, nn.Conv2d):
     ) -> Tensor:
         """Convolve ``input`` where ``offset`` says, weighted by ``mask``.
 
-        Shape:
-            offset: (N, 2 * deform_groups * entries of a kernel, H, W) of
-                the output, vertical and horizontal by turns, in pixels.
-            mask: half as many channels.
+        The offset is (N, 2 * deform_groups * entries of a kernel, H, W) of
+        the output, vertical and horizontal by turns, in pixels; the mask has
+        half as many channels.
         """
         dtype = offset.dtype
         if dtype == torch.bfloat16:
@@ -141,24 +115,16 @@ class WSModulatedDeformConv2d(WSConv2d, nn.Conv2d):
             y = nn.functional.conv2d(x, weight, bias, *geometry)
             y = y + 0 * (offset.sum() + mask.sum())
         else:
-            y = operators('').modulated_deform_conv2d(
-                x,
-                offset.to(dtype),
-                mask.to(dtype),
-                weight,
-                bias,
-                *geometry,
-                self.deform_groups,
-            )
+            filters = weight, bias, *geometry, self.deform_groups
+            convolve = operators('').modulated_deform_conv2d
+            y = convolve(x, offset.to(dtype), mask.to(dtype), *filters)
         return y.to(offset.dtype)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, *args: Any
     ) -> None:
-        if (
-            metadata.get('version') == 2
-            and f'{prefix}conv_offset.weight' in state_dict
-        ):
+        offsets = f'{prefix}conv_offset.weight'
+        if metadata.get('version') == 2 and offsets in state_dict:
             metadata = {**metadata, 'version': 1}
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
@@ -167,16 +133,9 @@ class WSModulatedDeformConv2d(WSConv2d, nn.Conv2d):
 class WSModulatedDeformConv2dPack(WSModulatedDeformConv2d, nn.Conv2d):
     """The same with the convolution that finds offsets and mask.
 
-    For ``dcn`` of MMDetection's and MMSegmentation's backbones. They refuse
-    ``conv_cfg`` beside it, so that :func:`~ws_mm.converted.converted`
-    standardizes the other convolutions, once they are built::
-
-        backbone = dict(
-            type='ws_mm.Converted', of='ResNet', conv={}, depth=50, ...,
-            norm_cfg=dict(type='ws_mm.BCN'), conv_cfg=None,
-            dcn=dict(type='ws_mm.WSModulatedDeformConv2dPack',
-                     deform_groups=1),
-            stage_with_dcn=(False, True, True, True))
+    For ``dcn`` of the hosts' backbones. They refuse ``conv_cfg`` beside it;
+    :func:`~ws_mm.converted.converted` standardizes the other convolutions.
+    docs/zoo.md has such a config.
 
     State: that of mmcv's ``DCNv2``: ``weight``, ``bias`` and
         ``conv_offset``, which starts at 0: offsets 0, masks 1/2.
@@ -188,15 +147,12 @@ class WSModulatedDeformConv2dPack(WSModulatedDeformConv2d, nn.Conv2d):
     def _add_offsets(self) -> None:
         entries = self.kernel_size[0] * self.kernel_size[1]
         channels = 3 * self.deform_groups * entries
-        shape: Any = (self.in_channels, channels, self.kernel_size)
-        options: Any = dict(
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            device=self.weight.device,
-            dtype=self.weight.dtype,
+        made: Any = dict(device=self.weight.device, dtype=self.weight.dtype)
+        size: Any = self.kernel_size
+        geometry: Any = self.stride, self.padding, self.dilation
+        self.conv_offset = nn.Conv2d(
+            self.in_channels, channels, size, *geometry, **made
         )
-        self.conv_offset = nn.Conv2d(*shape, **options)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -214,11 +170,7 @@ class WSModulatedDeformConv2dPack(WSModulatedDeformConv2d, nn.Conv2d):
 
 
 def operators(needed_by: str) -> Any:
-    """The module mmcv.ops.
-
-    Raises:
-        ImportError: it is missing.
-    """
+    """The module mmcv.ops."""
     try:
         return importlib.import_module('mmcv.ops')
     except ImportError as error:

@@ -1,8 +1,5 @@
 """Group Normalization of one group (arXiv 1803.08494)."""
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor
@@ -22,33 +19,8 @@ class GroupNorm1(Norm):
         dict, as timm's ``GroupNorm1``. A config needs no number of groups.
     State: ``weight`` and ``bias``, one entry per channel.
 
-    Args:
-        num_features: channels of the input.
-        eps: constant added to the variance.
-        affine: whether scale and shift are learned.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
-        **unknown: none; a misspelt argument is rejected by name.
-
-    Raises:
-        TypeError: an argument is unknown.
-        ValueError: an argument has an illegal value; at a forward, an image
-            has one value.
-
     Source: the layer of PoolFormer (arXiv 2111.11418), timm's ``norm.py``.
     """
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        affine: bool = True,
-        *,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: Any,
-    ) -> None:
-        super().__init__(num_features, eps, affine, unknown, device, dtype)
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize each image."""

@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from ..arguments import check_count, check_momentum
+from ..arguments import check_count
 from ..kernels.plain import at_least_float32
-from ..running_statistics import RunningStatistics
-from ._columns import check_values, columns, exact_products, maps_of
-from ._norm import Norm
+from ._columns import columns, exact_products, maps_of
+from ._norm import RunningNorm
 
 
 def unit_rows(rows: Tensor) -> Tensor:
@@ -22,7 +21,7 @@ def unit_rows(rows: Tensor) -> Tensor:
 
 
 @MODELS.register_module()
-class IterNorm(RunningStatistics, Norm):
+class IterNorm(RunningNorm):
     """Whiten groups of channels by Newton iterations.
 
     Formula, with a row of x for each channel of one group, a column for each
@@ -38,33 +37,20 @@ class IterNorm(RunningStatistics, Norm):
         the covariance. It is linear in the values, so that weighted means
         over batches (``update_estimates``) have a meaning, and the authors
         report it to be more stable (arXiv 2003.12327). Groups differ by one
-        channel at most where ``channels_per_group`` does not divide: 80
-        channels are 40 and 40, in the authors' two versions 5 of 16, and 64
-        and 16. Gradients are those of all iterations, in at least float32.
+        channel at most: 80 channels are 40 and 40, in the authors' two
+        versions 5 of 16, and 64 and 16.
     State: affine per channel; ``running_mean`` (C,), ``running_cov``
         (C, width of a group): covariances with the channels of the group.
-    Few values: with fewer values than channels in a group the batch has
-        directions without variance. Output and gradients stay finite, but
-        training then differs from evaluation: of correlated normal values in
-        64 channels, 16 came out with a mean square of 0.21, 2048 with 0.47.
-        Use a smaller ``channels_per_group`` there.
+    Few values: with fewer values than channels in a group, training differs
+        from evaluation: of correlated normal values in 64 channels, 16 came
+        out with a mean square of 0.21, 2048 with 0.47. Use a smaller
+        ``channels_per_group`` there.
     Baked: it mixes channels, so ``bake`` does not fold it.
 
-    Args:
-        num_features: channels of the input.
-        eps: constant added to the variances, in units of input squared.
-        momentum: share of the newest batch in the running values.
-        affine: whether scale and shift are learned.
+    Args: those of :class:`~ws_mm.zoo._norm.RunningNorm`, and
         channels_per_group: largest number of channels whitened together.
         iterations: Newton iterations; more whiten more, also what is noise
             in a small batch.
-        device: device of parameters and buffers.
-        dtype: dtype of the parameters.
-
-    Raises:
-        TypeError: an argument is unknown.
-        ValueError: an argument has an illegal value, or training sees one
-            value per channel.
 
     Source: arXiv 1904.03441; github.com/huangleiBuaa/IterNorm-pytorch.
     """
@@ -72,43 +58,32 @@ class IterNorm(RunningStatistics, Norm):
     statistics: ClassVar = {'running_mean': 0.0, 'running_cov': unit_rows}
     running_mean: Tensor
     running_cov: Tensor
+    estimating = False
 
     def __init__(
         self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        affine: bool = True,
-        *,
+        *args: Any,
         channels_per_group: int = 64,
         iterations: int = 5,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(num_features, eps, affine, unknown, device, dtype)
-        check_momentum(momentum, 'norm_cfg')
         check_count('channels_per_group', channels_per_group, 1, 'norm_cfg')
         check_count('iterations', iterations, 1, 'norm_cfg')
-        self.momentum, self.iterations = momentum, iterations
+        super().__init__(*args, **kwargs)
         self.channels_per_group = channels_per_group
-        count = -(-num_features // channels_per_group)
-        self.width = -(-num_features // count)
+        self.iterations = iterations
+        count = -(-self.num_features // channels_per_group)
+        self.width = -(-self.num_features // count)
         self.register_statistics(
-            num_features, device, dtype, {'running_cov': self.width}
+            self.num_features, **self._made, widths={'running_cov': self.width}
         )
-
-    @property
-    def estimating(self) -> bool:
-        """Return False: training normalizes by the batch."""
-        return False
 
     def normalize(self, x: Tensor) -> Tensor:
         """Whiten, by the batch in training."""
         moves = self.begin_forward(x)
         with exact_products(x):
             if self.training:
-                check_values('IterNorm', x)
+                self.check_values(x)
                 mean, cov, centered = self._moments(x)
                 if moves:
                     batch = dict(running_mean=mean, running_cov=cov)
@@ -149,10 +124,3 @@ class IterNorm(RunningStatistics, Norm):
         for _ in range(self.iterations):
             p = 1.5 * p - 0.5 * (p @ p @ p @ s)
         return p * trace.rsqrt()
-
-    def extra_repr(self) -> str:
-        """Constructor arguments."""
-        return (
-            f'{super().extra_repr()}, channels_per_group='
-            f'{self.channels_per_group}, iterations={self.iterations}'
-        )

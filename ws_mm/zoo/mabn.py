@@ -7,14 +7,13 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..arguments import check_count, check_momentum
+from ..arguments import check_count
 from ..kernels.plain import at_least_float32, moved
-from ..running_statistics import RunningStatistics
-from ._norm import Norm, over_channels, per_channel
+from ._norm import RunningNorm, fold, over_channels, per_channel
 
 
 @MODELS.register_module()
-class MABN(RunningStatistics, Norm):
+class MABN(RunningNorm):
     """Normalizes by moving averages, and its gradient by others.
 
     It needs centered filters before it: ``ws_mm.CenteredConv2d``.
@@ -37,34 +36,20 @@ class MABN(RunningStatistics, Norm):
     Convention: that of the authors' code for detection, which made the
         published Mask R-CNN: simple averages of 16 iterations of two images
         each, a running value for the rest. Their ``momentum`` is one minus
-        ours. Theirs keeps averages for each process; here
-        ``SyncEstimatesHook`` averages all of them. Channels keep their
-        averages where a batch, or its gradient, is infinite or NaN. After a
-        gradient scaler changes its scale, ``gradients`` hold both scales
-        for buffer_size iterations: use bfloat16, or a fixed ``loss_scale``.
-        There are no second derivatives.
+        ours. Theirs keeps averages for each process. After a gradient scaler
+        changes its scale, ``gradients`` hold both scales for buffer_size
+        iterations: use bfloat16, or a fixed ``loss_scale``. There are no
+        second derivatives.
     State: ``weight``, ``bias``; buffers ``running_var``, ``previous_var``
         (before its last move, for a recomputed forward), ``iterations``,
-        ``squares`` and ``gradients`` (a row of buffer_size per channel, the
-        newest last). ``gradients`` move once per backward, the others once
-        per forward.
+        ``squares`` and, moved by the backward, ``gradients`` (rows of
+        buffer_size, the newest last).
 
-    Args:
-        num_features: channels of the input.
-        eps: added to means of squares.
+    Args: those of :class:`~ws_mm.zoo._norm.RunningNorm`, and
         momentum: share of the newest mean in running_var, in (0, 1].
-        affine: whether scale and shift are learned.
-        buffer_size: iterations that are averaged; times the images per
-            process, the authors' is 32.
+        buffer_size: iterations that are averaged; the authors' hold 32 images.
         warmup_iters: iterations that normalize by their own batch.
         renorm_iters: iterations without the ratio; at least warmup_iters.
-        device: device of parameters and buffers.
-        dtype: dtype of the parameters.
-        **unknown: none; a misspelt argument is rejected by name.
-
-    Raises:
-        TypeError: an argument is unknown.
-        ValueError: an argument has an illegal value.
 
     Source: arXiv 2001.06838; github.com/megvii-model/MABN, det/.
     """
@@ -93,20 +78,16 @@ class MABN(RunningStatistics, Norm):
         buffer_size: int = 16,
         warmup_iters: int = 100,
         renorm_iters: int = 1000,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(num_features, eps, affine, unknown, device, dtype)
-        check_momentum(momentum, 'norm_cfg')
         check_count('buffer_size', buffer_size, 1, 'norm_cfg')
         check_count('warmup_iters', warmup_iters, 0, 'norm_cfg')
         check_count('renorm_iters', renorm_iters, warmup_iters, 'norm_cfg')
-        self.momentum = momentum
+        super().__init__(num_features, eps, momentum, affine, **kwargs)
         self.warmup_iters = warmup_iters
         self.renorm_iters = renorm_iters
         widths = dict.fromkeys(('squares', 'gradients'), buffer_size)
-        self.register_statistics(num_features, device, dtype, widths)
+        self.register_statistics(num_features, **self._made, widths=widths)
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize by what the buffers hold after this forward moved them."""
@@ -137,14 +118,12 @@ class MABN(RunningStatistics, Norm):
     def _move(self, x: Tensor) -> None:
         newest = x.square().mean(over_channels(x))
         # At once, so that none moves in a channel that is not finite.
-        self.move_statistics(
-            dict(
-                squares=_appended(self.squares, newest),
-                iterations=self.iterations + 1,
-                previous_var=self.running_var,
-            ),
-            1.0,
-        )
+        at_once = {
+            'squares': _appended(self.squares, newest),
+            'iterations': self.iterations + 1,
+            'previous_var': self.running_var,
+        }
+        self.move_statistics(at_once, 1.0)
         var = torch.where(newest.isfinite(), self._var(self.squares), newest)
         self.move_statistics(dict(running_var=var), self.momentum)
 
@@ -155,20 +134,14 @@ class MABN(RunningStatistics, Norm):
 
     def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
         """Fold all: evaluation is a scale and a shift."""
-        scale = (self.running_var.double() + self.eps).rsqrt()
-        if not self.affine:
-            return scale, torch.zeros_like(scale), nn.Identity()
-        return scale * self.weight, self.bias.double(), nn.Identity()
+        std = (self.running_var.double() + self.eps).sqrt()
+        return fold(torch.zeros_like(std), std, self.weight, self.bias)
 
     @classmethod
     def from_norm(
         cls, norm: Any, arguments: Mapping[str, Any]
     ) -> 'tuple[MABN, dict[str, Tensor]]':
-        """Make the MABN that takes the place of a norm.
-
-        Convention: the mean square of a BatchNorm's input is the sum of its
-            running variance and its squared running mean.
-        """
+        """Take the mean square of a BatchNorm's input: variance + mean^2."""
         layer, sources = super().from_norm(norm, arguments)
         if 'running_var' in sources:
             square = norm.running_mean.square()

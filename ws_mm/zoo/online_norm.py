@@ -7,20 +7,16 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..arguments import check_choice, check_momentum, check_number
+from ..arguments import check_choice, check_number
 from ..kernels.plain import moved
-from ..running_statistics import (
-    RunningStatistics,
-    measured_moments,
-    moments_of_both,
-)
-from ._norm import Norm, per_channel
+from ..running_statistics import moments_of_both
+from ._norm import RunningNorm, fold, per_channel
 
 GUARDS = ('layer_scaling', 'clamp', 'none')
 
 
 @MODELS.register_module()
-class OnlineNorm(RunningStatistics, Norm):
+class OnlineNorm(RunningNorm):
     """Norm by running statistics that move with every image.
 
     Formula, image after image t, with mean m_t and biased variance v_t of
@@ -42,32 +38,20 @@ class OnlineNorm(RunningStatistics, Norm):
     Convention: as the official kernels, whose alpha_fwd is 1 - momentum and
         alpha_bkw 1 - control_momentum. The default guard is that of their
         experiments and of the paper's figures; their layer has the clamp.
-        An image whose statistics or gradients are not finite moves nothing
-        in its channels; theirs keeps the NaN.
     State: as its base, ``running_mean`` and ``running_var``, moved by the
         forward, and ``control_scale`` and ``control_shift``, moved by the
-        backward. These two have the unit of the gradient: a changed loss
-        scale of AMP disturbs them for about 1 / control_momentum images.
-        Where activations are large
-        before the first statistics have settled, mean(y^2) above 2 /
-        control_momentum makes control_scale diverge: keep inputs near unit
-        scale, or begin with ``update_estimates``.
+        backward, in the unit of the gradient: a changed loss scale of AMP
+        disturbs them for about 1 / control_momentum images.
+    Large activations: mean(y^2) above 2 / control_momentum, before the first
+        statistics have settled, makes control_scale diverge. Keep inputs near
+        unit scale, or begin with ``update_estimates``.
     Compiled: ``torch.compile`` leaves out its training forward.
 
-    Args:
-        num_features: channels of the input.
-        eps: constant added to the variance.
+    Args: those of :class:`~ws_mm.zoo._norm.RunningNorm`, and
         momentum: share of the newest image in mean and variance.
-        affine: whether scale and shift are learned.
         control_momentum: share of the control in each gradient.
         guard: 'layer_scaling', 'clamp' or 'none'.
         limit: bound of the guard 'clamp'.
-        device: device of parameters and buffers.
-        dtype: dtype of the parameters.
-        **unknown: none; a misspelt argument is rejected by name.
-
-    Raises:
-        ValueError: an argument has an illegal value.
 
     Source: arXiv 1905.05894; github.com/Cerebras/online-normalization.
     """
@@ -80,6 +64,7 @@ class OnlineNorm(RunningStatistics, Norm):
     }
     running_mean: Tensor
     running_var: Tensor
+    join = staticmethod(moments_of_both)
 
     def __init__(
         self,
@@ -91,27 +76,22 @@ class OnlineNorm(RunningStatistics, Norm):
         control_momentum: float = 0.01,
         guard: str = 'layer_scaling',
         limit: float = 5.0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: Any,
+        **kwargs: Any,
     ) -> None:
-        check_momentum(momentum, 'norm_cfg')
         check_number('control_momentum', control_momentum, 0, 'norm_cfg')
         check_choice('guard', guard, GUARDS, 'norm_cfg')
         check_number('limit', limit, 0, 'norm_cfg')
-        super().__init__(num_features, eps, affine, unknown, device, dtype)
-        self.momentum, self.control_momentum = momentum, control_momentum
+        super().__init__(num_features, eps, momentum, affine, **kwargs)
+        self.control_momentum = control_momentum
         self.guard, self.limit = guard, limit
-        self.register_statistics(num_features, device, dtype)
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize an input that has values."""
         if self.training:
             y = self._controlled(x)
         else:
-            std = (self.running_var + self.eps).sqrt().to(x.dtype)
-            y = x - per_channel(self.running_mean.to(x.dtype), x)
-            y = y / per_channel(std, x)
+            mean, var = self.running(x)[:2]
+            y = (x - mean) / (var + self.eps).sqrt()
         z = self.scaled(y)
         if self.guard == 'layer_scaling':
             mean = z.square().mean(tuple(range(1, z.dim())), keepdim=True)
@@ -136,38 +116,23 @@ class OnlineNorm(RunningStatistics, Norm):
             self.running_mean.copy_(now[0])
             self.running_var.copy_(now[1])
         means, variances = torch.stack(used, 1)
+        std = (variances + self.eps).sqrt()
+        moments = per_channel(means.to(x), x), per_channel(std.to(x), x)
+        control = self.control_scale, self.control_shift
         y: Tensor = _Controlled.apply(
-            x,
-            _of_images(means.to(x), x),
-            _of_images((variances + self.eps).sqrt().to(x), x),
-            self.control_scale,
-            self.control_shift,
-            self.control_momentum,
+            x, *moments, control, self.control_momentum
         )
         return y
-
-    def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
-        """Mean and biased variance of a batch."""
-        return measured_moments(input, False, unbiased=False)[1]
-
-    def join(
-        self,
-        first: dict[str, Tensor],
-        second: dict[str, Tensor],
-        share: Tensor,
-    ) -> dict[str, Tensor]:
-        """Moments of the values of both."""
-        return moments_of_both(first, second, share)
 
     def folded(self) -> tuple[Tensor, Tensor, nn.Module] | None:
         """Scale and shift of evaluation, and the clamp."""
         if self.guard == 'layer_scaling':
             return None
         std = (self.running_var.double() + self.eps).sqrt()
-        left: nn.Module = nn.Identity()
-        if self.guard == 'clamp':
-            left = nn.Hardtanh(-self.limit, self.limit)
-        return *self.affine_after(self.running_mean, std), left
+        folded = fold(self.running_mean, std, self.weight, self.bias)
+        if self.guard == 'none':
+            return folded
+        return *folded[:2], nn.Hardtanh(-self.limit, self.limit)
 
 
 class _Controlled(torch.autograd.Function):
@@ -175,17 +140,11 @@ class _Controlled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        mean: Tensor,
-        std: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        share: float,
+        ctx: Any, x: Tensor, mean: Tensor, std: Tensor, control: Any, q: float
     ) -> Tensor:
         y = (x - mean) / std
         ctx.save_for_backward(y, std)
-        ctx.control, ctx.share = (scale, shift), share
+        ctx.control, ctx.share = control, q
         return y
 
     @staticmethod
@@ -211,10 +170,5 @@ class _Controlled(torch.autograd.Function):
         for buffer, value in zip(ctx.control, (scale, shift), strict=True):
             buffer.copy_(value)
         scales, shifts = (ctx.share * torch.stack(used, 1)).to(g)
-        h = g - _of_images(scales, g) * y
-        return h / std - _of_images(shifts, g), *[None] * 5
-
-
-def _of_images(values: Tensor, x: Tensor) -> Tensor:
-    """Values (N, C) in a shape that broadcasts over x, (N, C, *)."""
-    return values.view(*values.shape, *[1] * (x.dim() - 2))
+        h = g - per_channel(scales, g) * y
+        return h / std - per_channel(shifts, g), *[None] * 4

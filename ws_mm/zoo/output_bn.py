@@ -2,44 +2,30 @@
 
 from typing import Any
 
-import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ._batch import BatchStatistics
-from ._norm import per_channel
 
 
 @MODELS.register_module()
 class OutputBN(BatchStatistics):
     """BN of the outputs of a classifier, before softmax and loss.
 
-    For the last layer alone, which :func:`with_output_bn` puts it behind; the
-    other norms of a network stay.
+    For the last layer alone, behind which :func:`with_output_bn` puts it.
 
     Formula, with mean and biased var per class, of the batch in training:
         output = (input - mean) / sqrt(var + eps) + bias
 
     Convention: as in the authors' code there is no scale, so that outputs
-        keep the variance 1. The running variance is that of
-        ``nn.BatchNorm2d``, unbiased.
+        keep the variance 1.
     State: ``bias``, ``running_mean``, ``running_var``, one entry per class.
-    One image: refused in training. BN removes the mean of each class over
-        the image, which says whether the image shows the class. Each rank
-        needs two images, or two regions in a box head.
+    One image: refused in training: BN removes what says which classes an
+        image shows. Each rank needs two images, or regions in a box head.
 
-    Args:
+    Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`, and
         num_features: number of classes.
-        eps: constant added to the variance.
-        momentum: share of the newest batch in the running values.
         affine: whether a shift is learned.
-        device: device of parameters and buffers.
-        dtype: dtype of the parameters.
-
-    Raises:
-        TypeError: an argument is unknown.
-        ValueError: an argument has an illegal value, or training sees one
-            image.
 
     Source: arXiv 2103.11642; github.com/matthewbehrend/BNC.
     """
@@ -50,24 +36,11 @@ class OutputBN(BatchStatistics):
         eps: float = 1e-5,
         momentum: float = 0.1,
         affine: bool = True,
-        *,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            num_features, eps, momentum, False, unknown, device, dtype
-        )
+        super().__init__(num_features, eps, momentum, False, **kwargs)
         self.affine = affine
-        if affine:
-            values = torch.zeros(num_features, device=device, dtype=dtype)
-            self.bias = nn.Parameter(values)
-
-    def reset_parameters(self) -> None:
-        """Set shift 0, and statistics to their initial values."""
-        super().reset_parameters()
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        self.add_parameter('bias', 0.0, num_features, exists=affine)
 
     def normalize(self, x: Tensor) -> Tensor:
         """BN without a scale."""
@@ -80,17 +53,7 @@ class OutputBN(BatchStatistics):
                 'OutputBN out and normalize within the network instead '
                 "(norm_cfg=dict(type='GN', num_groups=32))"
             )
-        y = self.batch_norm(x, None, None)
-        if self.bias is not None:
-            y = y + per_channel(self.bias.to(y.dtype), y)
-        return y
-
-    def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
-        """Scale and shift of the evaluation."""
-        scale, shift, rest = self.fold(None, None)
-        if self.bias is not None:
-            shift = shift + self.bias
-        return scale, shift, rest
+        return self.scaled(self.batch_norm(x, None, None))
 
 
 @MODELS.register_module(name='WithOutputBN')  # type: ignore[untyped-decorator]
@@ -109,13 +72,9 @@ def with_output_bn(
     Args:
         of: type of the head.
         layer: name of its classifier: 'conv_seg' in MMSegmentation, 'fc_cls'
-            in the box heads of MMDetection. A checkpoint has it as
-            ``conv_seg.0``.
+            in box heads. A checkpoint has it as ``conv_seg.0``.
         output_bn: arguments of :class:`OutputBN`.
         **arguments: those of the head.
-
-    Raises:
-        ValueError: the head has no such layer.
     """
     head: nn.Module = MODELS.build(dict(type=of, **arguments))
     classifiers = {
@@ -131,7 +90,6 @@ def with_output_bn(
             'layer=...))'
         )
     classifier = classifiers[layer]
-    classes = len(classifier.weight)
-    norm = OutputBN(classes, **(output_bn or {}))
+    norm = OutputBN(len(classifier.weight), **(output_bn or {}))
     setattr(head, layer, nn.Sequential(classifier, norm))
     return head

@@ -13,44 +13,22 @@ from ._norm import Norm
 class PositionalNorm(Norm):
     """Normalize each position of each image over its channels.
 
-    Formula, over the channels of one position:
+    Formula, over the channels, at least two, of one position:
         output = (input - mean) / sqrt(var + eps) * weight + bias
 
     Convention: unbiased variance, as in the official code; the paper divides
-        by the number of channels. The official code has no affine
-        (``affine=False``): it gives mean and deviation to a later layer of
-        a generator (moment shortcut), for which a norm has no place here.
+        by the number of channels. The official code has no affine, and gives
+        mean and deviation to a later layer of a generator; this does not.
     State: affine per channel. Training and evaluation are alike.
-
-    Args:
-        num_features: channels of the input, at least 2.
-        eps: constant added to the variance.
-        affine: whether scale and shift are learned.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
-
-    Raises:
-        TypeError: an argument is unknown.
-        ValueError: an argument has an illegal value, or there is a single
-            channel.
 
     Source: arXiv 1907.04312; Boyiliee/PONO.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        affine: bool = True,
-        *,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: Any,
-    ) -> None:
-        super().__init__(num_features, eps, affine, unknown, device, dtype)
-        if num_features < 2:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.num_features < 2:
             raise ValueError(
-                f'num_features={num_features} must be at least 2: '
+                f'num_features={self.num_features} must be at least 2: '
                 'PositionalNorm normalizes over channels. Use '
                 "norm_cfg=dict(type='GN', num_groups=1)"
             )

@@ -6,7 +6,9 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from ..arguments import check_count
 from ._batch import BatchStatistics
+from ._norm import per_channel
 
 
 @MODELS.register_module()
@@ -17,31 +19,18 @@ class SandwichBN(BatchStatistics):
         shared = BN(input) * weight + bias
         output = shared * condition_weight[k] + condition_bias[k]
 
-    A config has no conditions: the condition is 0 until
-    :func:`set_condition` names another. With one condition it is BN with
-    one more affine.
+    The condition is 0 until :func:`set_condition` names another. With one
+    condition it is BN with one more affine.
 
-    Convention: all conditions share the statistics, as in the authors' GANs;
-        their code for architecture search and adversarial training keeps
-        some for each. It draws the scales of conditions from N(1, 0.02),
-        ours start at 1: the layer starts as the BN that it replaces.
-    State: ``weight``, ``bias``; ``condition_weight``, ``condition_bias``,
-        one row per condition; ``running_mean``, ``running_var``. The
-        condition itself is an attribute and in no checkpoint.
+    Convention: all conditions share the statistics, as in the authors' GANs.
+        These draw the scales of conditions from N(1, 0.02); ours start at 1,
+        so that the layer starts as the BN that it replaces.
+    State: as its base; ``condition_weight``, ``condition_bias``, one row per
+        condition. The condition itself is in no checkpoint.
 
-    Args:
-        num_features: channels of the input.
-        eps: constant added to the variance.
-        momentum: share of the newest batch in the running values.
+    Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`, and
         affine: whether both affines are learned.
         num_conditions: number of conditions.
-        device: device of parameters and buffers.
-        dtype: dtype of the parameters.
-
-    Raises:
-        TypeError: an argument is unknown.
-        ValueError: an argument has an illegal value, training sees one value
-            per channel, or there are more or fewer conditions than images.
 
     Source: arXiv 2102.11382; VITA-Group/Sandwich-Batch-Normalization.
     """
@@ -50,42 +39,15 @@ class SandwichBN(BatchStatistics):
     condition_bias: nn.Parameter
 
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        affine: bool = True,
-        *,
-        num_conditions: int = 1,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: Any,
+        self, *args: Any, num_conditions: int = 1, **kwargs: Any
     ) -> None:
-        super().__init__(
-            num_features, eps, momentum, affine, unknown, device, dtype
-        )
-        if num_conditions < 1:
-            raise ValueError(
-                f'num_conditions={num_conditions} must be at least 1 '
-                '(norm_cfg=dict(num_conditions=...))'
-            )
+        super().__init__(*args, **kwargs)
+        check_count('num_conditions', num_conditions, 1, 'norm_cfg')
         self.num_conditions = num_conditions
         self.condition: int | Tensor = 0
-        for name in ('condition_weight', 'condition_bias'):
-            values = torch.empty(
-                num_conditions, num_features, device=device, dtype=dtype
-            )
-            self.register_parameter(
-                name, nn.Parameter(values) if affine else None
-            )
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Restore both affines and the statistics."""
-        super().reset_parameters()
-        if getattr(self, 'condition_bias', None) is not None:
-            nn.init.ones_(self.condition_weight)
-            nn.init.zeros_(self.condition_bias)
+        shape, exists = (num_conditions, self.num_features), self.affine
+        self.add_parameter('condition_weight', 1.0, *shape, exists=exists)
+        self.add_parameter('condition_bias', 0.0, *shape, exists=exists)
 
     def both_affines(self) -> tuple[Tensor, Tensor]:
         """Scale and shift of both in one, (C,) or (N, C)."""
@@ -105,22 +67,16 @@ class SandwichBN(BatchStatistics):
                 f'set_condition gave {len(scale)} conditions, and SandwichBN '
                 f'got {len(x)} images: give one for each, or one number'
             )
-        shape = (*scale.shape, *[1] * (x.dim() - 2))
         y = self.batch_norm(x, None, None)
-        return y * scale.to(x.dtype).view(shape) + shift.to(x.dtype).view(
-            shape
-        )
+        y = y * per_channel(scale.to(x.dtype), x)
+        return y + per_channel(shift.to(x.dtype), x)
 
     def folded(self) -> tuple[Tensor, Tensor, nn.Module] | None:
         """Scale and shift of the evaluation, if there is one condition."""
         if not self.affine:
-            return self.fold(None, None)
+            return super().folded()
         scale, shift = self.both_affines()
-        return self.fold(scale, shift) if scale.dim() == 1 else None
-
-    def extra_repr(self) -> str:
-        """Constructor arguments."""
-        return f'{super().extra_repr()}, num_conditions={self.num_conditions}'
+        return self.folded_with(scale, shift) if scale.dim() == 1 else None
 
 
 def set_condition(model: nn.Module, condition: int | Tensor) -> None:
@@ -132,9 +88,6 @@ def set_condition(model: nn.Module, condition: int | Tensor) -> None:
     Args:
         model: any model.
         condition: index of the condition, or a tensor of one per image.
-
-    Raises:
-        ValueError: an index is not below ``num_conditions`` of a layer.
     """
     layers = [m for m in model.modules() if isinstance(m, SandwichBN)]
     indices = torch.as_tensor(condition)

@@ -6,16 +6,15 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from ..arguments import check_choice, check_momentum, check_share
-from ..running_statistics import RunningStatistics, measured_moments
-from ._columns import check_values, columns, exact_products, maps_of
-from ._norm import Norm
+from ..arguments import check_choice, check_share
+from ._columns import columns, exact_products, maps_of
+from ._norm import RunningNorm
 
 CRITERIA = ('fro', 'kl')
 
 
 @MODELS.register_module()
-class StochasticWhiteningBN(RunningStatistics, Norm):
+class StochasticWhiteningBN(RunningNorm):
     """BN, then a matrix that learns to whiten by a rule of its own.
 
     Formula, with a row of x for each channel, a column for each of the m
@@ -32,34 +31,20 @@ class StochasticWhiteningBN(RunningStatistics, Norm):
         github.com/lucanunz/Stochastic-Whitening-Batch-Normalization, made
         from the paper, with its momentum and its biased variance. Its eps is
         1e-8. The paper lowers ``step`` with the learning rate; here it is
-        constant. 'fro' is the default because its w stays bounded: in
-        directions without variance, of few values or of a constant channel,
-        it rests. That of 'kl' grows there by the factor 1 + step each time,
-        and may diverge on single images at steps far above the published
-        1e-5. The CIFAR-10 figure which that repository quotes is of 'kl'.
+        constant. 'fro' is the default because its w stays bounded. In
+        directions without variance that of 'kl' grows by the factor
+        1 + step each time, and may diverge on single images at steps far
+        above the published 1e-5. The figure of that repository is of 'kl'.
     State: affine per channel; ``running_mean``, ``running_var`` (C,);
         ``whitening``, w, (C, C). ``update_estimates`` leaves w as it is.
     Cost: an update is 6 C^3 operations, whatever the size of the map, and w
         has C^2 values: 52e9 and 16 MiB at C = 2048. There are no groups.
-    Distributed: with :class:`~ws_mm.hooks.SyncEstimatesHook`, w moves by
-        the mean of the ranks' rules.
     Baked: it mixes channels, so ``bake`` does not fold it.
 
-    Args:
-        num_features: channels of the input.
-        eps: constant added to the variance.
-        momentum: share of the newest batch in the running mean and var.
-        affine: whether scale and shift are learned.
+    Args: those of :class:`~ws_mm.zoo._norm.RunningNorm`, and
         criterion: rule of w, 'fro' (Frobenius norm) or 'kl' (relative
             gradient of the Kullback-Leibler divergence).
         step: step size of the rule, in (0, 1].
-        device: device of parameters and buffers.
-        dtype: dtype of the parameters.
-
-    Raises:
-        TypeError: an argument is unknown.
-        ValueError: an argument has an illegal value, or training sees one
-            value per channel.
 
     Source: arXiv 2106.04413.
     """
@@ -82,27 +67,23 @@ class StochasticWhiteningBN(RunningStatistics, Norm):
         *,
         criterion: str = 'fro',
         step: float = 1e-5,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(num_features, eps, affine, unknown, device, dtype)
-        check_momentum(momentum, 'norm_cfg')
         check_choice('criterion', criterion, CRITERIA, 'norm_cfg')
         check_share('step', step, 'norm_cfg')
-        self.momentum, self.step, self.criterion = momentum, step, criterion
-        self.register_statistics(
-            num_features, device, dtype, {'whitening': num_features}
-        )
+        super().__init__(num_features, eps, momentum, affine, **kwargs)
+        self.step, self.criterion = step, criterion
+        widths = {'whitening': num_features}
+        self.register_statistics(num_features, **self._made, widths=widths)
 
-    # That of the base is True: training uses w, of which all ranks need one.
+    # ``estimating``: training uses w, of which all ranks need one.
 
     def normalize(self, x: Tensor) -> Tensor:
         """Standardize, by the batch in training, and whiten."""
         moves = self.begin_forward(x)
         rows = columns(x)
         if self.training:
-            check_values('StochasticWhiteningBN', x)
+            self.check_values(x)
             mean = rows.mean(1)
             var = (rows - mean[:, None]).square().mean(1)
         else:
@@ -131,14 +112,3 @@ class StochasticWhiteningBN(RunningStatistics, Norm):
             rule = error @ applied / error.norm().clamp_min(tiny)
         target = w - (rule + rule.T) / 2
         self.move_statistics({'whitening': target}, self.step)
-
-    def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
-        """Mean and biased variance; no batch determines w."""
-        return measured_moments(input, False, unbiased=False)[1]
-
-    def extra_repr(self) -> str:
-        """Constructor arguments."""
-        return (
-            f'{super().extra_repr()}, criterion={self.criterion!r}, '
-            f'step={self.step}'
-        )

@@ -6,7 +6,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..kernels.plain import at_least_float32
+from ..running_statistics import measured_moments
 from ._batch import BatchStatistics, instance_moments, joined_moments
 
 
@@ -25,26 +25,13 @@ class SwitchableNorm(BatchStatistics):
         unbiased one of each map, from which it computes the others, and is
         NaN for maps of 1x1. Its running variance starts at 0, ours at 1,
         as that of BN. Its momentum of 0.9 is the share that stays: 0.1 here.
-        Its figures with the mean over many batches in the place of running
-        values need :func:`~ws_mm.update_estimates` after training.
-    State: ``mean_weight`` and ``var_weight``, logits of the mixtures, each 1
-        at the start; affine; ``running_mean``, ``running_var`` (biased).
-        A weight decay of norms draws the mixtures to equal shares.
+        Its figures need :func:`~ws_mm.update_estimates` after training.
+    State: as its base; ``mean_weight`` and ``var_weight``, logits of the
+        mixtures, 1 at the start. Weight decay draws them to equal shares.
 
-    Args:
-        num_features: channels of the input.
-        eps: constant added to the variance.
-        momentum: share of the newest batch in the running values.
-        affine: whether scale and shift are learned; logits always are.
+    Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`, and
         using_bn: False leaves the mixtures IN and LN, as the authors do
             for one image per GPU. Running values then serve nothing.
-        device: device of parameters and buffers.
-        dtype: dtype of the parameters.
-
-    Raises:
-        TypeError: an argument is unknown.
-        ValueError: an argument has an illegal value, or the whole batch is a
-            single value in training.
 
     Source: arXiv 1806.10779; switchablenorms/Switchable-Normalization.
     """
@@ -53,48 +40,31 @@ class SwitchableNorm(BatchStatistics):
     var_weight: nn.Parameter
 
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        affine: bool = True,
-        *,
-        using_bn: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: Any,
+        self, *args: Any, using_bn: bool = True, **kwargs: Any
     ) -> None:
-        super().__init__(
-            num_features, eps, momentum, affine, unknown, device, dtype
-        )
+        super().__init__(*args, **kwargs)
         self.using_bn = using_bn
-        for name in ('mean_weight', 'var_weight'):
-            logits = torch.ones(2 + using_bn, device=device, dtype=dtype)
-            self.register_parameter(name, nn.Parameter(logits))
-
-    def reset_parameters(self) -> None:
-        """Restore affine, statistics and equal shares."""
-        super().reset_parameters()
-        for name in ('mean_weight', 'var_weight'):
-            if name in self._parameters:
-                nn.init.ones_(self.get_parameter(name))
+        self.add_parameter('mean_weight', 1.0, 2 + using_bn)
+        self.add_parameter('var_weight', 1.0, 2 + using_bn)
 
     def normalize(self, x: Tensor) -> Tensor:
         """Mix the statistics and normalize by them."""
         moves = self.begin_forward(x)
+        of_batch: tuple[Tensor, ...]
         of_maps = instance_moments(x)
-        moments = [of_maps, joined_moments(*of_maps, 1)]
         if self.training:
             self.check_values(x, x.numel())
-            moments.append(joined_moments(*of_maps, 0))
+            of_batch = joined_moments(*of_maps, 0)
             if moves:
-                of_batch = {
-                    'running_mean': moments[2][0].detach().flatten(),
-                    'running_var': moments[2][1].detach().flatten(),
+                mean, var = of_batch
+                batch = {
+                    'running_mean': mean.flatten(),
+                    'running_var': var.flatten(),
                 }
-                self.move_statistics(of_batch, self.momentum)
+                self.move_statistics(batch, self.momentum)
         else:
-            moments.append(self.running(x))
+            of_batch = self.running(x)
+        moments = [of_maps, joined_moments(*of_maps, 1), of_batch]
         p = self.mean_weight.to(x.dtype).softmax(0)
         q = self.var_weight.to(x.dtype).softmax(0)
         mean = p[0] * moments[0][0] + p[1] * moments[1][0]
@@ -105,7 +75,8 @@ class SwitchableNorm(BatchStatistics):
         return self.scaled((x - mean) * torch.rsqrt(var + self.eps))
 
     def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
-        """Mean and biased variance of each channel."""
-        of_maps = instance_moments(at_least_float32(input))
-        mean, var = joined_moments(*of_maps, 0)
-        return dict(running_mean=mean.flatten(), running_var=var.flatten())
+        """Mean and biased variance."""
+        return measured_moments(input, False, unbiased=False)[1]
+
+    def folded(self) -> None:
+        """None: IN and LN are no affine maps."""
