@@ -449,7 +449,6 @@ def test_exported_is_the_same(case):
     model.eval().requires_grad_(False)
     x = images(case, seed=1)
     expected = model(x)
-    torch._dynamo.reset()  # torch 2.1 would take what another test compiled
     program = torch.export.export(model, (x,))
     module = program.module() if callable(program.module) else program
     assert relative_error(module(x), expected) <= EXACT

@@ -159,7 +159,7 @@ def frozen(conv: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
 def compiled(conv: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
     model = nn.Sequential(conv, layer)
     run = torch.compile(
-        lambda x: model(x), backend='aot_eager', fullgraph=RECENT_COMPILER
+        lambda x: model(x), backend='aot_eager', fullgraph=True
     )
     return run(x)
 
@@ -170,7 +170,13 @@ def compiled(conv: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
         reentrant,
         without,
         frozen,
-        compiled,
+        pytest.param(
+            compiled,
+            marks=pytest.mark.skipif(
+                not RECENT_COMPILER,
+                reason='this compiler cannot take a layer that sets a list',
+            ),
+        ),
         lambda conv, layer, x: layer(conv(x).relu()),
     ],
     ids=['reentrant', 'no_grad', 'frozen', 'compiled', 'ReLU'],
