@@ -80,7 +80,9 @@ def test_one_image_is_refused_in_training_alone(head):
 
 def test_a_layer_that_is_not_there_is_named():
     pytest.importorskip('mmseg.models', exc_type=ImportError)
-    with pytest.raises(ValueError, match=r"layer='fc_cls'.*'conv_seg'"):
-        with_output_bn(
-            'mmseg.FCNHead', 'fc_cls', in_channels=4, channels=4, num_classes=3
-        )
+    sizes = dict(in_channels=4, channels=4, num_classes=3)
+    with (
+        DefaultScope.overwrite_default_scope('mmseg'),
+        pytest.raises(ValueError, match=r"layer='fc_cls'.*'conv_seg'"),
+    ):
+        with_output_bn('FCNHead', 'fc_cls', **sizes)
