@@ -2,21 +2,36 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-from experiments import document, records  # noqa: E402
+from experiments import document, records, which  # noqa: E402
 
 PATH = ROOT / 'docs/results.md'
 RECORDS = ROOT / 'docs/results/records.json'
 SPREAD = re.compile(r'(\d[\d.]*) ± (\d[\d.]*)')
 
 
-def test_tables_are_those_of_the_records(monkeypatch):
+@pytest.mark.parametrize('page', ['results.md', 'zoo.md'])
+def test_tables_are_those_of_the_records(monkeypatch, page):
     monkeypatch.chdir(ROOT)
-    text = PATH.read_text()
+    text = (ROOT / 'docs' / page).read_text()
     assert document.rendered(text, figures=False) == text
+
+
+def run_of(status: str, metric: float, factor: float) -> dict[str, Any]:
+    return dict(status=status, metric=metric, cell=dict(lr_factor=factor))
+
+
+def test_a_cell_of_the_table_of_all_norms_is_the_better_rate():
+    runs = [run_of('done', 30, 3.0), run_of('done', 40, 3.0)]
+    assert which.best(runs) == '35.0 ± 7.1 (n=2) x3'
+    runs += [run_of('done', 36, 10.0), run_of('diverged', 0, 30.0)]
+    assert which.best(runs) == '36.0 x10'
+    assert which.best(runs[-1:]) == 'diverged'
+    assert which.best([]) == '-'
 
 
 def test_spreads_in_the_readme_are_those_of_the_tables():
