@@ -17,6 +17,7 @@ pytest.importorskip('mmcv.ops', exc_type=ImportError)
 
 from host_parts import BCN4, image, resnet, trained
 from mmcv import ops
+from test_zoo_filters import warnings_of_loading  # noqa: F401
 
 PACK = 'ws_mm.WSModulatedDeformConv2dPack'
 DCN = dict(type=PACK, deform_groups=1)
@@ -28,16 +29,6 @@ GEOMETRY = [
     dict(stride=2, padding=1, groups=2, deform_groups=2),
     dict(padding=(2, 1), dilation=(2, 1), bias=False),
 ]
-
-
-@pytest.fixture
-def said(monkeypatch) -> list[str]:
-    """What loading a checkpoint warns of."""
-    lines: list[str] = []
-    monkeypatch.setattr(
-        'ws_mm.conv.print_log', lambda text, **_: lines.append(text)
-    )
-    return lines
 
 
 @torch.no_grad()

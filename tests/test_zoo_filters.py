@@ -21,9 +21,9 @@ KEEPING = ['WNConv2d', 'AdaptiveWSConv2d']
 EXACT = 1e-12
 
 
-@pytest.fixture
-def said(monkeypatch) -> list[str]:
-    """What loading a checkpoint warns of."""
+@pytest.fixture(name='said')
+def warnings_of_loading(monkeypatch) -> list[str]:
+    """Collect the warnings of loading a checkpoint."""
     lines: list[str] = []
     monkeypatch.setattr(
         'ws_mm.conv.print_log', lambda text, **_: lines.append(text)

@@ -1,4 +1,4 @@
-"""What the norms of batch statistics in ws_mm/zoo have beside the contract."""
+"""Norms of batch statistics in ws_mm/zoo, beyond the contract."""
 
 import copy
 from typing import Any

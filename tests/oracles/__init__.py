@@ -18,7 +18,7 @@ RECENT_COMPILER = compat._numbers(torch.__version__) >= (2, 10)
 
 @dataclass(frozen=True)
 class Case:
-    """What the contract's tests need to know of one method.
+    """One method, as the contract's tests need to know it.
 
     Args:
         name: registered name, without the scope.
@@ -67,8 +67,10 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Those of all files of this folder."""
+    """Those of all files of this folder but the ones with an underscore."""
     found = []
-    for module in pkgutil.iter_modules(__path__, f'{__name__}.'):
-        found += importlib.import_module(module.name).CASES
+    for module in pkgutil.iter_modules(__path__):
+        if not module.name.startswith('_'):
+            name = f'{__name__}.{module.name}'
+            found += importlib.import_module(name).CASES
     return found

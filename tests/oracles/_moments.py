@@ -2,8 +2,6 @@
 
 from torch import Tensor
 
-CASES: list = []
-
 
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of all values, by sums."""

@@ -69,7 +69,7 @@ def oracle(
 
 
 def share(step: int, first: int, last: int) -> float:
-    """How far a linear schedule is."""
+    """Share of a linear schedule that is done."""
     return min(max((step - first) / (last - first), 0), 1)
 
 

@@ -15,7 +15,7 @@ def columns(x: Tensor) -> Tensor:
 
 
 def maps_of(matrix: Tensor, x: Tensor) -> Tensor:
-    """What :func:`columns` made of an input of the shape of x, back."""
+    """Undo :func:`columns`, for an input of the shape of x."""
     shape = x.shape[1], x.shape[0], *x.shape[2:]
     return matrix.view(shape).transpose(0, 1)
 

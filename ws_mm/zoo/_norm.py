@@ -221,7 +221,7 @@ class RunningNorm(RunningStatistics, Norm):
 def fold(
     mean: Tensor, std: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, nn.Module]:
-    """What ``folded`` returns for (x - mean) / std * weight + bias."""
+    """Fold (x - mean) / std * weight + bias, as ``folded`` returns it."""
     scale = 1 / std.double()
     if weight is not None:
         scale = scale * weight

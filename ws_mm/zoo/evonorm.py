@@ -14,7 +14,7 @@ from ._norm import RunningNorm, over_channels, per_channel
 
 
 class _EvoNorm(ActivatingNorm):
-    """What both have: ``v``, and scale and shift where no ReLU follows."""
+    """Base of both: ``v``, and scale and shift where no ReLU follows."""
 
     v: nn.Parameter
 
