@@ -269,6 +269,53 @@ def test_recalibrated_estimates_are_measured_and_undone():
     assert not written
 
 
+def test_the_mean_of_the_last_weights_is_measured_and_undone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(4), ws_mm.BCN(4, 2), nn.Dropout(0.5))
+    image = torch.randn(4, 4, 8, 8)
+    runner, seen, written = runner_over(model, image)
+    runner.max_iters = 10
+    hook = hooks.AveragedHook(0.2)
+    states = []
+    for iteration in range(10):
+        runner.iter = iteration
+        for values in model.state_dict().values():
+            if values.is_floating_point():
+                nn.init.uniform_(values, 0.5, 1.5)
+        hook.after_train_iter(runner, iteration)
+        states.append({k: v.clone() for k, v in model.state_dict().items()})
+    model.train()
+    hook.after_train(runner)
+    a, b = ({k: v.double() for k, v in s.items()} for s in states[-2:])
+    mean = {key: ((a[key] + b[key]) / 2).float() for key in a}
+    y = nn.functional.batch_norm(
+        image,
+        *(mean[f'0.running_{key}'] for key in ('mean', 'var')),
+        mean['0.weight'],
+        mean['0.bias'],
+    )
+    y = nn.functional.batch_norm(
+        y,
+        *(mean[f'1.running_{key}'] for key in ('mean', 'var')),
+        mean['1.bn_weight'],
+        mean['1.bn_bias'],
+    ).view(4, 2, -1)
+    y = (y - y.mean(2, True)) / (
+        y.var(2, correction=0, keepdim=True) + EPS
+    ) ** 0.5
+    y = y * mean['1.weight'][:, None] + mean['1.bias'][:, None]
+    torch.testing.assert_close(seen[0], y.view_as(image))
+    assert written == {'averaged/score': 4, 'step': 9}
+    torch.testing.assert_close(dict(model.state_dict()), states[-1])
+    assert model.training
+
+
+def test_the_mean_begins_behind_the_last_checkpoint():
+    for share in (0, 0.25):
+        with pytest.raises(ValueError, match=f'share={share} must be'):
+            hooks.AveragedHook(share)
+
+
 def test_thirds_by_contrast():
     found = contrast.by_contrast([1, 2, 3, 4, 5, 6], [9, 1, 8, 2, 5, 4])
     assert found == {

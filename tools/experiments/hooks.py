@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
+from mmengine.model import StochasticWeightAverage
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
@@ -106,6 +107,61 @@ class RecalibratedHook(Hook):
             )
             model.eval()
             evaluate(runner, 'recalibrated')
+
+
+@HOOKS.register_module()
+class AveragedHook(Hook):
+    """Evaluate once more at the end, with the mean of the last weights.
+
+    The mean is over parameters and running statistics of every iteration in
+    the last part of the run. The metrics get the prefix ``averaged/``; the
+    weights are put back afterwards.
+
+    Args:
+        share: this part of the run. It lies behind the last checkpoint
+            before the end, so that a resumed run has the same mean.
+
+    Raises:
+        ValueError: share is not above 0 and at most 0.2.
+    """
+
+    priority = 'LOW'  # after the optimizer's step
+
+    def __init__(self, share: float = 0.2) -> None:
+        if not 0 < share <= 0.2:
+            raise ValueError(f'share={share!r} must be above 0, at most 0.2')
+        self.share = share
+        self.mean: StochasticWeightAverage | None = None
+
+    def after_train_iter(
+        self,
+        runner: Any,
+        batch_idx: int,
+        data_batch: Batch = None,
+        outputs: Any = None,
+    ) -> None:
+        """Take the weights of this iteration in."""
+        if runner.iter < (1 - self.share) * runner.max_iters:
+            return
+        if self.mean is None:
+            self.mean = StochasticWeightAverage(
+                runner.model, update_buffers=True
+            )
+        self.mean.update_parameters(runner.model)
+
+    def after_train(self, runner: Any) -> None:
+        """Evaluate with the mean."""
+        if self.mean is None:
+            return
+        model = runner.model
+        own = {k: v.clone() for k, v in model.state_dict().items()}
+        with restored(model):
+            try:
+                model.load_state_dict(self.mean.module.state_dict())
+                model.eval()
+                evaluate(runner, 'averaged')
+            finally:
+                model.load_state_dict(own)
 
 
 @HOOKS.register_module()

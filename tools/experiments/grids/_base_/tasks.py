@@ -14,6 +14,9 @@ tasks = dict(
         instances, config=folder + 'nuclei_instances_standardized.py'
     ),
     nuclei_masks=dict(masks, config=folder + 'nuclei_masks.py'),
+    nuclei_masks_long=dict(
+        masks, images=16000, config=folder + 'nuclei_masks.py'
+    ),
     nuclei_masks_raw=dict(half, config=folder + 'nuclei_masks_raw.py'),
     nuclei_masks_standardized=dict(
         half, config=folder + 'nuclei_masks_standardized.py'
@@ -27,5 +30,8 @@ tasks = dict(
         lr=0.1,
     ),
     nuclei_masks_short=dict(half, config=folder + 'nuclei_masks_short.py'),
+    cifar_resnet8_long=dict(
+        classes, images=320000, config=folder + 'cifar_resnet8.py', lr=0.1
+    ),
     cifar_vgg6=dict(classes, config=folder + 'cifar_vgg6.py', lr=0.05),
 )
