@@ -21,9 +21,9 @@ from experiments import classification, contrast, hooks, variants  # noqa: E402
 EPS = 1e-5
 
 
-def randomized(**kwargs) -> variants.VariantBCN:
+def randomized(kind=variants.VariantBCN, **kwargs) -> ws_mm.BCN:
     torch.manual_seed(0)
-    norm = variants.VariantBCN(6, 3, momentum=0.25, **kwargs).double()
+    norm = kind(6, 3, momentum=0.25, **kwargs).double()
     for values in norm.parameters():
         nn.init.uniform_(values, 0.5, 1.5)
     nn.init.normal_(norm.running_mean)
@@ -89,13 +89,59 @@ def test_variants_compute_their_formula(settings, training):
     )
 
 
-def test_a_variant_is_called_twice_before_the_backward():
-    norm = randomized().train()
+def channel_first(x, norm, mean, var):
+    """An image's groups, then the channels by given statistics."""
+    groups = x.reshape(3, -1)
+    middle = groups.mean(1, keepdim=True)
+    spread = (groups - middle).square().mean(1, keepdim=True)
+    groups = (groups - middle) / (spread + EPS).sqrt()
+    z = (groups * norm.weight[:, None] + norm.bias[:, None]).view_as(x)
+    if mean is None:
+        return z
+    y = (z - mean[:, None, None]) / (var[:, None, None] + EPS).sqrt()
+    return y * norm.bn_weight[:, None, None] + norm.bn_bias[:, None, None]
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_the_other_order_computes_its_formula(training):
+    norm = randomized(kind=variants.ChannelFirstBCN).train(training)
+    x = torch.randn(2, 6, 5, 4, dtype=torch.double, requires_grad=True)
+    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    if training:
+        z = torch.stack([channel_first(i, norm, None, None) for i in x])
+        z = z.detach()
+        deviation = (z - mean[:, None, None]).square()
+        var = 0.75 * var + 0.25 * deviation.mean((0, 2, 3))
+        mean = 0.75 * mean + 0.25 * z.mean((0, 2, 3))
+    output = norm(x)
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, var)
+    expected = torch.stack([channel_first(i, norm, mean, var) for i in x])
+    torch.testing.assert_close(output, expected)
+    cotangent = torch.randn_like(x)
+    inputs = [x, *norm.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(output, inputs, cotangent),
+        torch.autograd.grad(expected, inputs, cotangent),
+    )
+    assert norm.train()(x[:0]).shape == (0, 6, 5, 4)
+    torch.testing.assert_close(norm.running_mean, mean)
+
+
+@pytest.mark.parametrize(
+    ('kind', 'formula'),
+    [
+        (variants.VariantBCN, written_down),
+        (variants.ChannelFirstBCN, channel_first),
+    ],
+)
+def test_a_variant_is_called_twice_before_the_backward(kind, formula):
+    norm = randomized(kind=kind).train()
     x = torch.randn(2, 6, 5, 4, dtype=torch.double, requires_grad=True)
     first = norm(x)
     mean, var = norm.running_mean.clone(), norm.running_var.clone()
     norm(torch.randn_like(x))
-    expected = torch.stack([written_down(i, norm, mean, var) for i in x])
+    expected = torch.stack([formula(i, norm, mean, var) for i in x])
     cotangent = torch.randn_like(x)
     torch.testing.assert_close(
         torch.autograd.grad(first, x, cotangent),
@@ -121,6 +167,8 @@ def test_a_variant_has_its_limits():
         variants.VariantBCN(6, 3, blend=1.5)
     with pytest.raises(ValueError, match="mode='batch'.*'estimate'"):
         variants.VariantBCN(6, 3, mode='batch')
+    with pytest.raises(ValueError, match="mode='batch'.*'estimate'"):
+        variants.ChannelFirstBCN(6, 3, mode='batch')
 
 
 class Bowl(BaseModel):

@@ -30,6 +30,7 @@ NORMS: dict[str, Parts] = {
     'BCN+WS': (WS, BCN),
     'BCN+WS batch': (WS, {**BCN, 'mode': 'batch', 'momentum': 0.1}),
     'BCN+WS variant': (WS, {**BCN, 'type': 'VariantBCN'}),
+    'BCN+WS channel first': (WS, {**BCN, 'type': 'ChannelFirstBCN'}),
     'BCN+WS channel': (WS, {**BCN, 'outer_affine': 'channel'}),
     # ws_mm/zoo; filters stand before a GN, unless they belong to a norm.
     'MABN': ({'type': 'ws_mm.CenteredConv2d'}, {'type': 'ws_mm.MABN'}),

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor
+from torch.nn import functional as F
 
 from ws_mm import BCN
 from ws_mm.functional import batch_channel_norm, updated_estimates
@@ -83,3 +84,49 @@ class VariantBCN(BCN):
             eps=self.eps,
         )
         return output.view_as(input)
+
+
+@MODELS.register_module()
+class ChannelFirstBCN(BCN):
+    """BCN in the other order: the groups of an image, then the channels.
+
+    Formula, with mean and var the estimates of z after their update:
+        z = group_norm(input, num_groups, weight, bias)
+        output = (z - mean) / sqrt(var + eps) * bn_weight + bn_bias
+
+    Convention: the estimates are of what an image's own statistics have
+        normalized, so they do not see its brightness and contrast.
+
+    Args:
+        *args: Arguments of ``BCN``.
+        **kwargs: Arguments of ``BCN``.
+
+    Raises:
+        ValueError: ``mode`` is not 'estimate'.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.mode != 'estimate':
+            raise ValueError(
+                f"mode={self.mode!r}: ChannelFirstBCN is for mode='estimate'"
+            )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input`` of shape (N, num_features, *)."""
+        if not input.numel():
+            return super().forward(input)
+        affine = (
+            a
+            if a is None
+            else a.repeat_interleave(self.num_features // len(a))
+            for a in (self.weight, self.bias)
+        )
+        z = F.group_norm(input, self.num_groups, *affine, self.eps)
+        mean, var = self.running_mean.clone(), self.running_var.clone()
+        if self.training:
+            mean, var = updated_estimates(z, mean, var, self.momentum)
+            self.running_mean.copy_(mean)
+            self.running_var.copy_(var)
+        affine = self.bn_weight, self.bn_bias
+        return F.batch_norm(z, mean, var, *affine, eps=self.eps)

@@ -13,6 +13,9 @@ tasks = dict(
     nuclei_instances_standardized=dict(
         instances, config=folder + 'nuclei_instances_standardized.py'
     ),
+    nuclei_instances_long=dict(
+        instances, images=3 * 892, config=folder + 'nuclei_instances.py'
+    ),
     nuclei_masks=dict(masks, config=folder + 'nuclei_masks.py'),
     nuclei_masks_long=dict(
         masks, images=16000, config=folder + 'nuclei_masks.py'
