@@ -123,7 +123,7 @@ class ChannelFirstBCN(BCN):
             for a in (self.weight, self.bias)
         )
         z = F.group_norm(input, self.num_groups, *affine, self.eps)
-        mean, var = self.running_mean.clone(), self.running_var.clone()
+        mean, var = self.running_mean, self.running_var
         if self.training:
             mean, var = updated_estimates(z, mean, var, self.momentum)
             self.running_mean.copy_(mean)
