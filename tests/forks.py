@@ -53,6 +53,7 @@ class Forks:
             arguments=[str(argument) for argument in arguments],
             log=str(log),
             environment=environment,
+            folder=os.getcwd(),
         )
         self.server.stdin.write(json.dumps(order) + '\n')
         self.server.stdin.flush()
@@ -191,6 +192,7 @@ def obey(order: dict, main: object) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(order['environment'])
+    os.chdir(order['folder'])
     more = order['environment'].get('PYTHONPATH')
     sys.path[:0] = more.split(':') if more else []
     sys.argv = [f'{order["script"]}.py', *order['arguments']]
