@@ -40,6 +40,7 @@ FOREIGN = {
     "got an unexpected keyword argument 'num_groups'",
     'Expected more than 1 value per channel when training',
     "No module named 'mmcv._ext'",
+    'Scale must be a number or tuple of int',
     'mmengine does not support to load ws_mm config',
     'mmsegmentation is not installed',
 }
@@ -251,7 +252,7 @@ def test_the_figures_of_the_layers_are_what_the_script_draws(
     figures.draw(tmp_path)
     for path in tmp_path.iterdir():
         drawn, kept = (
-            [float(x) for x in re.findall(r'[ ML](-?\d+\.\d+)', text)]
+            [float(x) for x in re.findall(r'[" ML](-?\d+\.\d+)', text)]
             for text in (
                 path.read_text(),
                 (ROOT / 'docs/figures' / path.name).read_text(),

@@ -22,9 +22,10 @@ STYLE = {
     'font.size': 9,
     'legend.frameon': False,
     'savefig.bbox': 'tight',
+    'svg.fonttype': 'none',  # letters, not their outlines
     'svg.hashsalt': 'ws_mm',  # the same names in every file
 }
-IMAGES = 400
+IMAGES = 300
 
 
 def filters() -> Tensor:
@@ -95,7 +96,13 @@ def draw_ws(left: Axes, middle: Axes, right: Axes) -> None:
         (middle, ws_mm.standardize_weight(weight), 'standardized filters'),
     ):
         for each, color in zip(values, (BLUE, GRAY, ORANGE), strict=True):
-            axes.hist(each.flatten(), 30, color=color, alpha=0.6)
+            axes.hist(
+                each.flatten(),
+                30,
+                color=color,
+                alpha=0.6,
+                histtype='stepfilled',
+            )
         axes.set(title=title, xlabel='value')
     for place, (name, cosines) in enumerate(projection().items()):
         where = [place * 0.4 + each for each in range(2)]
@@ -105,7 +112,7 @@ def draw_ws(left: Axes, middle: Axes, right: Axes) -> None:
         xticks=(0.2, 1.2),
         xticklabels=('a constant', 'the filter'),
         ylabel='|cosine|',
-        ylim=(1e-18, 100),
+        ylim=(1e-18, 1e6),
         yscale='log',
     )
     right.legend()
@@ -127,7 +134,7 @@ def draw_bcn(left: Axes, right: Axes) -> None:
         running, distance = one_image_steps(norm, images)
         label = f'running mean, momentum {norm.momentum}'
         left.plot(running, color=color, label=label)
-        half = slice(IMAGES // 2, None)  # the estimates have settled
+        half = slice(IMAGES * 2 // 3, None)  # the estimates have settled
         right.plot(
             means[half], distance[half], '.', color=color, ms=3, label=name
         )
@@ -146,7 +153,7 @@ def draw(folder: Path) -> None:
     """Write ws.svg and bcn.svg."""
     with mpl.rc_context(STYLE):
         for name, paint, columns in (('ws', draw_ws, 3), ('bcn', draw_bcn, 2)):
-            figure = Figure((8.5, 2.7), layout='constrained')
+            figure = Figure((7.4, 2.7), layout='constrained')
             paint(*figure.subplots(1, columns))
             path = folder / f'{name}.svg'
             figure.savefig(path, metadata={'Date': None})
