@@ -24,8 +24,8 @@ SMALL = {
     'ITERS=300': 'ITERS=2',
     '--out data/demo/stardist': '--out data/demo/stardist --generated',
     "weights='DEFAULT'": 'weights=None',
-    'max_epochs=$EPOCHS': 'max_epochs=1 train_dataloader.dataset.indices=2',
-    ' val_dataloader.': ' val_dataloader.dataset.indices=1 val_dataloader.',
+    'max_epochs=$EPOCHS': 'max_epochs=1 train_cfg.val_interval=2'
+    ' train_dataloader.dataset.indices=2',
     ' test_dataloader.': ' test_dataloader.dataset.indices=1 test_dataloader.',
 }
 
@@ -43,7 +43,6 @@ def follow(
     forks: Forks,
     script: Callable[..., int],
     tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Callable[[str], None]:
@@ -51,7 +50,6 @@ def follow(
     monkeypatch.chdir(tmp_path)
     for name in 'configs', 'tools':
         (tmp_path / name).symlink_to(ROOT / name)
-    logs = tmp_path_factory.mktemp('logs')
 
     def run(line: str) -> None:
         words = shlex.split(os.path.expandvars(line), comments=True)
@@ -59,11 +57,8 @@ def follow(
             monkeypatch.setenv(*words[1].split('='))
             return
         if words[0] == 'tools/dist_train.sh':
-            _, config, processes, *arguments = words
-            assert processes == '2'
-            ranks = forks.start_ranks('train', config, *arguments, logs=logs)
-            assert [forks.wait(rank) for rank in ranks] == [0, 0]
-            return
+            # In one process here; test_tools_run.py runs two.
+            words = ['python', 'train.py', words[1], *words[3:]]
         python, path, *arguments = words
         assert python == 'python'
         name = Path(path).stem
@@ -99,7 +94,8 @@ def follow(
 
 def test_own_dataset(follow: Callable[[str], None], tmp_path: Path) -> None:
     follow('own_dataset')
-    assert list((tmp_path / 'work_dirs/mine/pictures').iterdir())
+    (metrics,) = (tmp_path / 'work_dirs/mine/test').glob('*/*.json')
+    assert 'coco/segm_mAP' in metrics.read_text()
 
 
 def test_without_ws_mm(follow: Callable[[str], None], tmp_path: Path) -> None:
@@ -114,7 +110,6 @@ def test_one_image(follow: Callable[[str], None], tmp_path: Path) -> None:
         folder = tmp_path / f'work_dirs/{run}'
         (metrics,) = folder.glob('test/*/*.json')
         assert 'coco/segm_mAP' in metrics.read_text()
-        assert (folder / 'pictures').is_dir()
     name = 'mask-rcnn_r18_fpn64_bcn-ws-all_2xb1-4e_nuclei.py'
     shipped = Config.fromfile(ROOT / 'configs/demo' / name)
     fixed = Config.fromfile('fixed.py')
