@@ -7,6 +7,7 @@ error, else 1; with --strict a warning counts as an error.
 """
 
 import argparse
+import contextlib
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -80,7 +81,12 @@ def main() -> None:
     """Print the findings."""
     args = parse_args()
     counts = Counter()
-    for finding in examine(args):
+    found = examine(args)
+    while True:
+        with contextlib.redirect_stdout(sys.stderr):  # words of the hosts
+            finding = next(found, None)
+        if finding is None:
+            break
         print(finding, flush=True)
         counts[finding.level] += 1
     print(', '.join(f'{counts[level]} {level}' for level in LEVELS))

@@ -13,7 +13,7 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html import escape
 from pathlib import Path
 
@@ -55,24 +55,24 @@ def parse_args() -> argparse.Namespace:
 
 def overview(found: dict[str, Run]) -> Iterator[str]:
     """A row for each run, and where those stopped that did not end."""
-    head = 'run', 'folder', 'state', 'last line of the log', 'last value'
+    head = 'run', 'folder', 'state', 'last of the log', 'images per iteration'
     rows = []
     for name, run in found.items():
-        cause = run.traceback.splitlines()[-1:]
-        state = 'ended' if run.ended else f'died: {cause[0]}' if cause else ''
+        cause = run.traceback.splitlines()[-1:] or ['no end in the log']
+        state = 'ended' if run.ended else f'did not end: {cause[0]}'
         loss = run.train.get('loss', {})
         bad = [step for step, y in loss.items() if not math.isfinite(y)]
         if bad:
             state += f'; the loss is {loss[bad[0]]} in iteration {bad[0]}'
-        words = state or 'did not end', run.progress or UNKNOWN
-        count = run.images or UNKNOWN
-        rows.append((name, run.folder.absolute(), *words, run.last, count))
-    yield table([*head, 'images per iteration'], rows)
+        last = run.progress or UNKNOWN, run.images or UNKNOWN
+        rows.append((name, run.folder.absolute(), state, *last))
+    yield table(head, rows)
     for name, run in found.items():
         if not run.ended:
+            last = max(map(max, run.train.values()), default=0)
             yield (
                 f'<h3>{escape(name)} did not end</h3>\n<p>Its last value is '
-                f'of iteration {run.last}. The last lines of its log:</p>\n'
+                f'of iteration {last}. The last lines of its log:</p>\n'
                 f'<pre>{escape(run.tail)}</pre>'
             )
             yield (
@@ -85,57 +85,37 @@ def overview(found: dict[str, Run]) -> Iterator[str]:
 
 
 def metrics(found: dict[str, Run]) -> Iterator[str]:
-    """Best and last value of each metric."""
-    rows = []
-    for key in keys_of(run.metrics for run in found.values()):
-        row = [key]
-        for run in found.values():
-            curve = run.metrics.get(key)
-            best = max(curve, key=lambda step: curve[step]) if curve else 0
-            row.append(
-                f'{curve[max(curve)]:g} (highest {curve[best]:g} at {best})'
-                if curve
-                else UNKNOWN
-            )
-        rows.append(row)
-    for key in keys_of(run.tests for run in found.values()):
-        values = [run.tests.get(key, UNKNOWN) for run in found.values()]
-        rows.append([f'test: {key}', *values])
-    yield (
-        table(['last', *found], rows)
-        if rows
-        else ('<p>No validation and no test was recorded.</p>')
-    )
+    """Last and highest value of each metric."""
+    parts = []
+    for run in found.values():
+        cells = {f'test: {key}': value for key, value in run.tests.items()}
+        for key, curve in run.metrics.items():
+            high = max(curve, key=curve.__getitem__)
+            cells[key] = f'{curve[max(curve)]:g}, highest {curve[high]:g} '
+            cells[key] += f'at {high}'
+        parts.append(cells)
+    yield by_key(found, parts, 'No validation and no test was recorded.')
 
 
-def keys_of(dicts: Iterator[dict]) -> list[str]:
-    """All keys, in the order in which they come."""
-    return list(dict.fromkeys(key for each in dicts for key in each))
+def by_key(names: Iterable[str], parts: list[dict], nothing: str) -> str:
+    """A table with a row for each key that is in one of the dicts."""
+    keys = dict.fromkeys(key for part in parts for key in part)
+    rows = [[key, *(p.get(key, UNKNOWN) for p in parts)] for key in keys]
+    return table(['', *names], rows) if rows else f'<p>{nothing}</p>'
 
 
-def along(run: Run, axis: str, curve: Curve) -> dict[float, float]:
-    """Values over another axis than iterations; empty if it is unknown."""
-    if axis == 'iterations':
-        return curve
-    if axis == 'images seen':
-        count = run.images
-        return {step * count: y for step, y in curve.items()} if count else {}
-    hours = run.hours()
-    if not hours:
-        return {}
-    places = np.interp(list(curve), list(hours), list(hours.values()))
-    return dict(zip(places.tolist(), curve.values(), strict=True))
+def panels(label: str, parts: list[dict[str, Curve]]) -> list[str]:
+    """A panel for each key: losses, then metrics, then the rest."""
+    keys = dict.fromkeys(key for part in parts for key in part)
+    return [
+        panel(key, label, {n: p[key] for n, p in enumerate(parts) if key in p})
+        for key in sorted(keys, key=lambda key: 'loss' not in key)
+    ]
 
 
 def curves(found: dict[str, Run]) -> Iterator[str]:
     """Every value over three axes, one of them shown."""
     yield legend(found)
-    all_of = [{**run.train, **run.metrics} for run in found.values()]
-    found_metrics = keys_of(run.metrics for run in found.values())
-    keys = sorted(
-        keys_of(iter(all_of)),
-        key=lambda key: ('loss' not in key, key not in found_metrics),
-    )
     for number, axis in enumerate(AXES):
         checked = '' if number else ' checked'
         yield (
@@ -143,130 +123,113 @@ def curves(found: dict[str, Run]) -> Iterator[str]:
             f'<label for="x{number}">{axis}</label>'
         )
     for number, axis in enumerate(AXES):
-        drawn = []
-        for key in keys:
-            lines = {
-                index: along(run, axis, all_of[index][key])
-                for index, run in enumerate(found.values())
-                if key in all_of[index]
-            }
-            drawn.append(panel(key, axis, lines))
-        yield grid(drawn, f'x{number}')
+        parts = [
+            {key: over(run, axis, curve) for key, curve in all_of.items()}
+            for run in found.values()
+            for all_of in [{**run.metrics, **run.train}]
+        ]
+        yield grid(panels(axis, parts), f'x{number}')
+
+
+def over(run: Run, axis: str, curve: Curve) -> dict[float, float]:
+    """Values over another axis than iterations; empty if it is unknown."""
+    if axis == AXES[0]:
+        return curve
+    if axis == AXES[1]:
+        return {x * run.images: y for x, y in curve.items() if run.images}
+    hours = run.hours()
+    if not hours:
+        return {}
+    places = np.interp(list(curve), list(hours), list(hours.values()))
+    return dict(zip(places.tolist(), curve.values(), strict=True))
 
 
 def pictures(found: dict[str, Run], most: int) -> Iterator[str]:
-    """The last pictures of each run, with their numbers in order."""
+    """The last pictures of each run, by the numbers in their names."""
     for name, run in found.items():
         yield f'<h3>{escape(name)}</h3>'
-        paths = sorted(
-            (
-                p
-                for kind in ('png', 'jpg')
-                for p in run.folder.rglob(f'*.{kind}')
-            ),
-            key=lambda p: [int(n) for n in re.findall(r'\d+', str(p))],
-        )[-most:]
-        if paths:
-            yield '<p>Two halves: left the ground truth, right the prediction.'
-            yield grid(
-                picture(p, str(p.relative_to(run.folder))) for p in paths
-            )
-        else:
-            yield (
-                '<p>None below the work dir. tools/test.py --show-dir draws '
-                'them, or default_hooks.visualization.draw=True.</p>'
-            )
+        every = [*run.folder.rglob('*.png'), *run.folder.rglob('*.jpg')]
+        every.sort(key=lambda p: [int(n) for n in re.findall(r'\d+', str(p))])
+        drawn = [
+            picture(path, str(path.relative_to(run.folder)))
+            for path in every[max(0, len(every) - most) :]
+        ]
+        yield (
+            '<p>Two halves: left the ground truth, right the prediction.</p>'
+            + grid(drawn)
+            if drawn
+            else '<p>None below the work dir: tools/test.py --show-dir draws '
+            'them, or default_hooks.visualization.draw=True.</p>'
+        )
 
 
 def norms(found: dict[str, Run]) -> Iterator[str]:
     """What hooks recorded, layers at the end, and running statistics."""
-    for label, part in (
-        ('iterations', [run.others for run in found.values()]),
-        ('layer', [runs.layers(run.folder) for run in found.values()]),
-        ('layer', [runs.statistics(run.folder) for run in found.values()]),
-    ):
-        drawn = [
-            panel(
-                key, label, {i: p[key] for i, p in enumerate(part) if key in p}
-            )
-            for key in keys_of(iter(part))
-        ]
-        if drawn:
-            yield grid(drawn)
-    if not any(run.others for run in found.values()):
+    yield legend(found)
+    everything = list(found.values())
+    yield grid(panels(AXES[0], [run.others for run in everything]))
+    yield grid(panels('layer', [runs.layers(r.folder) for r in everything]))
+    kept = [runs.statistics(run.folder) for run in everything]
+    yield grid(panels('layer', kept))
+    if not any(run.others for run in everything):
         yield (
             '<p>No singularities were recorded: custom_hooks = '
             "[dict(type='ws_mm.SingularitiesHook')] does so.</p>"
         )
+    if not any(kept):
+        yield '<p>No checkpoint with running statistics is there.</p>'
 
 
 def differences(configs: dict[str, Config | None]) -> str:
     """A table of the keys whose values are not the same in all."""
-    parts = {
-        name: dict(runs.flat(config._cfg_dict))
-        for name, config in configs.items()
-        if config is not None
+    there = {name: config for name, config in configs.items() if config}
+    parts = [dict(runs.flat(c._cfg_dict)) for c in there.values()]
+    same = {
+        key
+        for key, value in (parts or [{}])[0].items()
+        if all(key in part and part[key] == value for part in parts)
     }
-    first = next(iter(parts.values()), {})
-    rows = [
-        [key, *(part.get(key, UNKNOWN) for part in parts.values())]
-        for key in keys_of(iter(parts.values()))
-        if any(
-            part.get(key, UNKNOWN) != first.get(key, UNKNOWN)
-            for part in parts.values()
-        )
-    ]
-    return table(['key', *parts], rows) if rows else '<p>No difference.</p>'
+    parts = [{k: v for k, v in p.items() if k not in same} for p in parts]
+    return by_key(there, parts, 'No difference.')
 
 
 def configs(found: dict[str, Run], base: Path | None) -> Iterator[str]:
     """Each run against its base, and all against each other."""
     for name, run in found.items():
-        if run.config is None:
-            yield f'<p>{escape(name)}: the config is gone.</p>'
-            continue
         path = base or runs.base_of(run.folder)
-        if path is None:
+        if run.config is None:
+            yield f'<p>{escape(name)}: its config is gone.</p>'
+        elif path is None:
             yield (
-                f'<p>{escape(name)}: no config of that name is in configs/, '
+                f'<p>{escape(name)}: no config of its name is in configs/, '
                 'mmdet or mmseg; --base names one.</p>'
             )
-            continue
-        yield f'<h3>{escape(name)} against {escape(str(path))}</h3>'
-        yield differences(
-            {path.name: launch.read_config(path), name: run.config}
-        )
+        else:
+            yield f'<h3>{escape(name)} against {escape(str(path))}</h3>'
+            other = launch.read_config(path)
+            yield differences({path.name: other, name: run.config})
     if len(found) > 1:
         yield '<h3>Between the runs</h3>'
         yield differences({name: run.config for name, run in found.items()})
 
 
-def environments(found: dict[str, Run]) -> Iterator[str]:
-    """What the logs say of machine and versions."""
-    parts = [run.environment for run in found.values()]
-    rows = [
-        [k, *(p.get(k, UNKNOWN) for p in parts)] for k in keys_of(iter(parts))
-    ]
-    yield table(['', *found], rows) if rows else '<p>No log says it.</p>'
-
-
 def main() -> None:
     """Read the runs and write the page."""
     args = parse_args()
-    found: dict[str, Run] = {}
-    for folder in args.work_dirs:
-        names = [path.absolute().name for path in args.work_dirs]
-        short = folder.absolute().name
-        name = str(folder) if names.count(short) > 1 else short
-        found[name] = runs.read_run(folder)
+    names = [path.absolute().name for path in args.work_dirs]
+    found = {
+        name if names.count(name) == 1 else str(path): runs.read_run(path)
+        for name, path in zip(names, args.work_dirs, strict=True)
+    }
+    machine = [run.environment for run in found.values()]
     sections = {
         'Runs': overview(found),
         'Metrics': metrics(found),
         'Curves': curves(found),
         'Predictions': pictures(found, args.pictures),
         'Norms': norms(found),
+        'Environment': [by_key(found, machine, 'No log says it.')],
         'Config': configs(found, args.base),
-        'Environment': environments(found),
     }
     parts = []
     for title, section in sections.items():

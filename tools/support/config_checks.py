@@ -141,6 +141,9 @@ class Training:
             if scope not in DRAWN_BY or not isinstance(image, Tensor):
                 yield Finding('ok', f'{words}; a sample is read, not drawn')
                 return
+            boxes = sample['data_samples'].get('gt_instances', {})
+            if hasattr(boxes.get('bboxes'), 'tensor'):
+                boxes.bboxes = boxes.bboxes.tensor  # what it can draw
             path = self.folder / f'{loader}.png'
             drawer = dict(type=DRAWN_BY[scope], name=str(path))
             visualizer = VISUALIZERS.build(drawer)

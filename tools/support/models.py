@@ -176,7 +176,8 @@ def judge(cfg: Config, model: nn.Module, size: int) -> tuple[Any, str]:
         size: height and width in pixels of the image that is run.
 
     Returns:
-        The report of :func:`ws_mm.check`, and a note where the model does not run; else ''.
+        The report of :func:`ws_mm.check`; and a note where the model does
+        not run, else ''.
     """
     import ws_mm
 

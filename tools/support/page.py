@@ -11,6 +11,8 @@ from string import Template
 import cv2
 from matplotlib.ticker import MaxNLocator
 
+Curve = Mapping[float, float]
+
 PAGE = Template("""\
 <!DOCTYPE html>
 <html lang="en">
@@ -34,7 +36,8 @@ figcaption { font-size: 12px; color: #555 }
 img { max-width: 100%; height: auto }
 svg path { stroke: #ddd }
 svg text { font-size: 12px; text-anchor: middle; fill: #444 }
-svg .y { text-anchor: end }
+svg .y { text-anchor: end; dominant-baseline: middle }
+.dots { marker: url(#dot) }
 $colours
 polyline { fill: none !important; stroke-width: 1.5 }
 .grid { display: grid; gap: 1em;
@@ -42,6 +45,9 @@ polyline { fill: none !important; stroke-width: 1.5 }
 .x0, .x1, .x2 { display: none }
 #x0:checked ~ .x0, #x1:checked ~ .x1, #x2:checked ~ .x2 { display: grid }
 </style>
+<svg width="0" height="0" style="position: absolute"><marker id="dot"
+ viewBox="-4 -4 8 8" markerWidth="4" markerHeight="4"><circle r="4"
+ fill="context-stroke" stroke="none"/></marker></svg>
 <h1>$title</h1>
 $body
 </html>
@@ -110,9 +116,7 @@ def picture(path: Path, words: str) -> str:
     )
 
 
-def panel(
-    title: str, label: str, curves: Mapping[int, Mapping[float, float]]
-) -> str:
+def panel(title: str, label: str, curves: Mapping[int, Curve]) -> str:
     """Draw one value of several runs; what is not finite is left out.
 
     Args:
@@ -120,61 +124,66 @@ def panel(
         label: of the horizontal axis.
         curves: values by places, by the number of the run.
     """
-    finite = {
+    lines = {
         number: sorted((x, y) for x, y in curve.items() if math.isfinite(y))
         for number, curve in curves.items()
     }
-    holes = sum(len(curve) - len(finite[n]) for n, curve in curves.items())
-    words = title + (f' ({holes} NaN or infinite)' if holes else '')
-    places = [point for points in finite.values() for point in points]
+    holes = sum(len(curve) - len(lines[n]) for n, curve in curves.items())
+    words = escape(title) + (f' ({holes} NaN or infinite)' if holes else '')
+    places = [point for points in lines.values() for point in points]
     if not places:
-        return f'<p>{escape(words)}: no value to draw.</p>'
-    ticks = []
-    for values in zip(*places, strict=True):
-        low, high = min(values), max(values)
-        room = (abs(low) or 1) / 10 * (low == high)
-        integer = isinstance(low, int)
-        locator = MaxNLocator(5, integer=integer)
-        ticks.append(locator.tick_values(low - room, high + room))
-    spans = [(values[0], values[-1] - values[0]) for values in ticks]
+        return f'<p>{words}: no value to draw.</p>'
+    xs, ys = zip(*places, strict=True)
+    decades = min(ys) > 0 and max(ys) > 100 * min(ys)
+    if decades:
+        ys = [math.log10(y) for y in ys]
+        lines = {
+            n: [(x, math.log10(y)) for x, y in points]
+            for n, points in lines.items()
+        }
+    columns = ticks_of(xs, isinstance(xs[0], int))
+    rows = ticks_of(ys, decades)
+    width, height = columns[-1] - columns[0], rows[-1] - rows[0]
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        (left, width), (low, height) = spans
-        return 60 + 340 * (x - left) / width, 220 - 205 * (y - low) / height
+    def at(x: float, y: float) -> tuple[str, str]:
+        right, up = (x - columns[0]) / width, (y - rows[0]) / height
+        return f'{60 + 340 * right:.1f}', f'{220 - 205 * up:.1f}'
 
     drawn = []
-    for x in ticks[0]:
-        place = at(x, spans[1][0])[0]
-        drawn.append(f'<path d="M{place:.1f} 15V220"/>')
-        drawn.append(f'<text x="{place:.1f}" y="238">{x:.6g}</text>')
-    for y in ticks[1]:
-        place = at(spans[0][0], y)[1]
-        drawn.append(f'<path d="M60 {place:.1f}H400"/>')
+    for value in columns:
+        x, _ = at(value, rows[0])
+        drawn.append(f'<path d="M{x} 15V220"/>')
+        drawn.append(f'<text x="{x}" y="238">{value:.6g}</text>')
+    for value in rows:
+        _, y = at(columns[0], value)
+        words_of = f'{10**value if decades else value:g}'
+        drawn.append(f'<path d="M60 {y}H400"/>')
+        drawn.append(f'<text x="56" y="{y}" class="y">{words_of}</text>')
+    for number, points in lines.items():
+        spots = [','.join(at(*point)) for point in thinned(points)]
+        dots = 'dots' if len(spots) < 30 else ''
         drawn.append(
-            f'<text x="56" y="{place + 4:.1f}" class="y">{y:g}</text>'
+            f'<polyline class="c{number % 10} {dots}" '
+            f'points="{" ".join(spots)}"/>'
         )
-    for number, points in finite.items():
-        spots = [at(*point) for point in thinned(points)]
-        line = ' '.join(f'{x:.1f},{y:.1f}' for x, y in spots)
-        drawn.append(f'<polyline class="c{number % 10}" points="{line}"/>')
-        drawn += [
-            f'<circle class="c{number % 10}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
-            for x, y in spots * (len(spots) < 30)
-        ]
-    inner = '\n'.join(drawn)
     return (
-        f'<figure><figcaption>{escape(words)}</figcaption>'
-        f'<svg viewBox="0 0 420 262" role="img" aria-label="{escape(title)}">'
-        f'{inner}<text x="230" y="257">{label}</text></svg></figure>'
+        f'<figure><figcaption>{words}</figcaption>'
+        f'<svg viewBox="0 0 420 262" role="img">{"".join(drawn)}'
+        f'<text x="230" y="257">{label}</text></svg></figure>'
     )
+
+
+def ticks_of(values: Iterable[float], integer: bool) -> list[float]:
+    """Round numbers around some values."""
+    low, high = min(values), max(values)
+    if low == high:
+        low, high = low - (abs(low) or 1) / 10, high + (abs(low) or 1) / 10
+    return MaxNLocator(5, integer=integer).tick_values(low, high).tolist()
 
 
 def thinned(points: list[Point]) -> list[Point]:
     """Of many points, the lowest and the highest of each few."""
     size = math.ceil(len(points) / MOST) if len(points) > 2 * MOST else 1
     parts = [points[i : i + size] for i in range(0, len(points), size)]
-    return [
-        point
-        for part in parts
-        for point in sorted({min(part, key=second), max(part, key=second)})
-    ]
+    ends = [(min(p, key=second), max(p, key=second)) for p in parts]
+    return sorted({point for pair in ends for point in pair})

@@ -2,7 +2,7 @@
 
 import importlib.util
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,18 +15,16 @@ from support.checkpoints import read_checkpoint
 from support.checks import SetupError
 from support.files import read_lines
 
+Curve = dict[int, float]  # values by iterations that were done, or by layers
 PROGRESS = re.compile(
     r'(?:Epoch|Iter)\(train\) +(?:\[ *(\d+)\])?\[ *(\d+)/ *(\d+)\]'
 )
 TRACEBACK = 'Traceback (most recent call last):'
-# Of a training alone: no curves, but numbers of the line itself.
-NO_CURVE = {'epoch', 'iter', 'step'}
-# Where people send what a training prints; mmengine's log has no traceback.
+# Where people send what a training prints: mmengine logs no Traceback.
 CONSOLES = ('*.log', '*.out', '*.err', '*.txt')
-SINGULARITIES = 'singularities.jsonl'  # of SingularitiesHook
-TAIL = 15
-LONGEST = 80
-Curve = dict[int, float]  # values by iterations that were done
+TAIL, LONGEST = 15, 80  # lines of a log, and of a Traceback
+NO_CURVE = {'epoch', 'iter', 'step'}
+NO_METRIC = {*NO_CURVE, 'time', 'data_time', 'memory'}
 
 
 @dataclass
@@ -38,13 +36,13 @@ class Run:
         train: curves of training, by key.
         metrics: curves of validation.
         others: what hooks recorded beside them.
-        tests: results of tests in the same work dir, by key.
+        tests: results of the last test in the same work dir.
         config: as it was dumped; None if it is gone.
-        environment: first lines of the log.
-        progress: words of the last iteration that was logged.
-        ended: whether the log shows the last iteration.
+        environment: what the log says of it.
+        progress: the last iteration that was logged, in words.
+        ended: whether the log shows the end.
         tail: last lines of the log.
-        traceback: last one that was found; '' without.
+        traceback: of a run that did not end; '' if none was found.
     """
 
     folder: Path
@@ -60,17 +58,11 @@ class Run:
     traceback: str = ''
 
     @property
-    def last(self) -> int:
-        """Last iteration with a value."""
-        return max((max(curve) for curve in self.train.values()), default=0)
-
-    @property
     def images(self) -> int | None:
         """Images of one iteration in all processes; None if unknown."""
         loader = (self.config or {}).get('train_dataloader') or {}
-        size = loader.get('batch_size') or (
-            loader.get('batch_sampler') or {}
-        ).get('batch_size')
+        sampler = loader.get('batch_sampler') or {}
+        size = loader.get('batch_size') or sampler.get('batch_size')
         return size and size * int(self.environment.get('GPU number', 1))
 
     def hours(self) -> Curve:
@@ -88,10 +80,8 @@ def read_run(folder: Path) -> Run:
     Raises:
         SetupError: it is none.
     """
-    if not folder.is_dir():
-        raise SetupError(f'No folder {folder}.')
-    logs = sorted(folder.glob('*/*.log'))
     scalars = sorted(folder.glob('*/vis_data/scalars.json'))
+    logs = {p: _text(p) for p in sorted(folder.glob('*/*.log'))}
     if not logs and not scalars:
         raise SetupError(
             f'{folder} is no work dir of a training: it has no '
@@ -100,65 +90,57 @@ def read_run(folder: Path) -> Run:
         )
     run = Run(folder)
     _read_curves(run, scalars)
-    texts = {path: path.read_text(errors='replace') for path in logs}
-    trained = [p for p, text in texts.items() if PROGRESS.search(text)]
-    log = (trained or logs or [None])[-1]
-    run.config = _config(folder, log or scalars[-1].parent)
+    # Tests have logs, too.
+    of_training = [p for p, text in logs.items() if PROGRESS.search(text)]
+    log = (of_training or [*logs, None])[-1]
+    start = log.parent if log else scalars[-1].parents[1]
+    run.config = _config(start / 'vis_data/config.py', *folder.glob('*.py'))
     if log:
-        _read_log(run, texts[log])
-    for path in [log] * bool(log) + sorted(
-        path for kind in CONSOLES for path in folder.glob(kind)
-    ):
-        _, found, rest = path.read_text(errors='replace').rpartition(TRACEBACK)
+        _read_log(run, logs[log])
+    files = [p for kind in CONSOLES for p in sorted(folder.glob(kind))]
+    for text in [*map(_text, files), logs.get(log, '')]:
+        _, found, rest = text.rpartition(TRACEBACK)
         if found and not run.ended:
             run.traceback = '\n'.join((found + rest).splitlines()[:LONGEST])
     for path in sorted(folder.glob('*/*.json')):
         for line in read_lines(path):
-            run.tests |= {k: v for k, v in line.items() if _is_metric(k, v)}
+            run.tests = {k: v for k, v in line.items() if k not in NO_METRIC}
     return run
 
 
+def _text(path: Path) -> str:
+    return path.read_text(errors='replace')
+
+
 def _read_curves(run: Run, files: list[Path]) -> None:
-    """Sort the lines of scalars; a resumed run goes over what it repeats."""
+    """Sort the lines of scalars; a resumed run replaces what it repeats."""
     first, last = 0, 0
     for path in files:
         lines = list(read_lines(path))
         steps = [line['step'] for line in lines if 'iter' in line]
-        if steps and steps[0] == first:  # a new training, from the start
+        if steps and steps[0] == first:  # from the start again
             run.train, run.metrics, run.others = {}, {}, {}
         first = first or (steps or [0])[0]
         for line in lines:
-            step, kind = line.get('step', 0), run.others
+            kind, step, left_out = run.others, line.get('step', 0), NO_CURVE
             if 'iter' in line:
                 kind, last = run.train, step
             elif 'time' in line:
                 # The step of a validation may count epochs, or nothing.
-                kind, step = run.metrics, last
+                kind, step, left_out = run.metrics, last, NO_METRIC
             for key, value in line.items():
-                if kind is run.metrics and not _is_metric(key, value):
-                    continue
-                if key not in NO_CURVE and isinstance(value, (int, float)):
+                if key not in left_out and isinstance(value, (int, float)):
                     kind.setdefault(key, {})[step] = value
 
 
-def _is_metric(key: str, value: Any) -> bool:
-    timing = {*NO_CURVE, 'time', 'data_time'}
-    return isinstance(value, (int, float)) and key not in timing
-
-
-def _config(folder: Path, near: Path) -> Config | None:
-    """The config that was dumped beside a log, else into the work dir."""
-    for path in (
-        near.parent / 'vis_data/config.py',
-        near / 'config.py',
-        *sorted(folder.glob('*.py')),
-    ):
-        if path.is_file():
-            try:
-                return Config.fromfile(path, import_custom_modules=False)
-            # Whatever the code in a config may raise.
-            except Exception:
-                continue
+def _config(*paths: Path) -> Config | None:
+    """The first of these files that can be read."""
+    for path in paths:
+        try:
+            return Config.fromfile(path, import_custom_modules=False)
+        # Whatever the code in a config may raise.
+        except Exception:
+            continue
     return None
 
 
@@ -169,10 +151,10 @@ def _read_log(run: Run, text: str) -> None:
     for line in block[1].splitlines() if block else ():
         if match := re.match(r' {4}(\w[^:]*): (.*)', line):
             run.environment[match[1]] = match[2]
-    found = list(PROGRESS.finditer(text))
+    found = PROGRESS.findall(text)
     if not found:
         return
-    epoch, iteration, count = found[-1].groups()
+    epoch, iteration, count = found[-1]
     loop = (run.config or {}).get('train_cfg') or {}
     unit, total = 'epochs', loop.get('max_epochs')
     if total is None:
@@ -190,65 +172,55 @@ def _read_log(run: Run, text: str) -> None:
 
 def layers(folder: Path) -> dict[str, Curve]:
     """What SingularitiesHook measured last, over the layers from 1."""
-    path = folder / SINGULARITIES
+    path = folder / 'singularities.jsonl'
     lines = list(read_lines(path)) if path.is_file() else []
-    curves: dict[str, Curve] = {}
-    for place, layer in enumerate(
-        lines[-1]['layers'].values() if lines else (), 1
-    ):
-        for key, value in layer.items():
-            curves.setdefault(f'{key}, last', {})[place] = value
-    return curves
+    last = lines[-1]['layers'].values() if lines else []
+    keys = {key: None for layer in last for key in layer}
+    return {
+        f'{key}, last': {n: layer[key] for n, layer in enumerate(last, 1)}
+        for key in keys
+    }
 
 
 def statistics(folder: Path) -> dict[str, Curve]:
     """Medians of running statistics in the last checkpoint, over layers."""
     saved = sorted(folder.glob('*.pth'), key=lambda p: p.stat().st_mtime)
-    if not saved:
-        return {}
-    weights = read_checkpoint(saved[-1]).get('state_dict') or {}
+    content = read_checkpoint(saved[-1]) if saved else {}
     curves: dict[str, Curve] = {}
-    for kind in ('running_mean', 'running_var'):
-        values = [v for k, v in weights.items() if k.endswith(kind)]
-        for place, value in enumerate(values, 1):
-            size = value.double().abs().median().item()
-            name = f'{kind}, median size, {saved[-1].name}'
-            curves.setdefault(name, {})[place] = size
+    for name, value in content.get('state_dict', {}).items():
+        kind = name.rpartition('.')[2]
+        if kind in ('running_mean', 'running_var'):
+            curve = curves.setdefault(f'size of {kind}, median, last', {})
+            curve[len(curve) + 1] = value.double().abs().median().item()
     return curves
 
 
 def base_of(folder: Path) -> Path | None:
-    """The config of a run's name among those of the packages."""
-    packages = [importlib.util.find_spec(name) for name in ('mmdet', 'mmseg')]
-    roots = [ROOT / 'configs'] + [
-        Path(spec.origin).parent / '.mim/configs' for spec in packages if spec
-    ]
-    for dumped in folder.glob('*.py'):
-        for root in roots:
-            for path in root.rglob(dumped.name):
-                return path
-    return None
+    """The config of a run's name in configs/, mmdet or mmseg."""
+    roots = [ROOT / 'configs']
+    for name in ('mmdet', 'mmseg'):
+        if spec := importlib.util.find_spec(name):
+            roots.append(Path(spec.origin or '').parent / '.mim/configs')
+    names = [path.name for path in folder.glob('*.py')]
+    found = (p for root in roots for n in names for p in root.rglob(n))
+    return next(found, None)
 
 
 def flat(config: Any, key: str = '') -> Iterator[tuple[str, Any]]:
     """Yield the values of a config by keys.
 
-    A dict in a list goes by its type, so that a step that is put into a
-    pipeline leaves the keys of the others.
+    A dict in a list goes by its type: a step that is put into a pipeline
+    leaves the keys of the others.
     """
-    if isinstance(config, dict):
+    if isinstance(config, dict) and config:
         for name, value in config.items():
             yield from flat(value, f'{key}.{name}'.lstrip('.'))
-        if not config:
-            yield key, {}
-    elif isinstance(config, (list, tuple)) and any(
-        isinstance(item, dict) for item in config
-    ):
-        seen: dict[str, int] = defaultdict(int)
+    elif isinstance(config, (list, tuple)) and 'type' in str(config):
+        seen: Counter[str] = Counter()
         for item in config:
-            name = str(item.get('type') if isinstance(item, dict) else item)
+            name = str(item.get('type') if isinstance(item, dict) else '')
             seen[name] += 1
-            more = f' {seen[name]}' if seen[name] > 1 else ''
-            yield from flat(item, f'{key}[{name}{more}]')
+            count = f' {seen[name]}' if seen[name] > 1 else ''
+            yield from flat(item, f'{key}[{name}{count}]')
     else:
         yield key, list(config) if isinstance(config, tuple) else config
