@@ -159,18 +159,8 @@ class Training:
     def memory(self) -> Iterator[Finding]:
         """Count what one training step keeps, on the CPU."""
         batch, model = self._step()
-        kept: dict[int, Tensor] = {}
-        own = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
-
-        def keep(tensor: Tensor) -> Tensor:
-            if tensor.untyped_storage().data_ptr() not in own:
-                kept[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            losses = model(**batch, mode='loss')
-        activations = sum(t.untyped_storage().nbytes() for t in kept.values())
-        del losses
+        own = [*model.parameters(), *model.buffers()]
+        activations = kept_bytes(own, lambda: model(**batch, mode='loss'))
         kind = self.cfg.optim_wrapper.optimizer.type
         trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         weights = trained * COPIES.get(kind, 4)
@@ -207,6 +197,29 @@ class Training:
             model = MODELS.build(copy.deepcopy(self.cfg.model))
         model = revert_sync_batchnorm(model).train()
         return model.data_preprocessor(batch, True), model
+
+
+def kept_bytes(own: list[Tensor], run: Callable[[], Any]) -> int:
+    """Bytes that a forward keeps for its backward.
+
+    Args:
+        own: tensors of the model, which are there anyway.
+        run: the forward; returns what the backward begins with.
+    """
+    there = {tensor.untyped_storage().data_ptr() for tensor in own}
+    kept: dict[int, Tensor] = {}  # held: an address is reused once it is free
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        run()
+    return sum(
+        tensor.untyped_storage().nbytes()
+        for place, tensor in kept.items()
+        if place not in there
+    )
 
 
 def picture(image: Tensor) -> np.ndarray:
