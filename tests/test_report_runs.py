@@ -317,7 +317,11 @@ def test_a_browser_shows_it_without_a_complaint(
     if browser is None:
         pytest.skip(f'none of {", ".join(names)} is installed')
     out = tmp_path / 'all.html'
-    _, text = report(monkeypatch, out, work / 'ours', work / 'dead')
+    # More columns than a narrow screen is wide.
+    links = [tmp_path / f'link {n}' for n in range(5)]
+    for link in links:
+        link.symlink_to(work / 'dead')
+    _, text = report(monkeypatch, out, work / 'ours', *links)
     # Says in the title which pictures have pixels, and what is drawn.
     out.write_text(
         text + '<script>onload = () => { const i = [...document.images];'
@@ -338,5 +342,5 @@ def test_a_browser_shows_it_without_a_complaint(
         text=True,
         timeout=100,
     )
-    assert '<title>6 of 6, true, true</title>' in done.stdout, done.stderr
+    assert '<title>14 of 14, true, true</title>' in done.stdout, done.stderr
     assert 'CONSOLE' not in done.stderr
