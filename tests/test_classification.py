@@ -1,11 +1,11 @@
 """Classifiers of mmpretrain through the tools, and what starts from them."""
 
+import importlib.util
 import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import onnxruntime
 import pytest
 import torch
 from in_process import Script, load, tools  # noqa: F401
@@ -110,19 +110,15 @@ def check_tools(
     script: Callable[..., int],
 ) -> None:
     """Evaluate, draw, check, bake and export it."""
-    work = ('--work-dir', folder / 'test')
-    scores = []
-    for options in ((), ('--tta',)):
-        out = folder / 'scores.pkl'
-        assert (
-            script('test', config, weights, '--out', out, *work, *options) == 0
-        )
+    work, scores = ('--work-dir', folder / 'test'), []
+    shown, out = folder / 'shown', folder / 'scores.pkl'
+    for options in (('--show-dir', shown), ('--tta',)):
+        options = ('--out', out, *work, *options)
+        assert script('test', config, weights, *options) == 0
         found = pickle.loads(out.read_bytes())
         scores.append(torch.stack([each['pred_score'] for each in found]))
         torch.testing.assert_close(scores[-1].sum(1), torch.ones(2))
     assert not torch.equal(*scores)  # flipped images count
-    shown = folder / 'shown'
-    assert script('test', config, weights, '--show-dir', shown, *work) == 0
     assert len(list(shown.glob('*.png'))) == 2
     assert script('check_model', config) == 0
     if norm == 'gn':
@@ -130,12 +126,12 @@ def check_tools(
         baked = (folder / 'baked/gn.py').read_text()
         assert 'ImageClassifier' in baked
         assert 'ws_mm' not in baked
-        return
-    onnx = folder / 'classifier.onnx'
-    assert script('export', config, weights, onnx) == 0
-    (output,) = onnxruntime.InferenceSession(onnx).get_outputs()
-    assert output.name == 'logits'
-    assert output.shape[1] == 2
+    elif importlib.util.find_spec('onnxruntime'):  # not in the official line
+        onnx = folder / 'classifier.onnx'
+        assert script('export', config, weights, onnx) == 0
+        session = importlib.import_module('onnxruntime').InferenceSession
+        (output,) = session(onnx).get_outputs()
+        assert (output.name, output.shape[1]) == ('logits', 2)
 
 
 def test_a_shipped_config_is_converted(
