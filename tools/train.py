@@ -1,4 +1,4 @@
-"""Train a detector or a segmentor from a config."""
+"""Train a detector, a segmentor or a classifier from a config."""
 
 import argparse
 import glob
