@@ -10,14 +10,14 @@ import torch
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
+from ws_mm import BCN
 from ws_mm.functional import standardize_weight
 
 pytest.importorskip('mmcv')
 
-from experiments import grid, hooks, starts
+from experiments import grid, hooks, starts, variants  # noqa: F401
 from experiments.lite0 import Lite0
 from experiments.norms import parts_of
-from experiments.variants import EasedBCN
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.utils import import_modules_from_strings
 
@@ -59,13 +59,19 @@ def randomized(network: nn.Module) -> nn.Module:
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
-            module.weight.add_(0.03)  # filters of mean zero hide mistakes
+            # Filters of mean zero hide mistakes.
+            module.weight.add_(0.3 / module.weight[0].numel())
         elif isinstance(module, nn.BatchNorm2d):
             module.weight.uniform_(0.5, 1.5)
-            module.bias.normal_()
-            module.running_mean.normal_()
+            module.bias.normal_(0, 0.5)
+            module.running_mean.normal_(0, 0.5)
             module.running_var.uniform_(0.5, 2)
     return network.eval()
+
+
+def differ(images: Tensor) -> bool:
+    """Whether outputs tell images apart: a dead network has none to keep."""
+    return bool((images[0] - images[1]).norm() > 0.02 * images.norm())
 
 
 def logits(classifier: nn.Module, features: Tensor) -> Tensor:
@@ -82,7 +88,7 @@ def same_as_timm(path: Path | None, tensors: list[Tensor]) -> None:
     x = torch.randn(2, 3, 95, 70)
     with torch.no_grad():
         found, expected = logits(other, network(x)[-1]), other(x)
-    assert expected.std() > 0.1
+    assert differ(expected)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -120,11 +126,17 @@ def test_a_package_that_is_missing_is_named_with_its_command(monkeypatch):
         ({'weight': torch.zeros(1)}, '1 tensors, not 296'),
         (dict.fromkeys(map(str, range(296)), torch.zeros(1)), "KeyError: '0'"),
         (
+            dict.fromkeys(
+                (f'_conv_stem.{i}' for i in range(296)), torch.zeros(1)
+            ),
+            'Missing key(s) in state_dict',
+        ),
+        (
             dict.fromkeys(names_of_file(), torch.zeros(1)),
             'size mismatch for stem.conv.weight',
         ),
     ],
-    ids=['fewer', 'other names', 'other shapes'],
+    ids=['fewer', 'other names', 'other keys', 'other shapes'],
 )
 def test_another_file_is_rejected(state, reason, tmp_path):
     path = tmp_path / 'other.pth'
@@ -146,23 +158,23 @@ def started(source, norm, depthwise=False, **changes) -> Lite0:
     """A network with another norm that starts from one with BN."""
     conv_cfg, norm_cfg = parts_of(norm, **changes)
     target = Lite0(conv_cfg, norm_cfg, depthwise)
-    for values in target.parameters():
-        nn.init.normal_(values)  # nothing of before may count
+    for name, values in target.named_parameters():
+        if not name.endswith('gate'):
+            nn.init.normal_(values)  # nothing of before may count
     for module in target.modules():
-        if hasattr(module, 'outer_affine'):
+        if isinstance(module, BCN):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-        if isinstance(module, EasedBCN):
-            nn.init.zeros_(module.gate)
     starts.start_from(source, target)
     return target.eval()
 
 
 @torch.no_grad()
-def distance(network, source) -> float:
-    """Relative error of the last map."""
-    x = torch.randn(1, 3, 64, 64)
-    found, expected = network(x)[-1], source(x)[-1]
+def distance(network, source, level=-1) -> float:
+    """Relative error of the last map, or of another."""
+    x = torch.randn(2, 3, 64, 64)
+    found, expected = network(x)[level], source(x)[level]
+    assert differ(expected)
     return ((found - expected).norm() / expected.norm()).item()
 
 
@@ -231,11 +243,25 @@ def test_standardized_filters_of_mean_zero_keep_the_function(source):
             module.running_mean.mul_(0.03)
             module.running_var.mul_(0.03**2)  # so small that eps counts
     network = started(centered, 'BN+WS', depthwise=True)
-    assert distance(network, centered) < 1e-3
+    # What such filters make of noise is alike in the last map.
+    assert distance(network, centered, level=0) < 1e-4
     weight = network.stem.conv.weight
     torch.testing.assert_close(
         network.stem.conv.standardized_weight(), standardize_weight(weight)
     )
+
+
+@torch.no_grad()
+def test_dead_and_large_filters_start_finite(source):
+    odd = Lite0().eval()
+    odd.load_state_dict(source.state_dict())
+    odd.blocks[0].depthwise.conv.weight[0] = 0.5  # no variance
+    odd.blocks[0].depthwise.conv.weight[1] *= 100
+    odd.blocks[0].depthwise.norm.running_var[1] = 0
+    network = started(odd, 'BN+WS', depthwise=True)
+    assert network(torch.randn(1, 3, 32, 32))[-1].isfinite().all()
+    assert network.blocks[0].depthwise.norm.running_var.ge(0).all()
+    assert network.blocks[0].depthwise.norm.running_mean.isfinite().all()
 
 
 def test_groups_have_two_channels_and_divide():

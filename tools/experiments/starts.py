@@ -101,7 +101,7 @@ def start_from(source: nn.Module, target: nn.Module) -> None:
         one. All others take what has the same name: GN has the affine. A
         standardized convolution keeps its plain filters' direction; the
         statistics behind it are those of filters of the new size,
-            mean = mean / s, var = (var + eps) / s^2 - eps,
+            mean = mean / s, var = max((var + eps) / s^2 - eps, 0),
         with s the standard deviation of the plain filters over that of the
         new ones. Without the mean that it takes away, BN would compute the
         same.
@@ -119,15 +119,17 @@ def start_from(source: nn.Module, target: nn.Module) -> None:
                 new.load_state_dict({'weight': old.weight}, strict=False)
             new.weight.copy_(old.weight)
             if isinstance(new, WSConv2d):
-                made = new.standardized_weight()
-                size = old.weight.std((1, 2, 3)) / made.std((1, 2, 3))
+                made = new.standardized_weight().std((1, 2, 3))
+                size = old.weight.std((1, 2, 3)) / made
+                # Filters of one value have no size.
+                size = size.where(made > 0, 1.0)
                 scale[name.replace('conv', 'norm')] = size
         elif isinstance(old, nn.BatchNorm2d):
             norm: Any = copy.deepcopy(old)
             if name in scale:
                 norm.running_mean /= scale[name]
                 var = (norm.running_var + norm.eps) / scale[name] ** 2
-                norm.running_var.copy_(var - norm.eps)
+                norm.running_var.copy_((var - norm.eps).clamp_min(0))
             values = norm.state_dict()
             if isinstance(new, RunningStatistics):
                 groups = {}

@@ -1,8 +1,9 @@
 """Norms from a pretrained BN network: three seeds, two images, BN at 8.
 
 The rates are to be the best of starts.py: read its table
-(report.py OUT_DIR --grid starts.py) and write them into ``best``. On one
-core: 4.5 hours.
+(report.py OUT_DIR --grid starts.py) and write them into ``best``. In the same
+OUT_DIR the runs of seed 0 are there already; the others take 4.5 hours on
+one core.
 """
 
 _base_ = './_base_/starts.py'

@@ -11,8 +11,10 @@ instances = dict(
     images=892, lr=0.01, at=1, metric='coco/segm_mAP', validations=1
 )
 
-voc = dict(images=1100, lr=0.01, at=1, metric='mIoU', validations=1)
-person = dict(images=825, lr=0.01, at=1, metric='coco/segm_mAP', validations=1)
+voc = dict(images=1100, lr=0.005, at=1, metric='mIoU', validations=1)
+person = dict(
+    images=1238, lr=0.01, at=1, metric='coco/segm_mAP_50', validations=1
+)
 
 tasks = dict(
     voc_masks=dict(voc, config=folder + 'voc_masks.py'),
