@@ -114,8 +114,8 @@ train_cfg = dict(type='IterBasedTrainLoop', max_iters=1100, val_interval=1100)
 val_cfg = dict(type='ValLoop')
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='SGD', lr=0.005, momentum=0.9, weight_decay=0.0005),
+    optimizer=dict(type='SGD', lr=0.001, momentum=0.9, weight_decay=0.0005),
     # The head is new, the backbone is not.
-    paramwise_cfg=dict(custom_keys={'decode_head': dict(lr_mult=10)}),
+    paramwise_cfg=dict(custom_keys={'decode_head': dict(lr_mult=50)}),
     clip_grad=dict(max_norm=10, norm_type=2),
 )

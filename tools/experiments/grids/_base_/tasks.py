@@ -11,7 +11,7 @@ instances = dict(
     images=892, lr=0.01, at=1, metric='coco/segm_mAP', validations=1
 )
 
-voc = dict(images=1100, lr=0.005, at=1, metric='mIoU', validations=1)
+voc = dict(images=1100, lr=0.001, at=1, metric='mIoU', validations=1)
 person = dict(
     images=1238, lr=0.01, at=1, metric='coco/segm_mAP_50', validations=1
 )
