@@ -1,7 +1,9 @@
 """Findings of the doctor: environment, good configs, and each mistake."""
 
 import argparse
+import multiprocessing
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from in_process import load, tools  # noqa: F401
 from mmengine.config import Config
-from support import config_checks, environment_checks
+from support import config_checks, environment_checks, ranks
 from support.config_checks import Training
 from support.findings import Finding, findings_of
 from tiny_runs import DET, SEG, without_ws, write_config, write_data
@@ -292,6 +294,17 @@ def test_kernels_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = environment_checks.kernels_compute()
     assert found.level == 'error'
     assert 'WS_MM_KERNELS=plain' in found.mend
+
+
+def test_processes_that_do_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def waits(*_: object, **__: object) -> list:
+        return ranks.in_ranks(lambda rank: time.sleep(600), seconds=2)
+
+    monkeypatch.setattr(environment_checks, 'in_ranks', waits)
+    (found,) = environment_checks.processes_talk()
+    assert found.level == 'error'
+    assert 'no end within 2 seconds' in found.text
+    assert not multiprocessing.active_children()
 
 
 def test_processes_that_cannot_talk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -31,15 +32,26 @@ def in_ranks(
         size: Number of processes.
         start_method: How they start, see :mod:`multiprocessing`.
         backend: Backend of the group; with ``'nccl'`` each has a GPU.
-        seconds: Longest wait of one for the other.
+        seconds: Longest wait of one for the other, and for all of them.
+
+    Raises:
+        TimeoutError: they take longer; they are killed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(
+        started = mp.start_processes(
             _start,
             (size, backend, seconds, Path(folder), function, args),
             size,
+            join=False,
             start_method=start_method,
         )
+        end = time.monotonic() + seconds
+        while not started.join(timeout=1):
+            if time.monotonic() > end:
+                for process in started.processes:
+                    process.kill()
+                    process.join()
+                raise TimeoutError(f'no end within {seconds:g} seconds')
         return [
             torch.load(Path(folder, f'{rank}.pt'), weights_only=False)
             for rank in range(size)
