@@ -1,6 +1,5 @@
 """Every config loads, builds, and fits its name and configs/README.md."""
 
-import copy
 import logging
 import re
 from collections import Counter
@@ -14,16 +13,14 @@ import pytest
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.optim import OptimWrapper
-from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from torch import nn
 
 from ws_mm import BCN, WSConv2d
+from ws_mm.shapes import build_without_memory
 
-HOSTS = {
-    name: pytest.importorskip(f'{name}.registry', exc_type=ImportError)
-    for name in ('mmdet', 'mmseg')
-}
+for host in ('mmdet', 'mmseg'):
+    pytest.importorskip(f'{host}.registry', exc_type=ImportError)
 CONFIGS = Path(__file__).parents[1] / 'configs'
 LEAVES = {
     path.relative_to(CONFIGS).as_posix(): path
@@ -44,8 +41,15 @@ ROOTS = {
     'voc12aug': 'data/VOCdevkit/VOC2012',
     'nuclei': 'data/dsb2018_nuclei/',
     'stardist': 'data/demo/stardist/',
+    'modelnet40': 'data/modelnet40_ply_hdf5_2048',
+    'motions': 'data/photographs/',
+    'sthv2': 'data/sthv2/',
+    'solids': None,
 }
-CLASSES = {'coco': 80, 'voc12aug': 21, 'nuclei': None, 'stardist': None}
+CLASSES = {
+    **{'coco': 80, 'voc12aug': 21, 'nuclei': None, 'stardist': None},
+    **{'modelnet40': 40, 'motions': 8, 'sthv2': 174, 'solids': 14},
+}
 # Learning rate for 16 images per step.
 RATES = {'coco': 0.02, 'voc12aug': 0.007}
 # Metrics in the README and in MMDetection or MMSegmentation, and the factor
@@ -55,8 +59,10 @@ METRICS = {
     'box AP': 'coco/bbox_mAP',
     'mask AP': 'coco/segm_mAP',
     'mIoU': 'mIoU',
+    'accuracy': 'accuracy',
+    'class accuracy': 'class_accuracy',
 }
-SCALES = {'box': 100, 'box AP': 100, 'mask AP': 100, 'mIoU': 1}
+SCALES = {'box': 100, 'box AP': 100, 'mask AP': 100}
 # No norm follows these layers, as in the published models. '-all' leaves
 # them out.
 PLAIN = {
@@ -89,7 +95,12 @@ WEIGHTS = {
 
 every_leaf = pytest.mark.parametrize('leaf', LEAVES)
 every_published = pytest.mark.parametrize(
-    'leaf', [leaf for leaf in LEAVES if not leaf.startswith('demo/')]
+    'leaf',
+    [
+        leaf
+        for leaf in LEAVES
+        if not leaf.startswith(('demo/', 'dgcnn/', 'tsm/'))
+    ],
 )
 
 
@@ -108,13 +119,8 @@ def name_parts(leaf: str) -> dict[str, str]:
 def build(leaf: str) -> nn.Module:
     """The leaf's model, at full size on the meta device."""
     cfg = load(leaf)
-    host = HOSTS[cfg.default_scope]
-    with (
-        DefaultScope.overwrite_default_scope(cfg.default_scope),
-        torch.device('meta'),
-    ):
-        # The hosts write into the config that they build from.
-        return host.MODELS.build(copy.deepcopy(cfg.model))
+    pytest.importorskip(f'{cfg.default_scope}.registry', exc_type=ImportError)
+    return build_without_memory(cfg.model, cfg.default_scope)
 
 
 def layers(model: nn.Module) -> dict[str, str]:
@@ -347,7 +353,7 @@ def test_data_fit_the_name(leaf: str) -> None:
     cfg, name = load(leaf), name_parts(leaf)
     for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         roots = set(find(cfg[loader].dataset, 'data_root'))
-        assert roots == {ROOTS[name['data']]}
+        assert roots == {ROOTS[name['data']]} - {None}
     if CLASSES[name['data']]:
         classes = set(find(cfg.model, 'num_classes'))
         assert classes == {CLASSES[name['data']]}
@@ -368,7 +374,8 @@ def test_bcn_estimates_are_averaged_over_the_ranks(leaf: str) -> None:
     named = re.search(r'_bcn(-sync)?-', name)
     if named:
         assert modes == {'sync_batch' if named[1] else 'estimate'}
-        assert cfg.model.backbone.norm_eval is False
+        if 'backbone' in cfg.model:
+            assert cfg.model.backbone.norm_eval is False
     hooks = find(cfg.get('custom_hooks', []), 'type')
     assert ('ws_mm.SyncEstimatesHook' in hooks) == ('estimate' in modes)
 
@@ -427,9 +434,9 @@ def test_expected_figures_fit_the_readme(leaf: str) -> None:
     stated = {}
     for part in row['published'].split(', '):
         value, what = part.split(' ', 1)
-        stated[METRICS[what]] = pytest.approx(float(value) / SCALES[what])
+        stated[METRICS[what]] = pytest.approx(float(value) / SCALES.get(what, 1))
     assert expected.metrics == stated
-    assert expected.tolerance == (1.0 if 'mIoU' in stated else 0.005)
+    assert expected.tolerance == (0.005 if 'coco' in str(stated) else 1)
 
 
 def test_readme_lists_every_config() -> None:
