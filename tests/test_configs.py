@@ -434,7 +434,9 @@ def test_expected_figures_fit_the_readme(leaf: str) -> None:
     stated = {}
     for part in row['published'].split(', '):
         value, what = part.split(' ', 1)
-        stated[METRICS[what]] = pytest.approx(float(value) / SCALES.get(what, 1))
+        stated[METRICS[what]] = pytest.approx(
+            float(value) / SCALES.get(what, 1)
+        )
     assert expected.metrics == stated
     assert expected.tolerance == (0.005 if 'coco' in str(stated) else 1)
 

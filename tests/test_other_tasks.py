@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -88,13 +89,13 @@ def test_rounds_and_blocks_have_their_size() -> None:
         # The halves of a cell are turned against each other.
         sign = np.repeat([1, -1], len(corners) // 2)
         found = abs((sign * np.linalg.det(corners)).sum() / 6)
-        assert found == pytest.approx(volume, rel=0.03), name
+        assert found == pytest.approx(volume, rel=0.04), name
 
 
 def test_no_single_frame_tells_the_class() -> None:
     rng = np.random.default_rng(0)
     drawn = [
-        np.stack([motions.poses(label, 8, rng) for _ in range(4000)])
+        np.stack([motions.poses(label, 8, rng) for _ in range(1000)])
         for label in range(8)
     ]
     for label in range(0, 8, 2):
@@ -106,7 +107,7 @@ def test_no_single_frame_tells_the_class() -> None:
     for clips in drawn:
         for values in clips.reshape(-1, 4).T:
             share = np.unique(values, return_counts=True)[1] / len(values)
-            np.testing.assert_allclose(share, 1 / 8, atol=0.03)
+            np.testing.assert_allclose(share, 1 / 8, atol=0.05)
 
 
 @pytest.fixture
@@ -128,12 +129,12 @@ def test_a_motion_is_the_reversal_of_its_pair(photographs: Path) -> None:
     data = motions.MovingPhotographs(length=8, **where)
     clip, label = data[0]
     assert data.metainfo['classes'][label] == 'pan right'
-    assert clip.shape == (8, 3, 48, 48)
-    step = round(2 * motions.REACH[0] * 48 / 7)  # pixels of one frame
-    inner = slice(8, 40)
-    for before, after in zip(clip, clip[1:], strict=False):
+    assert clip.shape == (8, 3, 24, 24)
+    step = round(2 * motions.REACH[0] * 24 / 7)  # pixels of one frame
+    inner = slice(4, 20)
+    for before, after in pairwise(clip):
         found = [
-            (before[:, inner, 8 + d : 40 + d] - after[:, inner, inner])
+            (before[:, inner, 4 + d : 20 + d] - after[:, inner, inner])
             .abs()
             .mean()
             for d in (step, 0, -step)
@@ -182,22 +183,34 @@ def test_hdf5_files_are_read(tmp_path: Path) -> None:
             file['data'] = clouds[part]
             file['label'] = np.arange(5, dtype='uint8')[part, None]
     data = modelnet.ModelNetH5(tmp_path, 'train', 20)
-    assert [label for _, label in map(data.__getitem__, range(5))] == [*range(5)]
+    assert [label for _, label in map(data.__getitem__, range(5))] == [
+        *range(5)
+    ]
     expected = clouds[3, :20] - clouds[3, :20].mean(0)
     expected = expected / np.linalg.norm(expected, axis=1).max()
     np.testing.assert_allclose(data[3][0], expected, rtol=1e-4, atol=1e-6)
     changed = modelnet.ModelNetH5(tmp_path, 'train', 20, augment=True)
     assert not torch.equal(changed[3][0], changed[3][0])
-    with pytest.raises(SetupError, match=r'a.h5 has data of \(2, 30, 3\).* 31'):
+    with pytest.raises(
+        SetupError, match=r'a.h5 has data of \(2, 30, 3\).* 31'
+    ):
         modelnet.ModelNetH5(tmp_path, 'train', 31)
 
 
 @pytest.fixture
-def something_v2(tmp_path: Path) -> Callable[..., something.SomethingSomething]:
+def something_v2(
+    tmp_path: Path,
+) -> Callable[..., something.SomethingSomething]:
     """Two clips: one of three frames in a folder; builds the data set."""
     labels = {'Holding something': '1', 'Pushing something': '0'}
     (tmp_path / 'labels.json').write_text(json.dumps(labels))
-    clips = [{'id': '7', 'label': 'holding a cup', 'template': 'Holding [something]'}]
+    clips = [
+        {
+            'id': '7',
+            'label': 'holding a cup',
+            'template': 'Holding [something]',
+        }
+    ]
     (tmp_path / 'train.json').write_text(json.dumps(clips))
 
     def build(**more: object) -> something.SomethingSomething:
@@ -273,13 +286,21 @@ def test_accuracy_of_all_and_of_classes() -> None:
         ('model.num_classes=9', 'A label is 13, and model.num_classes=9'),
     ],
 )
-def test_clouds_that_do_not_fit(option: str, message: str, refuses, tmp_path) -> None:
+def test_clouds_that_do_not_fit(
+    option: str, message: str, refuses, tmp_path
+) -> None:
     config = CONFIGS / 'dgcnn/dgcnn_k10_gn-ws-all_1xb1-4k_solids.py'
     batch = 'train_dataloader.batch_size=14'
     refuses(
         message,
         *('train', config, '--work-dir', tmp_path),
-        *('--cfg-options', *SHORT, batch, option, 'train_dataloader.sampler.shuffle=False'),
+        *(
+            '--cfg-options',
+            *SHORT,
+            batch,
+            option,
+            'train_dataloader.sampler.shuffle=False',
+        ),
     )
 
 
@@ -287,8 +308,8 @@ def test_clips_that_do_not_fit() -> None:
     model = tsm.TSM(dict(type='mmseg.ResNet', depth=18), 512, 8, frames=4)
     with pytest.raises(SetupError, match=r'\(B, 4, 3, H, W\), not \(2, 5, 3'):
         model.scores(torch.zeros(2, 5, 3, 8, 8))
-    with pytest.raises(SetupError, match='VGG has no residual blocks'):
-        tsm.TSM(dict(type='mmcv.VGG', depth=11), 512, 8)
+    with pytest.raises(SetupError, match='CGNet has no residual blocks'):
+        tsm.TSM(dict(type='mmseg.CGNet', num_channels=(8, 8, 8)), 8, 8)
 
 
 def test_solids_are_trained_and_evaluated(script, tmp_path, capsys) -> None:
@@ -307,8 +328,9 @@ def test_motions_are_trained_and_evaluated(
     config = CONFIGS / 'tsm/tsm_r18_gn-ws-all_1xb1-4k_motions.py'
     # Every host's ResNet will do.
     here = importlib.util.find_spec('mmpretrain')
-    scope = f'default_scope={"mmpretrain" if here else "mmseg"}'
-    common = ['--work-dir', tmp_path, '--cfg-options', scope, *SHORT]
+    other = ['default_scope=mmseg', 'model.backbone.type=ResNet']
+    common = ['--work-dir', tmp_path, '--cfg-options', *SHORT]
+    common += [] if here else other
     for loader in ('train', 'val', 'test'):
         key = f'{loader}_dataloader.dataset'
         common += [f'{key}.data_root={photographs}', f'{key}.length=8']

@@ -38,7 +38,7 @@ val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=0.0005),
+    optimizer=dict(type='Adam', lr=0.0006),
     clip_grad=dict(max_norm=10, norm_type=2),
 )
 param_scheduler = [

@@ -1,4 +1,5 @@
-# A narrow ResNet-18 with temporal shift on a moving view of photographs.
+# The first half of a narrow ResNet-18, with temporal shift, on moving
+# views of photographs.
 _base_ = './dgcnn_k10_solids.py'
 custom_imports = dict(imports=['video.tsm', 'video.motions'])
 default_scope = 'mmpretrain'
@@ -8,14 +9,20 @@ model = dict(
     _delete_=True,
     type='TSM',
     num_classes=8,
-    channels=128,
+    channels=32,
     dropout=0.0,
     backbone=dict(
-        type='ResNet',
+        type='ResNet_CIFAR',
         depth=18,
+        num_stages=2,
+        strides=(1, 2),
+        dilations=(1, 1),
+        out_indices=(1,),
         stem_channels=16,
         base_channels=16,
         norm_eval=False,
+        # Frames meet in the branches alone: they have to do something at first.
+        zero_init_residual=False,
         norm_cfg=dict(type='BN'),
     ),
 )
@@ -27,3 +34,8 @@ val_dataloader = dict(
     dataset=dict(clips, data_prefix=dict(img='val'), length=800, seed=1)
 )
 test_dataloader = val_dataloader
+optim_wrapper = dict(
+    optimizer=dict(
+        _delete_=True, type='SGD', lr=0.01, momentum=0.9, weight_decay=0.0005
+    )
+)

@@ -4,6 +4,4 @@ expected = dict(
     tolerance=1.0,
 )
 _base_ = '../_base_/dgcnn_k20_modelnet40.py'
-model = dict(
-    conv_cfg=dict(type='ws_mm.WSConv2d'), norm_cfg=dict(type='BN')
-)
+model = dict(conv_cfg=dict(type='ws_mm.WSConv2d'), norm_cfg=dict(type='BN'))

@@ -100,7 +100,9 @@ def read_off(path: Path) -> np.ndarray:
         for line in lines[points : points + faces]:
             size, *face = map(int, line.split())
             # A polygon is a fan of triangles.
-            corners += [(face[0], *face[i : i + 2]) for i in range(1, size - 1)]
+            corners += [
+                (face[0], *face[i : i + 2]) for i in range(1, size - 1)
+            ]
         xyz = np.array([line.split()[:3] for line in lines[:points]], float)
         return xyz[np.array(corners)]
     except (ValueError, IndexError) as error:

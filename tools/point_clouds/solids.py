@@ -41,6 +41,7 @@ def spring(turns: float = 2.5, wire: float = 0.2) -> np.ndarray:
     return triangles(radius * np.cos(t), radius * np.sin(t), t / 8 + up)
 
 
+UP = np.array([0, 1])
 BALL = arc(-90, 90)
 WALL = [(1, -LOW), (1, LOW), (0.7, LOW), (0.7, -LOW), (1, -LOW)]
 BLOCK = [(0, -LOW), (1, -LOW), (1, LOW), (0, LOW)]
@@ -49,7 +50,7 @@ SOLIDS = {
     'sphere': turned(BALL),
     'hemisphere': turned([(0, 0), *arc(0, 90)]),
     'ellipsoid': turned(BALL) * [1, 0.7, 0.5],
-    'capsule': turned([*(arc(-90, 0) - [0, 1]), *(arc(0, 90) + [0, 1])]),
+    'capsule': turned([*(arc(-90, 0) - UP), *(UP + arc(0, 90))]),
     'cylinder': turned(BLOCK),
     'tube': turned(WALL),
     'cone': turned(SPIRE),
@@ -65,7 +66,7 @@ SOLIDS = {
 
 @DATASETS.register_module()
 class Solids(Clouds):
-    """Noisy points on solids of random proportions, randomly rotated.
+    """Noisy points on solids of random proportions, turned about z and tilted.
 
     A cloud depends on seed and index alone.
 
@@ -74,6 +75,7 @@ class Solids(Clouds):
         seed: give training and validation different ones.
         num_points: Points of each cloud.
         noise: standard deviation of each coordinate; solids have radius 1.
+        tilt: angle in radians, at most, about x and about y; pi for any.
         stretch: the axes are scaled by factors within 1 - and 1 + this.
     """
 
@@ -83,11 +85,12 @@ class Solids(Clouds):
         seed: int,
         num_points: int = 256,
         noise: float = 0.03,
+        tilt: float = 0.3,
         stretch: float = 0.2,
     ) -> None:
         super().__init__(list(SOLIDS), num_points)
         self.length, self.seed = length, seed
-        self.noise, self.stretch = noise, stretch
+        self.noise, self.tilt, self.stretch = noise, tilt, stretch
 
     def __len__(self) -> int:
         return self.length
@@ -99,7 +102,10 @@ class Solids(Clouds):
         corners = list(SOLIDS.values())[label]
         corners = corners * rng.uniform(1 - self.stretch, 1 + self.stretch, 3)
         points = sample_surface(corners, self.num_points, rng)
-        q, r = np.linalg.qr(rng.normal(size=(3, 3)))
-        q *= np.sign(np.diag(r))  # uniform over rotations and reflections
-        points = points @ (q * np.linalg.det(q))
+        tilt, around = self.tilt, np.pi
+        for axis, most in enumerate((around, tilt, tilt)):  # z, x, y
+            angle = rng.uniform(-most, most)
+            c, s = np.cos(angle), np.sin(angle)
+            turn = np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]])
+            points = points @ np.roll(turn, axis, (0, 1))
         return points + self.noise * rng.normal(size=points.shape), label

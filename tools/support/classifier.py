@@ -19,7 +19,10 @@ class Classifier(BaseModel):
     label_smoothing = 0.0
 
     def forward(
-        self, inputs: Tensor, labels: Tensor | None = None, mode: str = 'tensor'
+        self,
+        inputs: Tensor,
+        labels: Tensor | None = None,
+        mode: str = 'tensor',
     ) -> Any:
         """Scores, their loss, or what the metric compares."""
         scores = self.scores(inputs)

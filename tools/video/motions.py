@@ -4,12 +4,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 from mmengine.registry import DATASETS
 from support.checks import require
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from video.something import read_image, resize, to_clip
+from video.something import read_image, resize
 
 # Pairs of a motion and its time reversal, in the order of the pose.
 CLASSES = (
@@ -17,7 +18,8 @@ CLASSES = (
     *('zoom out', 'zoom in', 'turn right', 'turn left'),
 )
 # Of the pose to both sides: x and y in sizes, log scale, radians.
-REACH = np.array([0.2, 0.2, 0.25, 0.4])
+REACH = np.array([0.3, 0.3, 0.375, 0.6])
+DETAIL = 1.5  # pixels; what is coarser hardly moves between two frames
 
 
 def poses(label: int, frames: int, rng: np.random.Generator) -> np.ndarray:
@@ -40,7 +42,9 @@ def poses(label: int, frames: int, rng: np.random.Generator) -> np.ndarray:
 class MovingPhotographs(Dataset):
     """Clips of pan, zoom or rotation, each with its time reversal.
 
-    A clip depends on seed and index alone.
+    A clip depends on seed and index alone. It shows details, without what a
+    Gaussian blur leaves, and is standardized: from photographs as they
+    are, a small network learned nothing within 2000 clips.
 
     Args:
         data_root: parent of the folder of photographs.
@@ -58,7 +62,7 @@ class MovingPhotographs(Dataset):
         length: int,
         seed: int = 0,
         frames: int = 8,
-        size: int = 48,
+        size: int = 24,
     ) -> None:
         folder = Path(data_root) / data_prefix['img']
         require([folder / '*.jpg'], 'Photographs')
@@ -90,5 +94,7 @@ class MovingPhotographs(Dataset):
                 flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
                 borderMode=cv2.BORDER_REFLECT_101,
             )
-            frames.append(view)
-        return to_clip(frames), label
+            view = view.astype('float32')
+            frames.append(view - cv2.GaussianBlur(view, (0, 0), DETAIL))
+        clip = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+        return (clip - clip.mean()) / (clip.std() + 1e-3), label
