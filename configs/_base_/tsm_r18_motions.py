@@ -21,7 +21,7 @@ model = dict(
         stem_channels=16,
         base_channels=16,
         norm_eval=False,
-        # Frames meet in the branches alone: they have to do something at first.
+        # Frames meet in the branches alone, which must not begin with 0.
         zero_init_residual=False,
         norm_cfg=dict(type='BN'),
     ),
