@@ -53,6 +53,7 @@ class Forks:
             arguments=[str(argument) for argument in arguments],
             log=str(log),
             environment=environment,
+            folder=os.getcwd(),
         )
         self.server.stdin.write(json.dumps(order) + '\n')
         self.server.stdin.flush()
@@ -144,9 +145,12 @@ def serve() -> None:
     from model_converters import apply_norm
     from proofs import kill_and_resume, soak
     from support import launch
+    from yapf.yapflib import yapf_api
 
     import ws_mm  # noqa: F401
 
+    # Layout of a printed config takes longer than a short run of it.
+    yapf_api.FormatCode = lambda text, **unused: (text, True)
     for package in (mmseg, mmdet):
         package.utils.register_all_modules(init_default_scope=False)
 
@@ -191,6 +195,7 @@ def obey(order: dict, main: object) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(order['environment'])
+    os.chdir(order['folder'])
     more = order['environment'].get('PYTHONPATH')
     sys.path[:0] = more.split(':') if more else []
     sys.argv = [f'{order["script"]}.py', *order['arguments']]

@@ -157,7 +157,8 @@ def test_foreign_environment_is_left_alone(tmp_path: Path) -> None:
         ([], 'COMMAND is missing'),
         (['--demo'], 'COMMAND is --demo'),
         (['--line', 'newest', 'tests'], 'one of maintained, official, laye'),
-        (['--line', 'official', 'demo'], 'demo runs in the maintained line'),
+        (['--line', 'official', 'demo'], 'demo takes no --line'),
+        (['--line', 'site', 'tests'], '--line is site: it must be one of'),
     ],
 )
 def test_unknown_words(words: list[str], message: str) -> None:
@@ -176,6 +177,8 @@ def test_options_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
     # Each line has a folder of its own.
     parsed = bootstrap.parse(['--line', 'official', 'tests'])
     assert parsed[:2] == ('official', str(ROOT / '.venv-official'))
+    parsed = bootstrap.parse(['site', '-q'])
+    assert parsed == ('site', str(ROOT / '.venv-site'), 'site', ['-q'])
     monkeypatch.setenv('WS_MM_ENV', '/y')
     assert bootstrap.parse(['lint'])[1] == '/y'
 
@@ -203,6 +206,16 @@ def test_each_line_names_files_that_exist(setup: SetUp) -> None:
         (command,) = other.commands('tests', ['tests/test_norm.py'])
         files = [word for word in command if word.startswith('tests/')]
         assert files == ['tests/test_norm.py']
+
+
+def test_the_site_needs_no_torch_and_no_package(setup: SetUp) -> None:
+    site = SetUp(setup.env, setup.cache, 'site')
+    assert list(site.steps) == ['environment', 'packages']
+    assert 'torch' not in site.pins
+    (command,) = site.commands('site', ['-q'])
+    assert command[1:4] == ['-m', 'mkdocs', 'build']
+    assert '--strict' in command
+    assert (ROOT / command[-2]).is_file()
 
 
 # What is kept and what is printed.

@@ -55,11 +55,17 @@ def test_the_wheel_cannot_overwrite_an_openmmlab_environment() -> None:
 
 
 @pytest.mark.parametrize(
-    ('lint', 'failing', 'code'),
-    [(0, '', 0), (1, '', 1), (0, 'maintained', 1), (0, 'layers-newest', 1)],
+    ('lint', 'site', 'failing', 'code'),
+    [
+        (0, 0, '', 0),
+        (1, 0, '', 1),
+        (0, 1, '', 1),
+        (0, 0, 'maintained', 1),
+        (0, 0, 'layers-newest', 1),
+    ],
 )
 def test_ci_fails_if_any_part_fails(
-    tmp_path: Path, lint: int, failing: str, code: int
+    tmp_path: Path, lint: int, site: int, failing: str, code: int
 ) -> None:
     for name in ('python3.11', 'python3.10'):
         python = tmp_path / name
@@ -68,6 +74,7 @@ def test_ci_fails_if_any_part_fails(
             'case "$*" in\n'
             '  -c*) exit 0 ;;\n'
             f'  *lint) exit {lint} ;;\n'
+            f'  *site) exit {site} ;;\n'
             f'  *tests) echo "$0 $*" >> {tmp_path}/calls\n'
             '    echo "== 3 passed in 1s =="; echo later\n'
             f'    case "$*" in *" {failing or "none"} "*) exit 1 ;; esac ;;\n'

@@ -21,9 +21,9 @@ from experiments import classification, contrast, hooks, variants  # noqa: E402
 EPS = 1e-5
 
 
-def randomized(**kwargs) -> variants.VariantBCN:
+def randomized(kind=variants.VariantBCN, **kwargs) -> ws_mm.BCN:
     torch.manual_seed(0)
-    norm = variants.VariantBCN(6, 3, momentum=0.25, **kwargs).double()
+    norm = kind(6, 3, momentum=0.25, **kwargs).double()
     for values in norm.parameters():
         nn.init.uniform_(values, 0.5, 1.5)
     nn.init.normal_(norm.running_mean)
@@ -89,13 +89,117 @@ def test_variants_compute_their_formula(settings, training):
     )
 
 
-def test_a_variant_is_called_twice_before_the_backward():
-    norm = randomized().train()
+def channel_first(x, norm, mean, var):
+    """An image's groups, then the channels by given statistics."""
+    groups = x.reshape(3, -1)
+    middle = groups.mean(1, keepdim=True)
+    spread = (groups - middle).square().mean(1, keepdim=True)
+    groups = (groups - middle) / (spread + EPS).sqrt()
+    z = (groups * norm.weight[:, None] + norm.bias[:, None]).view_as(x)
+    if mean is None:
+        return z
+    y = (z - mean[:, None, None]) / (var[:, None, None] + EPS).sqrt()
+    return y * norm.bn_weight[:, None, None] + norm.bn_bias[:, None, None]
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_the_other_order_computes_its_formula(training):
+    norm = randomized(kind=variants.ChannelFirstBCN).train(training)
+    x = torch.randn(2, 6, 5, 4, dtype=torch.double, requires_grad=True)
+    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    if training:
+        z = torch.stack([channel_first(i, norm, None, None) for i in x])
+        z = z.detach()
+        deviation = (z - mean[:, None, None]).square()
+        var = 0.75 * var + 0.25 * deviation.mean((0, 2, 3))
+        mean = 0.75 * mean + 0.25 * z.mean((0, 2, 3))
+    output = norm(x)
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, var)
+    expected = torch.stack([channel_first(i, norm, mean, var) for i in x])
+    torch.testing.assert_close(output, expected)
+    cotangent = torch.randn_like(x)
+    inputs = [x, *norm.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(output, inputs, cotangent),
+        torch.autograd.grad(expected, inputs, cotangent),
+    )
+    assert norm.train()(x[:0]).shape == (0, 6, 5, 4)
+    torch.testing.assert_close(norm.running_mean, mean)
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('gate', ['learned', 'rising', 'closed'])
+def test_the_eased_second_step_computes_its_formula(gate, training):
+    norm = randomized(kind=variants.EasedBCN, gate=gate, steps=8)
+    norm.train(training)
+    if gate != 'closed':
+        nn.init.uniform_(norm.gate, 0.2, 0.8)
+    opening = norm.gate.detach().clone()
+    if gate == 'rising' and training:
+        opening = opening + 1 / 8
+    x = torch.randn(2, 6, 5, 4, dtype=torch.double) * 2 + 1
+    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    if training:
+        deviation = x - mean[:, None, None]
+        var = 0.75 * var + 0.25 * deviation.square().mean((0, 2, 3))
+        mean = 0.75 * mean + 0.25 * x.mean((0, 2, 3))
+    x.requires_grad_()
+    output = norm(x)
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, var)
+    if gate == 'learned':
+        opening = norm.gate
+    shown = opening[:, None, None]
+    scale = norm.bn_weight / (var + EPS).sqrt()
+    z = (x - mean[:, None, None]) * scale[:, None, None]
+    z = z + norm.bn_bias[:, None, None]
+    second = torch.stack([written_down(i, norm, mean, var) for i in x])
+    expected = z + shown * (second - z)
+    torch.testing.assert_close(output, expected)
+    cotangent = torch.randn_like(x)
+    inputs = [x, *norm.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(output, inputs, cotangent),
+        torch.autograd.grad(expected, inputs, cotangent),
+    )
+
+
+def test_the_second_step_eases_in():
+    x = torch.randn(2, 6, 5, 4, dtype=torch.double)
+    norm = randomized(kind=variants.EasedBCN, gate='rising', steps=4)
+    assert norm.gate.eq(0).all()
+    for _ in range(4):
+        norm.train()(x)
+    assert norm.gate.eq(1).all()
+    plain = randomized(kind=ws_mm.BCN)
+    plain.load_state_dict(
+        {k: v for k, v in norm.state_dict().items() if k != 'gate'}
+    )
+    torch.testing.assert_close(norm.eval()(x), plain.eval()(x))
+    norm.train()(x)
+    assert norm.gate.eq(1).all()
+    with pytest.raises(ValueError, match="gate='open' is not one of 'learn"):
+        variants.EasedBCN(6, 3, gate='open')
+    with pytest.raises(ValueError, match="mode='batch'.*'estimate'"):
+        variants.EasedBCN(6, 3, mode='batch')
+    assert norm(x[:0]).shape == (0, 6, 5, 4)
+
+
+@pytest.mark.parametrize(
+    ('kind', 'formula'),
+    [
+        (variants.VariantBCN, written_down),
+        (variants.ChannelFirstBCN, channel_first),
+    ],
+)
+def test_a_variant_is_called_twice_before_the_backward(kind, formula):
+    norm = randomized(kind=kind).train()
     x = torch.randn(2, 6, 5, 4, dtype=torch.double, requires_grad=True)
     first = norm(x)
     mean, var = norm.running_mean.clone(), norm.running_var.clone()
     norm(torch.randn_like(x))
-    expected = torch.stack([written_down(i, norm, mean, var) for i in x])
+    expected = torch.stack([formula(i, norm, mean, var) for i in x])
     cotangent = torch.randn_like(x)
     torch.testing.assert_close(
         torch.autograd.grad(first, x, cotangent),
@@ -121,6 +225,8 @@ def test_a_variant_has_its_limits():
         variants.VariantBCN(6, 3, blend=1.5)
     with pytest.raises(ValueError, match="mode='batch'.*'estimate'"):
         variants.VariantBCN(6, 3, mode='batch')
+    with pytest.raises(ValueError, match="mode='batch'.*'estimate'"):
+        variants.ChannelFirstBCN(6, 3, mode='batch')
 
 
 class Bowl(BaseModel):
@@ -267,6 +373,53 @@ def test_recalibrated_estimates_are_measured_and_undone():
     hooks.RecalibratedHook(4).after_train(runner)
     assert not seen
     assert not written
+
+
+def test_the_mean_of_the_last_weights_is_measured_and_undone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(4), ws_mm.BCN(4, 2), nn.Dropout(0.5))
+    image = torch.randn(4, 4, 8, 8)
+    runner, seen, written = runner_over(model, image)
+    runner.max_iters = 10
+    hook = hooks.AveragedHook(0.2)
+    states = []
+    for iteration in range(10):
+        runner.iter = iteration
+        for values in model.state_dict().values():
+            if values.is_floating_point():
+                nn.init.uniform_(values, 0.5, 1.5)
+        hook.after_train_iter(runner, iteration)
+        states.append({k: v.clone() for k, v in model.state_dict().items()})
+    model.train()
+    hook.after_train(runner)
+    a, b = ({k: v.double() for k, v in s.items()} for s in states[-2:])
+    mean = {key: ((a[key] + b[key]) / 2).float() for key in a}
+    y = nn.functional.batch_norm(
+        image,
+        *(mean[f'0.running_{key}'] for key in ('mean', 'var')),
+        mean['0.weight'],
+        mean['0.bias'],
+    )
+    y = nn.functional.batch_norm(
+        y,
+        *(mean[f'1.running_{key}'] for key in ('mean', 'var')),
+        mean['1.bn_weight'],
+        mean['1.bn_bias'],
+    ).view(4, 2, -1)
+    y = (y - y.mean(2, True)) / (
+        y.var(2, correction=0, keepdim=True) + EPS
+    ) ** 0.5
+    y = y * mean['1.weight'][:, None] + mean['1.bias'][:, None]
+    torch.testing.assert_close(seen[0], y.view_as(image))
+    assert written == {'averaged/score': 4, 'step': 9}
+    torch.testing.assert_close(dict(model.state_dict()), states[-1])
+    assert model.training
+
+
+def test_the_mean_begins_behind_the_last_checkpoint():
+    for share in (0, 0.25):
+        with pytest.raises(ValueError, match=f'share={share} must be'):
+            hooks.AveragedHook(share)
 
 
 def test_thirds_by_contrast():

@@ -17,7 +17,16 @@ from PIL import Image
 pytest.importorskip('mmcv')
 
 ROOT = Path(__file__).resolve().parents[1]
-from experiments import figures, grid, norms, records, report, run, tables  # noqa: E402  # noqa: E402
+from experiments import (  # noqa: E402
+    figures,
+    grid,
+    norms,
+    paired,
+    records,
+    report,
+    run,
+    tables,
+)
 
 GRIDS = sorted((ROOT / 'tools/experiments/grids').glob('*.py'))
 TASK = 'tools/experiments/tasks/cifar_resnet8.py'
@@ -25,6 +34,7 @@ VGG = 'tools/experiments/tasks/cifar_vgg6.py'
 HOOKS = [
     dict(type='SmoothnessHook', interval=5),
     dict(type='ws_mm.SingularitiesHook', interval=6, num_batches=1),
+    dict(type='AveragedHook'),
 ]
 
 
@@ -407,6 +417,42 @@ def test_grids_load_and_every_cell_has_a_config(path):
     for cell in {(c.task, c.norm): c for c in loaded.cells}.values():
         cfg = grid.config_of(cell, loaded.tasks[cell.task])
         assert cfg.train_cfg.max_iters > 0
+
+
+def test_norms_are_compared_seed_by_seed():
+    def record(label, seed, metric):
+        own = dict(label=label, images=1, lr_factor=1.0, seed=seed)
+        return dict(cell=own, status='done', metric=metric, metrics=[])
+
+    # Seeds that differ by tens, a norm that is ahead by one.
+    base = [record('GN', seed, 10.0 * seed) for seed in range(8)]
+    other = [
+        record('BCN', seed, 10.0 * seed + gain)
+        for seed, gain in enumerate([1, 1, 1, 1, 1, 1, 1, -1])
+    ]
+    one = [record('BN', 9, 5.0)]
+    shown = paired.paired_table(
+        'task', base + other + one, 'GN', 'score', lambda r, key: r['metric']
+    ).splitlines()
+    assert shown[0].split(' | ')[2] == 'minus GN, 1 per step: median'
+    assert shown[2:] == [
+        '| GN, 1 per step | 35 (0 to 70), n=8 | - | - | - |',
+        '| BCN, 1 per step | 36 (1 to 69), n=8 | +1 | +1 to +1 | 7 of 8 |',
+        '| BN, 1 per step | 5 (5 to 5), n=1 | - | - | - |',
+    ]
+    with pytest.raises(ValueError, match="'X' is the name of 0 rows of task"):
+        paired.paired_table('task', base, 'X', 'score', tables.last)
+
+
+def test_an_interval_covers_the_medians_of_resampled_pairs():
+    differences = [-2.0, -1.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0]
+    random = np.random.default_rng(1)
+    medians = np.median(random.choice(differences, (20000, 8)), axis=1)
+    low, high = np.percentile(medians, [2.5, 97.5])
+    middle, interval, ahead = paired.compared(differences)
+    assert (middle, ahead) == ('+1.25', '6 of 8')
+    found = [float(word) for word in interval.split(' to ')]
+    assert found == pytest.approx([low, high], abs=0.3)
 
 
 def test_cell_means_and_spreads():

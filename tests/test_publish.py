@@ -324,8 +324,10 @@ def test_every_config_is_listed_and_every_result_is_ours():
     expected = {}
     for name, figures in told.items():
         expected[name] = {}
-        for value, unit in re.findall(r'([0-9.]+) (box|mask|mIoU)', figures):
-            metric = unit if unit == 'mIoU' else f'{unit} AP'
-            scale = 1 if unit == 'mIoU' else 100
+        units = r'([0-9.]+) (box|mask|mIoU|top-1)'
+        for value, unit in re.findall(units, figures):
+            is_ap = unit in ('box', 'mask')
+            metric = f'{unit} AP' if is_ap else unit
+            scale = 100 if is_ap else 1
             expected[name][metric] = round(scale * float(value), 1)
     assert seen == expected

@@ -11,13 +11,14 @@ from experiments import document, records, which  # noqa: E402
 
 PATH = ROOT / 'docs/results.md'
 RECORDS = ROOT / 'docs/results/records.json'
+PAGES = [PATH, ROOT / 'docs/zoo.md', *sorted(RECORDS.parent.glob('*.md'))]
 SPREAD = re.compile(r'(\d[\d.]*) ± (\d[\d.]*)')
 
 
-@pytest.mark.parametrize('page', ['results.md', 'zoo.md'])
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 def test_tables_are_those_of_the_records(monkeypatch, page):
     monkeypatch.chdir(ROOT)
-    text = (ROOT / 'docs' / page).read_text()
+    text = page.read_text()
     assert document.rendered(text, figures=False) == text
 
 
@@ -38,7 +39,8 @@ def test_spreads_in_the_readme_are_those_of_the_tables():
     there = SPREAD.findall(
         ''.join(
             line
-            for line in PATH.read_text().splitlines()
+            for page in PAGES
+            for line in page.read_text().splitlines()
             if line.startswith('|')
         )
     )
@@ -54,16 +56,16 @@ def rounds_to(value: str, shown: str) -> bool:
 
 
 def test_every_figure_is_drawn_by_a_command_and_shown():
-    text = PATH.read_text()
     drawn = set()
-    for block in document.BLOCK.finditer(text):
-        words = document.arguments_of(block)
-        if '--figure' in words:
-            drawn.add(words[words.index('--figure') + 1])
-    there = {f'docs/results/{p.name}' for p in RECORDS.parent.glob('*.png')}
-    assert drawn == there
-    for name in drawn:
-        assert f'({name.removeprefix("docs/")})' in text
+    for page in PAGES:
+        text = page.read_text()
+        for block in document.BLOCK.finditer(text):
+            words = document.arguments_of(block)
+            if '--figure' in words:
+                path = ROOT / words[words.index('--figure') + 1]
+                assert f'({path.relative_to(page.parent)})' in text
+                drawn.add(path)
+    assert drawn == set(RECORDS.parent.glob('*.png'))
 
 
 def test_records_are_whole_and_say_what_made_them():
@@ -96,6 +98,13 @@ def test_a_document_is_written_anew(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         document.main([str(path)])
     assert 'has no block with' in capsys.readouterr().err
+    # One wrong page, and none is written.
+    good = tmp_path / 'good.md'
+    good.write_text(f'```bash\n{command}\n```\n')
+    with pytest.raises(SystemExit):
+        document.main([str(good), str(path)])
+    assert '| cifar' not in good.read_text()
+    capsys.readouterr()
     with pytest.raises(SystemExit):
         document.main([str(tmp_path / 'missing.md')])
     assert 'cannot be read' in capsys.readouterr().err

@@ -48,7 +48,7 @@ def test_work_dir_that_cannot_be_written(
         (('--show-dir', '/dev/null/a'), '--show-dir /dev/null/a is not'),
         (
             ('--show-dir', 'a', '--cfg-options', 'default_scope=mmengine'),
-            "know default_scope mmdet and mmseg, not 'mmengine'",
+            "know default_scope mmdet, mmseg, mmpretrain, not 'mmengine'",
         ),
         (('--show',), '--show needs a screen'),
         (('--tta',), 'merges boxes, not masks.*mask_head=None'),

@@ -3,7 +3,6 @@
 import os
 import pickle
 import re
-import shlex
 import signal
 import socket
 import stat
@@ -15,7 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from forks import Forks
-from tiny_runs import DET, ROOT, SEG, call, write_config, write_data
+from tiny_runs import (
+    DET,
+    ROOT,
+    SEG,
+    call,
+    fake_commands,
+    write_config,
+    write_data,
+)
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
@@ -299,20 +306,6 @@ def test_missing_arguments_print_the_usage(
     assert done.stdout.startswith('usage: ')
     assert usage in done.stdout
     assert done.stdout.count('\n') == 1
-
-
-def fake_commands(folder: Path) -> str:
-    """PATH on which python and srun only print what they are called with."""
-    folder.mkdir()
-    for name in ('python', 'srun'):
-        path = folder / name
-        path.write_text(
-            '#!/usr/bin/env bash\n'
-            f'[[ $1 != -c ]] || exec {shlex.quote(sys.executable)} "$@"\n'
-            'printf "%s\\n" "$PYTHONPATH" "$@"\n'
-        )
-        path.chmod(0o755)
-    return f'{folder}:{os.environ["PATH"]}'
 
 
 DIST = [

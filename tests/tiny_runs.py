@@ -1,13 +1,22 @@
 """Run the scripts of tools/ on tiny data sets and configs."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 from proofs.tiny import DET, SEG, write_config, write_data
 
-__all__ = ['DET', 'SEG', 'call', 'script_of', 'write_config', 'write_data']
+__all__ = [
+    'DET',
+    'SEG',
+    'call',
+    'fake_commands',
+    'script_of',
+    'write_config',
+    'write_data',
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,6 +52,20 @@ def call(
         text=True,
         timeout=900,
     )
+
+
+def fake_commands(folder: Path) -> str:
+    """PATH on which python and srun only print what they are called with."""
+    folder.mkdir()
+    for name in ('python', 'srun'):
+        path = folder / name
+        path.write_text(
+            '#!/usr/bin/env bash\n'
+            f'[[ $1 != -c ]] || exec {shlex.quote(sys.executable)} "$@"\n'
+            'printf "%s\\n" "$PYTHONPATH" "$@"\n'
+        )
+        path.chmod(0o755)
+    return f'{folder}:{os.environ["PATH"]}'
 
 
 def without_ws(text: str) -> str:

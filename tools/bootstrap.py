@@ -48,6 +48,7 @@ usage: python3 tools/bootstrap.py [--line LINE] [--env DIR] COMMAND [options]
   tests  run pytest: all tests in the maintained line, else those that a user
          of the layers depends on; files that are named replace the selection
   lint   run ruff, mypy and codespell (maintained line)
+  site   build the documentation into site/, in a small environment of its own
   env    only make the environment and say how to enter it
 
 LINE, whose exact versions are in tools/requirements/LINE.txt:
@@ -59,7 +60,7 @@ LINE, whose exact versions are in tools/requirements/LINE.txt:
 The environment is .venv in the checkout (.venv-LINE of the other lines), or
 --env DIR, or $WS_MM_ENV; it is made once and then reused. Safe to interrupt
 and to run again."""
-COMMANDS = ('demo', 'tests', 'lint', 'env')
+COMMANDS = ('demo', 'tests', 'lint', 'env', 'site')
 # The Pythons of a line, in the order they are recommended; the distribution
 # of mmcv; and its tests, all if none are named.
 Line = collections.namedtuple('Line', 'pythons mmcv tests')
@@ -75,7 +76,9 @@ LINES = {
     ),
     'layers-oldest': Line(((3, 10),), '', (*LAYERS, 'host_layer', 'dtypes')),
     'layers-newest': Line(RECENT, '', (*LAYERS, 'host_layer', 'dtypes')),
+    'site': Line(RECENT, '', ()),  # of the command `site` alone
 }
+SITE = 'tools/site/mkdocs.yml'
 MARKER = '.ws_mm_bootstrap'  # in every environment that was made here
 STATE = '.ws_mm_state.json'  # which steps are done, and of which input
 
@@ -86,8 +89,9 @@ def parse(argv: Sequence[str]) -> Tuple[str, str, str, List[str]]:
     options.add_argument('--env', default=os.environ.get('WS_MM_ENV') or '')
     options.add_argument('--line', default='maintained')
     known, rest = options.parse_known_args(list(argv))
-    if known.line not in LINES:
-        legal = ', '.join(LINES)
+    lines = [line for line in LINES if line != 'site']
+    if known.line not in lines:
+        legal = ', '.join(lines)
         raise Stop(f'--line is {known.line}: it must be one of {legal}')
     command = rest[0] if rest else 'missing'
     if command in ('-h', '--help'):
@@ -96,8 +100,10 @@ def parse(argv: Sequence[str]) -> Tuple[str, str, str, List[str]]:
     if command not in COMMANDS:
         legal = ', '.join(COMMANDS)
         raise Stop(f'COMMAND is {command}: it must be one of {legal}')
-    if known.line != 'maintained' and command in ('demo', 'lint'):
-        raise Stop(f'{command} runs in the maintained line: leave out --line')
+    if known.line != 'maintained' and command in ('demo', 'lint', 'site'):
+        raise Stop(f'{command} takes no --line: leave it out')
+    if command == 'site':
+        known.line = 'site'
     name = '.venv' if known.line == 'maintained' else f'.venv-{known.line}'
     return known.line, known.env or str(ROOT / name), command, rest[1:]
 
@@ -192,6 +198,8 @@ class SetUp:
         }
         if not self.mmcv:
             del self.steps['operators']
+        if line == 'site':  # it reads the package and does not import it
+            del self.steps['ws_mm']
 
     def todo(self) -> List[str]:
         """Return the steps that are not done, in order."""
@@ -361,6 +369,7 @@ class SetUp:
         modules = {
             'tests': [['pytest', *spread, *chosen, *args]],
             'lint': [line.split() for line in [*lint, 'codespell_lib']],
+            'site': [[*'mkdocs build --strict -f'.split(), SITE, *args]],
         }.get(command, [])
         if command == 'demo':
             return [[self.python, str(ROOT / 'tools/demo.py'), *args]]

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint of a detector or a segmentor."""
+"""Evaluate a checkpoint of a detector, a segmentor or a classifier."""
 
 import argparse
 import os
@@ -13,8 +13,16 @@ from support import checkpoints, checks, failures, launch
 from support.checks import SetupError
 from torch import nn
 
-HOOKS = {'mmdet': 'DetVisualizationHook', 'mmseg': 'SegVisualizationHook'}
-VISUALIZERS = {'mmdet': 'DetLocalVisualizer', 'mmseg': 'SegLocalVisualizer'}
+HOOKS = {
+    'mmdet': 'DetVisualizationHook',
+    'mmseg': 'SegVisualizationHook',
+    'mmpretrain': 'VisualizationHook',
+}
+VISUALIZERS = {
+    'mmdet': 'DetLocalVisualizer',
+    'mmseg': 'SegLocalVisualizer',
+    'mmpretrain': 'UniversalVisualizer',
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -71,7 +79,7 @@ def apply_show(cfg: Config, args: argparse.Namespace) -> None:
     scope = cfg.get('default_scope')
     if scope not in HOOKS:
         raise SetupError(
-            f'--show and --show-dir know default_scope {" and ".join(HOOKS)}, '
+            f'--show and --show-dir know default_scope {", ".join(HOOKS)}, '
             f'not {scope!r}.'
         )
     windows = ('DISPLAY', 'WAYLAND_DISPLAY')
@@ -84,9 +92,17 @@ def apply_show(cfg: Config, args: argparse.Namespace) -> None:
             '--show needs a screen and DISPLAY is not set. Write the pictures '
             'to a folder with --show-dir.'
         )
+    if scope == 'mmpretrain' and args.tta:
+        raise SetupError(
+            "--show and --show-dir do not go with --tta: mmpretrain's "
+            'VisualizationHook draws one view of an image. Leave out one.'
+        )
     hooks = cfg.setdefault('default_hooks', ConfigDict())
     hook = hooks.setdefault('visualization', ConfigDict(type=HOOKS[scope]))
-    hook.draw = True
+    if scope == 'mmpretrain':
+        hook.update(enable=True, interval=1)
+    else:
+        hook.draw = True
     if args.show:
         hook.show = True
         hook.wait_time = args.wait_time
@@ -97,6 +113,8 @@ def apply_show(cfg: Config, args: argparse.Namespace) -> None:
         visualizer.setdefault('type', VISUALIZERS[scope])
         if scope == 'mmdet':
             hook.test_out_dir = folder
+        elif scope == 'mmpretrain':
+            hook.out_dir = folder
         else:
             hook.interval = 1  # the official one draws every 50th
             visualizer.save_dir = folder
@@ -127,11 +145,10 @@ def apply_tta(cfg: Config) -> None:
         cfg.tta_pipeline = pipeline
     if 'tta_model' not in cfg:
         nms = dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
-        cfg.tta_model = (
-            dict(type='DetTTAModel', tta_cfg=nms)
-            if scope == 'mmdet'
-            else dict(type='SegTTAModel')
-        )
+        cfg.tta_model = {
+            'mmdet': dict(type='DetTTAModel', tta_cfg=nms),
+            'mmpretrain': dict(type='AverageClsScoreTTA'),
+        }.get(scope, dict(type='SegTTAModel'))
     for dataset in datasets:
         dataset.pipeline = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)

@@ -1,4 +1,4 @@
-"""Train a detector or a segmentor from a config."""
+"""Train a detector, a segmentor or a classifier from a config."""
 
 import argparse
 import glob
@@ -153,7 +153,8 @@ def main() -> None:
         scale_lr_by_step(runner)
         runner.register_hook(resuming.BatchHook())
     try:
-        runner.train()
+        with failures.noted(runner):
+            runner.train()
     except OSError as error:
         reason = failures.unwritable(cfg, error)
         if reason is None:

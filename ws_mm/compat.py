@@ -65,6 +65,7 @@ INSTALL = {
         ),
         'mmdet': 'pip install mmdet==3.3.0',
         'mmseg': 'pip install mmsegmentation==1.2.2 ftfy regex',
+        'mmpretrain': 'pip install mmpretrain==1.2.0',
     },
     'maintained': {
         'mmengine': "pip install 'onedl-mmengine>=0.10.12'",
@@ -74,6 +75,7 @@ INSTALL = {
         ),
         'mmdet': 'pip install onedl-mmdetection==3.5.1',
         'mmseg': 'pip install onedl-mmsegmentation==1.4.2',
+        'mmpretrain': 'pip install onedl-mmpretrain==1.3.6',
     },
 }
 FORCE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'

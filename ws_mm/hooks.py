@@ -223,28 +223,40 @@ def report_batch_norms(model: nn.Module, images: int) -> None:
     """Warn of batch norms that train on one or two images.
 
     Args:
+        model: the model, in its training modes.
+        images: number per process; 0 if unknown.
+    """
+    for problem in batch_norm_problems(model, images, world_size()):
+        _warn_once(problem)
+
+
+def batch_norm_problems(
+    model: nn.Module, images: int, processes: int
+) -> list[str]:
+    """Name batch norms that train on one or two images.
+
+    Args:
         model: the model, in its training modes. Batch norms in eval mode,
             as ``norm_eval=True`` puts them, use no statistics of the batch.
-        images: number per process; 0 if unknown. ``SyncBatchNorm`` counts
-            those of all processes.
+        images: number per process; 0 if unknown.
+        processes: their number: ``SyncBatchNorm`` counts images of all.
     """
     few: dict[int, list[str]] = {}
     for name in batch_norms(model):
         layer = model.get_submodule(name)
         together = isinstance(layer, nn.SyncBatchNorm)
-        number = images * (world_size() if together else 1)
+        number = images * (processes if together else 1)
         if layer.training and 0 < number <= 2:
             few.setdefault(number, []).append(name.removeprefix('module.'))
-    for number, names in few.items():
-        more = ', ...' if len(names) > 3 else ''
-        _warn_once(
-            f'{len(names)} batch norms train on the statistics of '
-            f'{number} image{"s" if number > 1 else ""}: '
-            f'{", ".join(names[:3])}{more}. '
-            'tools/model_converters/apply_norm.py --remaining replaces them '
-            '(ws_mm.apply_norm(remaining=True)); '
-            'norm_eval=True freezes those of a pretrained backbone'
-        )
+    return [
+        f'{len(names)} batch norms train on the statistics of '
+        f'{number} image{"s" if number > 1 else ""}: '
+        f'{", ".join(names[:3])}{", ..." if len(names) > 3 else ""}. '
+        'tools/model_converters/apply_norm.py --remaining replaces them '
+        '(ws_mm.apply_norm(remaining=True)); '
+        'norm_eval=True freezes those of a pretrained backbone'
+        for number, names in few.items()
+    ]
 
 
 @cache

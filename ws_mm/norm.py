@@ -69,7 +69,8 @@ class BCN(RunningStatistics, nn.GroupNorm):
         eps: constant added to both variances.
         momentum: share of the newest batch in the running values, in (0, 1].
             The authors published none for their estimates; 0.01 was best
-            and steadiest at one image among 0.01 to 0.3 (docs/results.md).
+            and steadiest at one image among 0.01 to 0.3, see
+            docs/results/momentum.md.
             It takes a few hundred steps to forget the start: use 0.1 for a
             shorter training, for the batch modes and as in
             ``nn.BatchNorm2d``. A captured CUDA graph keeps the value that it

@@ -1,9 +1,9 @@
 """The scope that ``_base_ = 'ws_mm::...'`` gives to a config.
 
 mmengine looks up the types of an inherited config in the package that the
-config comes from. The configs of ws_mm hold types of MMDetection or
-MMSegmentation, so this scope looks them up in the ``default_scope`` of the
-config that inherits.
+config comes from. The configs of ws_mm hold types of MMDetection,
+MMSegmentation or MMPretrain, so this scope looks them up in the
+``default_scope`` of the config that inherits.
 """
 
 from contextlib import suppress

@@ -7,7 +7,7 @@ _base_ = [
 ]
 
 conv_cfg = dict(type='ws_mm.WSConv2d')
-# On these images 0.1 is better than the default, see docs/results.md.
+# On these images 0.1 is better than the default, see docs/results/momentum.md.
 norm_cfg = dict(type='ws_mm.BCN', num_groups=16, momentum=0.1)
 model = dict(
     backbone=dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg),

@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support import launch, models
 
+from ws_mm.shapes import batch_norms
+
 
 def parse_args() -> argparse.Namespace:
     """Command line of the check."""
@@ -32,19 +34,10 @@ def parse_args() -> argparse.Namespace:
 
 def report_on(cfg: Config, size: int) -> list[str]:
     """Print the table of a config's model and return its mistakes."""
-    import ws_mm
-    from ws_mm.shapes import batch_norms
-
     model = models.build_model(cfg)
-    try:
-        report = ws_mm.check(model, models.forward_of(cfg, model, size))
-    # Whatever a model may raise that wants other inputs.
-    except Exception as error:
-        print(
-            f'The model does not run on one random image ({error}): judged '
-            'by names and order.'
-        )
-        report = ws_mm.check(model)
+    report, note = models.judge(cfg, model, size)
+    if note:
+        print(note)
     print(report)
     for mistake in report.mistakes:
         print(f'mistake: {mistake}')

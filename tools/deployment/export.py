@@ -1,12 +1,13 @@
 """Write a model as ONNX (OUT.onnx) or as a torch.export program (OUT.pt2).
 
 Exports the backbone and neck of an mmdet detector, all of an mmseg segmentor
-up to the logits, or a bare backbone. Weights are standardized once. BCN is
-folded into the convolution before it and a GroupNorm where that is proven
-exact, and becomes plain operations elsewhere. Batch, height and width stay
-free; height and width may have to be multiples of a divisor, which is found
-and printed. The input is the output of the data_preprocessor, whose settings
-are in the file. Running the file needs no ws_mm.
+or an mmpretrain classifier up to the logits, or a bare backbone. Weights are
+standardized once. BCN is folded into the convolution before it and a GroupNorm
+where that is proven exact, and becomes plain operations elsewhere. Batch,
+height and width stay free; height and width may have to be multiples of a
+divisor, which is found and printed. The input is the output of the
+data_preprocessor, whose settings are in the file. Running the file needs no
+ws_mm.
 """
 
 import argparse
@@ -74,7 +75,7 @@ class Features(nn.Module):
 
 
 class Logits(nn.Module):
-    """All of a segmentor, up to logits at the size of the image."""
+    """All of a segmentor or a classifier, up to the logits."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -84,6 +85,8 @@ class Logits(nn.Module):
             self.model.auxiliary_head = None
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+        if not hasattr(self.model, 'encode_decode'):
+            return (self.model(image),)
         meta = dict(img_shape=image.shape[2:])
         return (self.model.encode_decode(image, [meta]),)
 
@@ -113,17 +116,20 @@ def deployable(cfg: Config, model: nn.Module) -> Features | Logits:
     """The part of a model that is exported, in eval mode.
 
     Raises:
-        SetupError: it is neither of mmdet nor of mmseg.
+        SetupError: it is of none of these packages.
     """
     scope = cfg.get('default_scope')
-    if scope == 'mmseg' and hasattr(model, 'encode_decode'):
+    if (scope == 'mmseg' and hasattr(model, 'encode_decode')) or (
+        scope == 'mmpretrain' and hasattr(model, 'head')
+    ):
         return Logits(model).eval()
-    if scope in ('mmdet', 'mmseg'):
+    if scope in ('mmdet', 'mmseg', 'mmpretrain'):
         return Features(model).eval()
     raise SetupError(
-        f'default_scope = {scope!r}: models of mmdet and mmseg can be '
-        'exported. In Python, ws_mm.bake(model, inputs, fold_estimates=True) '
-        'makes plain layers of any model, which torch.onnx.export takes.'
+        f'default_scope = {scope!r}: models of mmdet, mmseg and mmpretrain '
+        'can be exported. In Python, ws_mm.bake(model, inputs, '
+        'fold_estimates=True) makes plain layers of any model, which '
+        'torch.onnx.export takes.'
     )
 
 

@@ -1,8 +1,8 @@
-"""Write the tables and figures of a document anew.
+"""Write the tables and figures of documents anew.
 
-    python tools/experiments/document.py docs/results.md
+    python tools/experiments/document.py docs/results.md docs/results/*.md
 
-Every command of the document that reads
+Every command of a document that reads
 
     python tools/experiments/report.py ARGUMENTS
 
@@ -34,22 +34,24 @@ BLOCK = re.compile(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Rewrite one document."""
+    """Rewrite the documents."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('document', type=Path)
+    parser.add_argument('documents', type=Path, nargs='+')
     options = parser.parse_args(argv)
-    path = options.document.resolve()
-    try:
-        text = path.read_text()
-    except OSError as error:
-        parser.error(f'{path} cannot be read: {error}')
-    if not BLOCK.search(text):
-        parser.error(f'{path} has no block with a "{COMMAND}..."')
+    texts = {}
+    for path in options.documents:
+        try:
+            texts[path.resolve()] = text = path.read_text()
+        except OSError as error:
+            parser.error(f'{path} cannot be read: {error}')
+        if not BLOCK.search(text):
+            parser.error(f'{path} has no block with a "{COMMAND}..."')
     os.chdir(ROOT)
-    path.write_text(rendered(text))
+    for path, text in texts.items():
+        path.write_text(rendered(text))
 
 
 def arguments_of(block: re.Match[str]) -> list[str]:

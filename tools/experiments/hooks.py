@@ -3,12 +3,14 @@
 import json
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.registry import HOOKS
+from mmengine.model import StochasticWeightAverage
+from mmengine.registry import HOOKS, MODELS
 from torch import Tensor, nn
 
 from ws_mm import update_estimates
@@ -109,6 +111,61 @@ class RecalibratedHook(Hook):
 
 
 @HOOKS.register_module()
+class AveragedHook(Hook):
+    """Evaluate once more at the end, with the mean of the last weights.
+
+    The mean is over parameters and running statistics of every iteration in
+    the last part of the run. The metrics get the prefix ``averaged/``; the
+    weights are put back afterwards.
+
+    Args:
+        share: this part of the run. It lies behind the last checkpoint
+            before the end, so that a resumed run has the same mean.
+
+    Raises:
+        ValueError: share is not above 0 and at most 0.2.
+    """
+
+    priority = 'LOW'  # after the optimizer's step
+
+    def __init__(self, share: float = 0.2) -> None:
+        if not 0 < share <= 0.2:
+            raise ValueError(f'share={share!r} must be above 0, at most 0.2')
+        self.share = share
+        self.mean: StochasticWeightAverage | None = None
+
+    def after_train_iter(
+        self,
+        runner: Any,
+        batch_idx: int,
+        data_batch: Batch = None,
+        outputs: Any = None,
+    ) -> None:
+        """Take the weights of this iteration in."""
+        if runner.iter < (1 - self.share) * runner.max_iters:
+            return
+        if self.mean is None:
+            self.mean = StochasticWeightAverage(
+                runner.model, update_buffers=True
+            )
+        self.mean.update_parameters(runner.model)
+
+    def after_train(self, runner: Any) -> None:
+        """Evaluate with the mean."""
+        if self.mean is None:
+            return
+        model = runner.model
+        own = {k: v.clone() for k, v in model.state_dict().items()}
+        with restored(model):
+            try:
+                model.load_state_dict(self.mean.module.state_dict())
+                model.eval()
+                evaluate(runner, 'averaged')
+            finally:
+                model.load_state_dict(own)
+
+
+@HOOKS.register_module()
 class SmoothnessHook(Hook):
     """Measure how much the gradient turns over one optimizer step.
 
@@ -161,6 +218,122 @@ class SmoothnessHook(Hook):
             },
             step=runner.iter + 1,
         )
+
+
+@HOOKS.register_module()
+class StartHook(Hook):
+    """Measure, before the first step, what is left of a pretrained function.
+
+    Formula, over the first validation images, one by one:
+        start/loss_train, start/loss_eval = mean loss, by the mode of norms
+        start/kept_train, start/kept_eval = mean over channels of r^2
+    with r the correlation, over images and places, of the last map of the
+    backbone with that of the reference in eval mode: 1 where a scale and a
+    shift of each channel turn the one into the other.
+
+    Convention: heads are new, so the losses say little of a backbone. Each
+        image sees the model as it is before the first step, dropout is off.
+        Where one image leaves a norm one value per channel, nothing is
+        measured in training mode.
+
+    Args:
+        reference: config of the pretrained backbone; None for the losses
+            alone.
+        images: number of images.
+    """
+
+    def __init__(
+        self, reference: dict[str, Any] | None = None, images: int = 16
+    ) -> None:
+        self.reference, self.images = reference, images
+
+    def before_train(self, runner: Any) -> None:
+        """Write the losses and the correlations to the curves."""
+        if runner.iter:  # resumed: the first call has measured
+            return
+        model = runner.model
+        loader = runner.val_dataloader
+        with restored(model):
+            model.train()  # a backbone may keep its norms in eval mode
+            training = {
+                m: m.training for m in model.modules() if isinstance(m, NORMS)
+            }
+            count = min(self.images, len(loader.dataset))
+            batches = [
+                loader.collate_fn([loader.dataset[i]]) for i in range(count)
+            ]
+            reference = None
+            if self.reference is not None:
+                reference = MODELS.build(self.reference)
+                reference.init_weights()
+                reference.to(next(model.parameters()).device).eval()
+        found: dict[str, float] = {}
+        for mode in ('eval', 'train'):
+            modes = {n: mode == 'train' and t for n, t in training.items()}
+            try:
+                measured = [
+                    start_of(model, modes, batch, reference)
+                    for batch in batches
+                ]
+            except ValueError as error:
+                if not IMPOSSIBLE.search(str(error)):
+                    raise
+                print_log(f'no start in {mode} mode: {error}', 'current')
+                continue
+            values, maps, expected = zip(*measured, strict=True)
+            found[f'start/loss_{mode}'] = sum(values) / len(values)
+            if reference is not None:
+                found[f'start/kept_{mode}'] = kept(maps, expected)
+        runner.visualizer.add_scalars(found, step=0)
+
+
+@torch.no_grad()
+def start_of(
+    model: Any,
+    modes: dict[nn.Module, bool],
+    batch: Batch,
+    reference: nn.Module | None,
+) -> tuple[float, Tensor, Tensor]:
+    """Loss of a batch, and the last maps of two backbones.
+
+    Args:
+        model: it stays as it is.
+        modes: of the norms, whether they are in training mode.
+        batch: images with their labels.
+        reference: the other backbone; None for an empty map.
+    """
+    maps: list[Tensor] = []
+
+    def look(_: nn.Module, inputs: Any, outputs: Any) -> None:
+        if reference is not None:
+            maps[:] = outputs[-1], reference(*inputs)[-1]
+
+    with restored(model):
+        model.eval()
+        for norm, training in modes.items():
+            norm.training = training
+        torch.manual_seed(0)  # detectors sample
+        watched = model.backbone.register_forward_hook(look)
+        try:
+            loss, _ = model.parse_losses(losses(model, batch))
+        finally:
+            watched.remove()
+    own, other = maps or (torch.empty(0), torch.empty(0))
+    return loss.item(), own, other
+
+
+def kept(maps: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Mean over channels of the squared correlation.
+
+    Shape: maps of (N, C, H, W), of any sizes. A constant channel counts 0.
+    """
+    rows = [
+        torch.cat([m.transpose(0, 1).flatten(1).double() for m in own], 1)
+        for own in (maps, expected)
+    ]
+    x, y = (row - row.mean(1, keepdim=True) for row in rows)
+    scale = (x.square().sum(1) * y.square().sum(1)).clamp_min(1e-30)
+    return ((x * y).sum(1).square() / scale).mean().item()
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from typing import Any
 
 GROUPS = 16  # the small models have few channels
 WS = {'type': 'ws_mm.WSConv2d'}
+ADAPTIVE = {'type': 'ws_mm.AdaptiveWSConv2d'}
 GN = {'type': 'GN', 'num_groups': GROUPS}
 # Said here, so that a record means the same whatever the layer's default.
 BCN = {'type': 'ws_mm.BCN', 'num_groups': GROUPS, 'momentum': 0.01}
@@ -15,21 +16,25 @@ RENORM = {
     'd_steps': 500,
 }
 OWN_ACT = {'replaces_act': True}  # of the ReLU after them
-Parts = tuple[dict[str, Any] | None, dict[str, Any]]
+Parts = tuple[dict[str, Any] | None, dict[str, Any] | None]
 
 # name: (conv_cfg, norm_cfg)
 NORMS: dict[str, Parts] = {
     # From scratch its statistics are those of the start: nothing is
     # normalized at all.
     'frozen BN': (None, {'type': 'torchvision.ops.FrozenBatchNorm2d'}),
+    'no norm': (None, None),
     'BN': (None, {'type': 'BN'}),
     'BN+WS': (WS, {'type': 'BN'}),
     'GN': (None, GN),
     'GN+WS': (WS, GN),
     'BCN': (None, BCN),
     'BCN+WS': (WS, BCN),
+    'eased BCN': (None, {**BCN, 'type': 'EasedBCN'}),
+    'eased BCN+WS': (WS, {**BCN, 'type': 'EasedBCN'}),
     'BCN+WS batch': (WS, {**BCN, 'mode': 'batch', 'momentum': 0.1}),
     'BCN+WS variant': (WS, {**BCN, 'type': 'VariantBCN'}),
+    'BCN+WS channel first': (WS, {**BCN, 'type': 'ChannelFirstBCN'}),
     'BCN+WS channel': (WS, {**BCN, 'outer_affine': 'channel'}),
     # ws_mm/zoo; filters stand before a GN, unless they belong to a norm.
     'MABN': ({'type': 'ws_mm.CenteredConv2d'}, {'type': 'ws_mm.MABN'}),
@@ -55,7 +60,9 @@ NORMS: dict[str, Parts] = {
     'GN, WN': ({'type': 'ws_mm.WNConv2d'}, GN),
     'GN, centered': ({'type': 'ws_mm.CenteredConv2d'}, GN),
     'GN, scaled WS': ({'type': 'ws_mm.ScaledWSConv2d'}, GN),
-    'GN, adaptive WS': ({'type': 'ws_mm.AdaptiveWSConv2d'}, GN),
+    'GN, adaptive WS': (ADAPTIVE, GN),
+    'BN, adaptive WS': (ADAPTIVE, {'type': 'BN'}),
+    'BCN, adaptive WS': (ADAPTIVE, BCN),
 }
 
 # By others, of their own models; box / mask AP on COCO, or top-1 accuracy on
@@ -83,7 +90,7 @@ def parts_of(norm: str, **changes: Any) -> Parts:
             f'norm={norm!r} is not one of {", ".join(map(repr, NORMS))}'
         )
     conv, own = NORMS[norm]
-    return conv, {**own, **changes}
+    return conv, None if own is None else {**own, **changes}
 
 
 def apply(model: Any, norm: str, **changes: Any) -> int:
@@ -92,7 +99,7 @@ def apply(model: Any, norm: str, **changes: Any) -> int:
     count = 0
     if isinstance(model, dict):
         if 'norm_cfg' in model:
-            model['norm_cfg'] = dict(norm_cfg)
+            model['norm_cfg'] = norm_cfg and dict(norm_cfg)
             model['conv_cfg'] = conv_cfg and dict(conv_cfg)
             count += 1
         values = list(model.values())

@@ -15,6 +15,7 @@ metrics at the end of the runs, with --average their means over the runs.
 --points the numbers of the tables, a point for each run. --publish collects
 the records in one file, which this command reads as well. --which prints one
 table of all tasks instead, at the best learning rate of each cell, with cost.
+--paired ROW compares the rows with that one, seed by seed.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from experiments import records
 from experiments.figures import curve_of, draw_lines, draw_points, layers_of
 from experiments.grid import Cell, GridError
 from experiments.grid import load as load_grid
+from experiments.paired import paired_table
 from experiments.tables import (
     Records,
     average,
@@ -64,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         '--which', type=Path, help='result of benchmark/zoo.py, see above'
     )
+    parser.add_argument('--paired', metavar='ROW', help='see above')
     options = parser.parse_args(argv)
     source = options.source
     if source.is_dir():
@@ -119,7 +122,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f'{which_table(found, options.which)}\n')
     for task in [] if options.which else tasks:
         own = of_task(found, task)
-        if options.metrics:
+        if options.paired:
+            metric = own[0]['task']['metric']
+            for key in options.metrics or [metric]:
+                try:
+                    words = paired_table(task, own, options.paired, key, value)
+                except ValueError as error:
+                    parser.error(f'--paired={error}')
+                print(f'{words}\n')
+        elif options.metrics:
             print(f'{metrics_table(task, own, options.metrics, value)}\n')
         else:
             print(f'{table(task, own)}\n')

@@ -27,8 +27,8 @@ class UpdateRateHook(Hook):
         does; at a constant rate those that evaluation uses are of the last
         1 / momentum batches or so. ``momentum`` is that of the config again
         after training, and after a resume. Compiled layers compile again
-        at each change. Measured in docs/results.md: the constant default
-        was not beaten.
+        at each change. Measured in docs/results/momentum.md: the constant
+        default was not beaten.
 
     Args:
         schedule: 'debiased', 'learning rate' or 'both'.

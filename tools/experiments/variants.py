@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 from mmengine.registry import MODELS
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ws_mm import BCN
 from ws_mm.functional import batch_channel_norm, updated_estimates
@@ -83,3 +84,123 @@ class VariantBCN(BCN):
             eps=self.eps,
         )
         return output.view_as(input)
+
+
+@MODELS.register_module()
+class ChannelFirstBCN(BCN):
+    """BCN in the other order: the groups of an image, then the channels.
+
+    Formula, with mean and var the estimates of z after their update:
+        z = group_norm(input, num_groups, weight, bias)
+        output = (z - mean) / sqrt(var + eps) * bn_weight + bn_bias
+
+    Convention: the estimates are of what an image's own statistics have
+        normalized, so they do not see its brightness and contrast.
+
+    Args:
+        *args: Arguments of ``BCN``.
+        **kwargs: Arguments of ``BCN``.
+
+    Raises:
+        ValueError: ``mode`` is not 'estimate'.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.mode != 'estimate':
+            raise ValueError(
+                f"mode={self.mode!r}: ChannelFirstBCN is for mode='estimate'"
+            )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input`` of shape (N, num_features, *)."""
+        if not input.numel():
+            return super().forward(input)
+        affine = (
+            a
+            if a is None
+            else a.repeat_interleave(self.num_features // len(a))
+            for a in (self.weight, self.bias)
+        )
+        z = F.group_norm(input, self.num_groups, *affine, self.eps)
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            mean, var = updated_estimates(z, mean, var, self.momentum)
+            self.running_mean.copy_(mean)
+            self.running_var.copy_(var)
+        affine = self.bn_weight, self.bn_bias
+        return F.batch_norm(z, mean, var, *affine, eps=self.eps)
+
+
+@MODELS.register_module()
+class EasedBCN(BCN):
+    """BCN whose second normalization begins as the identity.
+
+    Formula, with mean and var the estimates after their update:
+        z = (input - mean) / sqrt(var + eps) * bn_weight + bn_bias
+        output = z + gate * (group_norm(z, num_groups, weight, bias) - z)
+    with a gate per channel, 0 at the start. With gate 1 it is BCN; with
+    gate 0 a BN that its estimates normalize in training, too.
+
+    State: as ``BCN``, and ``gate``: a parameter if it is learned, else a
+        buffer.
+
+    Args:
+        *args: arguments of ``BCN``.
+        gate: 'learned'; 'rising' linearly to 1, by each training forward; or
+            'closed', which stays 0.
+        steps: training forwards until a rising gate is 1.
+        **kwargs: arguments of ``BCN``.
+
+    Raises:
+        ValueError: ``gate`` is another word, or ``mode`` not 'estimate'.
+    """
+
+    GATES = ('learned', 'rising', 'closed')
+
+    def __init__(
+        self,
+        *args: Any,
+        gate: str = 'learned',
+        steps: int = 500,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if gate not in self.GATES:
+            raise ValueError(
+                f'gate={gate!r} is not one of '
+                f'{", ".join(map(repr, self.GATES))} (norm_cfg=dict(gate=...))'
+            )
+        if self.mode != 'estimate':
+            raise ValueError(
+                f"mode={self.mode!r}: EasedBCN is for mode='estimate'"
+            )
+        self.rise = 1 / steps if gate == 'rising' else 0.0
+        start = torch.zeros_like(self.running_mean)
+        if gate == 'learned':
+            self.gate = nn.Parameter(start)
+        else:
+            self.register_buffer('gate', start)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input`` of shape (N, num_features, *)."""
+        if not input.numel():
+            return super().forward(input)
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            mean, var = updated_estimates(input, mean, var, self.momentum)
+            self.running_mean.copy_(mean)
+            self.running_var.copy_(var)
+            if self.rise:
+                self.gate.add_(self.rise).clamp_(max=1)
+        inner = self.bn_weight, self.bn_bias
+        z = F.batch_norm(input, mean, var, *inner, eps=self.eps)
+        affine = (
+            a
+            if a is None
+            else a.repeat_interleave(self.num_features // len(a))
+            for a in (self.weight, self.bias)
+        )
+        y = F.group_norm(z, self.num_groups, *affine, self.eps)
+        gate = self.gate.clone() if self.rise else self.gate
+        return torch.lerp(z, y, gate.view(-1, *[1] * (z.dim() - 2)))

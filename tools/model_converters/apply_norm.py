@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         'config',
         help='config file, or one that an installed package ships: '
-        'mmdet::FOLDER/NAME.py, mmseg::FOLDER/NAME.py',
+        'mmdet::FOLDER/NAME.py, mmseg::..., mmpretrain::...',
     )
     parser.add_argument('out', help='config file to write, NAME.py')
     parser.add_argument(
@@ -120,8 +120,9 @@ def find_config(name: str) -> Path:
             f'{name}: the package {package} is not installed. '
             + (
                 f'Install it with: {install_command(package)}'
-                if package in ('mmdet', 'mmseg')
-                else 'Packages that ship configs are mmdet and mmseg.'
+                if package in ('mmdet', 'mmseg', 'mmpretrain')
+                else 'Packages that ship configs are mmdet, mmseg and '
+                'mmpretrain.'
             )
         )
     root = Path(spec.submodule_search_locations[0]) / '.mim' / 'configs'

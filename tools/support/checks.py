@@ -130,14 +130,23 @@ def iter_datasets(dataset: Any, key: str) -> Iterator[tuple[str, dict]]:
             yield key, dataset
 
 
+def _is_downloaded(dataset: dict) -> bool:
+    """Whether MMPretrain downloads a data set that is not there."""
+    kinds = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
+    kind = str(dataset.get('type')).rpartition('.')[2]
+    return kind in kinds and dataset.get('download', True)
+
+
 def _missing_paths(dataset: dict, key: str) -> Iterator[str]:
     """One line per path of ``dataset`` that is not there."""
     root = dataset.get('data_root') or ''
-    if root and not os.path.isdir(root):
+    if root and not os.path.isdir(root) and not _is_downloaded(dataset):
         yield f'{key}.data_root = {root!r}: no folder {os.path.abspath(root)}'
         return
     named = {'ann_file': dataset.get('ann_file')}
     prefixes = dataset.get('data_prefix') or {}
+    if isinstance(prefixes, str):
+        named['data_prefix'], prefixes = prefixes, {}
     for name, prefix in prefixes.items():
         named[f'data_prefix.{name}'] = prefix
     for name, value in named.items():

@@ -36,7 +36,7 @@ EVALUATION_KEYS = {
 }
 # Heads whose number of classes is that of the data set. Others count things
 # and stuff, foreground alone, or the words of a text.
-HEADS = re.compile(r'((roi_head\.)?(bbox|mask)|decode)_head(\.\d+)?')
+HEADS = re.compile(r'((roi_head\.)?(bbox|mask)|decode)_head(\.\d+)?|head')
 
 
 def check_class_lists(cfg: Config) -> None:

@@ -1,8 +1,11 @@
 """Explanations of errors that stop a training or a test."""
 
 import errno
+import logging
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mmengine.config import Config
 from mmengine.dist import get_rank
@@ -22,6 +25,23 @@ LOST = re.compile(
     'remote process exited|socket',
     re.IGNORECASE,
 )
+
+
+@contextmanager
+def noted(runner: Runner) -> Iterator[None]:
+    """Write what ends a training into its log, which only the screen gets."""
+    try:
+        yield
+    except BaseException as error:
+        logger = runner.logger
+        trace = error.__traceback__ and error.__traceback__.tb_next
+        cause = type(error), error, trace
+        place = __file__, 0, 'The training ended by:', (), cause
+        record = logger.makeRecord(logger.name, logging.ERROR, *place)
+        for handler in logger.handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.handle(record)
+        raise
 
 
 def unwritable(cfg: Config, error: OSError) -> SetupError | None:

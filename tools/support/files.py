@@ -58,13 +58,21 @@ def write_together(
 def read_scalars(work_dir: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of the hosts' ``scalars.json`` files, oldest first.
 
-    Each start of a training writes a file of its own. A line that a kill
-    cut short is left out.
+    Each start of a training writes a file of its own.
     """
     for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
-        for line in path.read_text().splitlines():
-            try:
-                values = json.loads(line)
-            except ValueError:
-                continue
+        yield from read_lines(path)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a file that has a JSON object in each.
+
+    A line that a kill cut short is left out.
+    """
+    for line in path.read_text(errors='replace').splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(values, dict):
             yield values

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -322,25 +323,42 @@ def build_loops(runner: Runner, phases: Sequence[str]) -> None:
         SetupError: an annotation file without images, not readable, or
             with entries that the host or the model cannot use.
     """
-    scope = runner.cfg.get('default_scope')
     for phase in phases:
         if getattr(runner, f'_{phase}_loop', None) is None:
             continue
         loader = f'{phase}_dataloader'
-        try:
-            with data_checks.checked_annotations(scope):
-                loop = getattr(runner, f'{phase}_loop')
-            dataset = loop.dataloader.dataset
-            count = len(dataset)
-        except (ValueError, TypeError) as error:
-            reason = _empty_or_broken(runner.cfg, loader, error)
-            if reason is None:
-                raise
-            raise SetupError(reason) from error
-        if not count:
-            raise SetupError(_no_images(runner.cfg, loader))
-        data_checks.check_samples(loader, dataset)
+
+        def build(loop: str = f'{phase}_loop') -> Any:
+            return getattr(runner, loop).dataloader.dataset
+
+        dataset = open_data(runner.cfg, loader, build)
         data_checks.check_num_classes(loader, dataset, unwrapped(runner.model))
+
+
+def open_data(cfg: Config, loader: str, build: Callable[[], Any]) -> Any:
+    """Build the data set of a dataloader and look into it.
+
+    Args:
+        cfg: the config.
+        loader: key of the dataloader.
+        build: builds its data set.
+
+    Raises:
+        SetupError: see :func:`build_loops`.
+    """
+    try:
+        with data_checks.checked_annotations(cfg.get('default_scope')):
+            dataset = build()
+        count = len(dataset)
+    except (ValueError, TypeError) as error:
+        reason = _empty_or_broken(cfg, loader, error)
+        if reason is None:
+            raise
+        raise SetupError(reason) from error
+    if not count:
+        raise SetupError(_no_images(cfg, loader))
+    data_checks.check_samples(loader, dataset)
+    return dataset
 
 
 def gather_in_work_dir(runner: Runner, phase: str) -> None:

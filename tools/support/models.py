@@ -167,6 +167,30 @@ def _segment(model: Any, image: Tensor) -> list[Any]:
     return outputs
 
 
+def judge(cfg: Config, model: nn.Module, size: int) -> tuple[Any, str]:
+    """Check the layers of a config's model.
+
+    Args:
+        cfg: the config.
+        model: as :func:`build_model` builds it.
+        size: height and width in pixels of the image that is run.
+
+    Returns:
+        The report of :func:`ws_mm.check`; and a note where the model does
+        not run, else ''.
+    """
+    import ws_mm
+
+    try:
+        return ws_mm.check(model, forward_of(cfg, model, size)), ''
+    # Whatever a model may raise that wants other inputs.
+    except Exception as error:
+        return ws_mm.check(model), (
+            f'The model does not run on one random image ({error}): judged '
+            'by names and order.'
+        )
+
+
 def first_line(error: BaseException) -> str:
     """Class and first line of an error, for the end of a message."""
     lines = str(error).strip().splitlines() or ['']

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ def in_ranks(
     size: int = 2,
     start_method: str = 'fork',
     backend: str = 'gloo',
+    seconds: float = 1800,
 ) -> list[Any]:
     """Return what ``function(rank, *args)`` returns in each process.
 
@@ -29,11 +31,12 @@ def in_ranks(
         size: Number of processes.
         start_method: How they start, see :mod:`multiprocessing`.
         backend: Backend of the group; with ``'nccl'`` each has a GPU.
+        seconds: Longest wait of one for the other.
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(
             _start,
-            (size, backend, Path(folder), function, args),
+            (size, backend, seconds, Path(folder), function, args),
             size,
             start_method=start_method,
         )
@@ -47,6 +50,7 @@ def _start(
     rank: int,
     size: int,
     backend: str,
+    seconds: float,
     folder: Path,
     function: Callable,
     args: tuple,
@@ -61,6 +65,7 @@ def _start(
         init_method=f'file://{folder}/meeting',
         rank=rank,
         world_size=size,
+        timeout=timedelta(seconds=seconds),
     )
     result = function(rank, *args)
     dist.barrier()

@@ -1,0 +1,53 @@
+"""Rows of the grids of pretrained starts: what is trained, and from what."""
+
+_base_ = './tasks.py'
+
+bn = dict(_delete_=True, type='BN')
+plain = {'model.backbone.norm_cfg': bn, 'model.backbone.conv_cfg': None}
+# As mmdet's: statistics stay, affines are trained. No stage is frozen.
+frozen = {**plain, 'model.backbone.norm_eval': True}
+everywhere = {'model.backbone.depthwise': True}
+
+# Names in tables, with norm, norm_cfg and options of their cells. A norm
+# stands in backbone and heads, but for frozen BN.
+rows = {
+    'frozen BN, heads without norm': dict(norm='no norm', options=frozen),
+    'frozen BN, BN in the heads': dict(norm='BN', options=frozen),
+    'frozen BN, GN in the heads': dict(norm='GN', options=frozen),
+    'frozen BN, GN+WS in the heads': dict(norm='GN+WS', options=frozen),
+    'frozen BN, BCN+WS in the heads': dict(norm='BCN+WS', options=frozen),
+    'BN': dict(norm='BN'),
+    'BN to GN': dict(norm='GN'),
+    'BN to GN+WS': dict(norm='GN+WS'),
+    'BN to BCN': dict(norm='BCN'),
+    'BN to BCN+WS': dict(norm='BCN+WS'),
+    'BN to BCN+WS, depthwise filters, too': dict(
+        norm='BCN+WS', options=everywhere
+    ),
+    'BN to BCN, eased in, learned': dict(norm='eased BCN'),
+    'BN to BCN, eased in over 500 steps': dict(
+        norm='eased BCN', norm_cfg=dict(gate='rising')
+    ),
+    'BN to BCN+WS, eased in, learned': dict(norm='eased BCN+WS'),
+    'BN, adaptive WS': dict(norm='BN, adaptive WS'),
+    'BN to GN, adaptive WS': dict(norm='GN, adaptive WS'),
+    'BN to BCN, adaptive WS': dict(norm='BCN, adaptive WS'),
+    'BN by its moving statistics': dict(
+        norm='eased BCN', norm_cfg=dict(gate='closed')
+    ),
+    # Its filters have to be centered, those of one channel, too.
+    'BN to MABN': dict(norm='MABN', options=everywhere),
+    'BN to Cross-Iteration BN': dict(norm='Cross-Iteration BN'),
+}
+# Rows of the task that takes longer, and those with two images per step.
+fewer = [
+    'frozen BN, heads without norm',
+    'frozen BN, GN+WS in the heads',
+    'frozen BN, BCN+WS in the heads',
+    'BN',
+    'BN to GN',
+    'BN to GN+WS',
+    'BN to BCN',
+    'BN to BCN+WS',
+    'BN to BCN, eased in, learned',
+]

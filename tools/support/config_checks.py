@@ -1,0 +1,232 @@
+"""Look at a config before a long training."""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, VISUALIZERS, DefaultScope
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from support import checks, data_checks, launch, models
+from support.findings import Finding
+from ws_mm.hooks import batch_norm_problems
+from ws_mm.shapes import batch_norms
+
+DRAWN_BY = {'mmdet': 'DetLocalVisualizer', 'mmseg': 'SegLocalVisualizer'}
+# Copies of each weight: itself, its gradient, and what the optimizer keeps.
+COPIES = {'SGD': 3, 'Adam': 4, 'AdamW': 4}
+MIB = 2**20
+
+
+class Training:
+    """What the checks have in common.
+
+    Args:
+        cfg: the config.
+        processes: of the training.
+        folder: for pictures.
+    """
+
+    def __init__(self, cfg: Config, processes: int, folder: Path) -> None:
+        self.cfg, self.processes, self.folder = cfg, processes, folder
+        loader = cfg.get('train_dataloader') or {}
+        batch = loader.get('batch_sampler') or {}
+        self.batch = loader.get('batch_size') or batch.get('batch_size')
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """Built once."""
+        return models.build_model(self.cfg)
+
+    def checks(self, size: int, memory: bool) -> list[Callable]:
+        """All checks of this config.
+
+        Args:
+            size: pixels of the random image that judges the layers.
+            memory: whether to train for a step.
+        """
+        loaders = [
+            f'{phase}_dataloader'
+            for phase in ('train', 'val', 'test')
+            if self.cfg.get(f'{phase}_dataloader')
+        ]
+        return [
+            partial(self.layers, size),
+            self.norms_of_batches,
+            self.learning_rate,
+            *(partial(self.data, loader) for loader in loaders),
+            *[self.memory] * memory,
+        ]
+
+    def layers(self, size: int) -> Iterator[Finding]:
+        """See that a norm follows each standardized convolution."""
+        report, note = models.judge(self.cfg, self.model, size)
+        for mistake in report.mistakes:
+            yield Finding('error', mistake)
+        count = sum(conv.standardized for conv in report)
+        yield Finding(
+            'ok', f'{count} of {len(report)} convolutions standardized. {note}'
+        )
+
+    def norms_of_batches(self) -> Iterator[Finding]:
+        """Name batch norms that train on few images."""
+        self.model.train()
+        found = batch_norm_problems(
+            self.model, self.batch or 0, self.processes
+        )
+        for problem in found:
+            yield Finding('warning', problem)
+        if not found:
+            count = len(batch_norms(self.model))
+            yield Finding(
+                'ok',
+                f'{count} batch norms, none of which trains on the '
+                'statistics of one or two images',
+            )
+
+    def learning_rate(self) -> Iterator[Finding]:
+        """Compare the images of a step with those that the rate is for."""
+        scale = self.cfg.get('auto_scale_lr') or {}
+        wrapper = self.cfg.get('optim_wrapper') or {}
+        rate = (wrapper.get('optimizer') or {}).get('lr')
+        base = scale.get('base_batch_size')
+        counts = wrapper.get('accumulative_counts', 1)
+        if not (base and rate and self.batch):
+            yield Finding(
+                'warning',
+                f'the config does not say for which batch lr={rate} is meant',
+                'auto_scale_lr = dict(base_batch_size=IMAGES_OF_A_STEP)',
+            )
+            return
+        images = self.batch * self.processes * counts
+        words = (
+            f'lr={rate:g} is meant for {base} images per step, and a step '
+            f'has {self.batch} images x {self.processes} processes x '
+            f'{counts} iterations = {images}'
+        )
+        if images == base or scale.get('enable'):
+            yield Finding('ok', words)
+            return
+        yield Finding(
+            'warning',
+            words,
+            '--auto-scale-lr, or --cfg-options optim_wrapper.optimizer.lr='
+            f'{rate * images / base:g} (linear rule), or --processes of the '
+            'training',
+        )
+
+    def data(self, loader: str) -> Iterator[Finding]:
+        """Read and draw the first sample of a loader."""
+        checks.check_data(self.cfg, (loader,))
+        scope = self.cfg.get('default_scope') or 'mmengine'
+        with DefaultScope.overwrite_default_scope(scope):
+            dataset = launch.open_data(
+                self.cfg,
+                loader,
+                lambda: Runner.build_dataloader(self.cfg[loader]).dataset,
+            )
+            data_checks.check_num_classes(loader, dataset, self.model)
+            sample = dataset[0]
+            classes = (dataset.metainfo or {}).get('classes') or ()
+            words = f'{loader}: {len(dataset)} images, {len(classes)} classes'
+            image = sample.get('inputs')
+            if scope not in DRAWN_BY or not isinstance(image, Tensor):
+                yield Finding('ok', f'{words}; a sample is read, not drawn')
+                return
+            boxes = sample['data_samples'].get('gt_instances', {})
+            if hasattr(boxes.get('bboxes'), 'tensor'):
+                boxes.bboxes = boxes.bboxes.tensor  # what it can draw
+            path = self.folder / f'{loader}.png'
+            drawer = dict(type=DRAWN_BY[scope], name=str(path))
+            visualizer = VISUALIZERS.build(drawer)
+            visualizer.dataset_meta = dataset.metainfo
+            visualizer.add_datasample(
+                *(loader, picture(image), sample['data_samples']),
+                draw_pred=False,
+                out_file=str(path),
+            )
+        size = 'x'.join(map(str, image.shape[1:]))
+        yield Finding('ok', f'{words}; a sample of {size} is in {path}')
+
+    def memory(self) -> Iterator[Finding]:
+        """Count what one training step keeps, on the CPU."""
+        batch, model = self._step()
+        own = [*model.parameters(), *model.buffers()]
+        activations = kept_bytes(own, lambda: model(**batch, mode='loss'))
+        kind = self.cfg.optim_wrapper.optimizer.type
+        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        weights = trained * COPIES.get(kind, 4)
+        total = (activations + weights) / MIB
+        words = (
+            f'one step keeps about {total:.0f} MiB in float32: '
+            f'{activations / MIB:.0f} activations of {self.batch} images, '
+            f'{weights / MIB:.0f} weights, gradients and {kind}; workspace '
+            'of the operators comes on top'
+        )
+        if not torch.cuda.is_available():
+            yield Finding('ok', words)
+            return
+        there = torch.cuda.get_device_properties(0).total_memory / MIB
+        full = total / there
+        yield Finding(
+            'error' if full > 1 else 'warning' if full > 0.8 else 'ok',
+            f'{words}. The GPU has {there:.0f} MiB',
+            'train_dataloader.batch_size smaller and '
+            'optim_wrapper.accumulative_counts larger, --amp, or '
+            'model.backbone.with_cp=True'
+            if full > 0.8
+            else '',
+        )
+
+    def _step(self) -> tuple[dict[str, Any], nn.Module]:
+        """The first batch, and the whole model in training."""
+        config = copy.deepcopy(self.cfg.train_dataloader)
+        config.update(num_workers=0, persistent_workers=False)
+        scope = self.cfg.get('default_scope') or 'mmengine'
+        with DefaultScope.overwrite_default_scope(scope):
+            batch = next(iter(Runner.build_dataloader(config)))
+            # models.build_model lets it predict few objects.
+            model = MODELS.build(copy.deepcopy(self.cfg.model))
+        model = revert_sync_batchnorm(model).train()
+        return model.data_preprocessor(batch, True), model
+
+
+def kept_bytes(own: list[Tensor], run: Callable[[], Any]) -> int:
+    """Bytes that a forward keeps for its backward.
+
+    Args:
+        own: tensors of the model, which are there anyway.
+        run: the forward; returns what the backward begins with.
+    """
+    there = {tensor.untyped_storage().data_ptr() for tensor in own}
+    kept: dict[int, Tensor] = {}  # held: an address is reused once it is free
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        run()
+    return sum(
+        tensor.untyped_storage().nbytes()
+        for place, tensor in kept.items()
+        if place not in there
+    )
+
+
+def picture(image: Tensor) -> np.ndarray:
+    """Colours of an input, (C, H, W) in BGR, as (H, W, 3) in RGB."""
+    values = image.float()[:3].flip(0)
+    if image.dtype != torch.uint8:  # normalized by the pipeline
+        low, high = values.min(), values.max()
+        values = (values - low) / (high - low).clamp(min=1e-6) * 255
+    rgb = values.expand(3, -1, -1).permute(1, 2, 0)
+    return np.ascontiguousarray(rgb.byte().numpy())
