@@ -309,7 +309,7 @@ def test_clips_that_do_not_fit() -> None:
     with pytest.raises(SetupError, match=r'\(B, 4, 3, H, W\), not \(2, 5, 3'):
         model.scores(torch.zeros(2, 5, 3, 8, 8))
     with pytest.raises(SetupError, match='CGNet has no residual blocks'):
-        tsm.TSM(dict(type='mmseg.CGNet', num_channels=(8, 8, 8)), 8, 8)
+        tsm.TSM(dict(type='mmseg.CGNet'), 256, 8)
 
 
 def test_solids_are_trained_and_evaluated(script, tmp_path, capsys) -> None:
