@@ -12,6 +12,7 @@ from mmengine import load
 from mmengine.utils import digit_version
 
 ROOT = Path(__file__).resolve().parents[1]
+OTHER_TASKS = 'point_clouds/dgcnn.py', 'video/tsm.py'
 
 
 @pytest.fixture(scope='module')
@@ -68,6 +69,7 @@ def test_contents(wheel: Path) -> None:
     assert '.mim/tools/dist_train.sh' in tools
     assert '.mim/tools/support/torchrun.sh' in tools
     assert '.mim/tools/deployment/export.py' in tools
+    assert {f'.mim/tools/{f}' for f in OTHER_TASKS} <= tools
     assert not {file for file in tools if 'proofs' in file}
     assert '.mim/tools/bootstrap.py' not in tools
     wanted = {

@@ -3,7 +3,7 @@
 import difflib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +197,30 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
             message += f'\nTo prepare or check this data: python {command} -h'
             break
     raise SetupError(message)
+
+
+def require(paths: Iterable[Path], what: str, shown: int = 20) -> None:
+    """See that files and folders are there.
+
+    Args:
+        paths: what a data set is made of; ``*`` in a name stands for any
+            file, of which one is enough.
+        what: Name of the data set for the message.
+        shown: how many of those missing the message lists.
+
+    Raises:
+        SetupError: some are missing.
+    """
+    paths = list(paths)
+    missing = [
+        path
+        for path in paths
+        if next(path.parent.glob(path.name), None) is None
+    ]
+    if missing:
+        more = f'\n  and {len(missing) - shown} more'
+        raise SetupError(
+            f'{what}: {len(missing)} of {len(paths)} are missing:\n  '
+            + '\n  '.join(map(str, missing[:shown]))
+            + more * (len(missing) > shown)
+        )

@@ -1,0 +1,1 @@
+"""DGCNN, a classifier of point clouds, and its data."""

@@ -1,0 +1,1 @@
+"""TSM, a classifier of clips, and its data."""
