@@ -26,6 +26,7 @@ STYLE = {
     'svg.hashsalt': 'ws_mm',  # the same names in every file
 }
 IMAGES = 300
+ROUNDING = 1e-15  # of float64; what is below it differs between machines
 
 
 def filters() -> Tensor:
@@ -43,7 +44,7 @@ def projection() -> dict[str, tuple[float, float]]:
     Returns:
         For the convolution and the standardized one: cosines, absolute,
         between the gradient of the raw filter and a constant filter, and
-        between it and the centered filter itself.
+        between it and the centered filter itself; at least ROUNDING.
     """
     random = torch.Generator().manual_seed(1)
     x = torch.randn(1, 64, 32, 32, generator=random, dtype=torch.float64)
@@ -58,7 +59,7 @@ def projection() -> dict[str, tuple[float, float]]:
         directions = torch.ones_like(weight), weight - weight.mean()
         found[name] = tuple(
             abs(torch.cosine_similarity(gradient.flatten(), d.flatten(), 0))
-            .clamp(min=1e-18)
+            .clamp(min=ROUNDING)
             .item()
             for d in directions
         )
@@ -112,7 +113,7 @@ def draw_ws(left: Axes, middle: Axes, right: Axes) -> None:
         xticks=(0.2, 1.2),
         xticklabels=('a constant', 'the filter'),
         ylabel='|cosine|',
-        ylim=(1e-18, 1e6),
+        ylim=(ROUNDING / 10, 1e6),
         yscale='log',
     )
     right.legend()
