@@ -9,9 +9,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 from experiments import document, records, which  # noqa: E402
 
-PATH = ROOT / 'docs/results.md'
 RECORDS = ROOT / 'docs/results/records.json'
-PAGES = [PATH, ROOT / 'docs/zoo.md', *sorted(RECORDS.parent.glob('*.md'))]
+PAGES = [
+    *(ROOT / f'docs/{name}.md' for name in ('results', 'zoo', 'other_tasks')),
+    *sorted(RECORDS.parent.glob('*.md')),
+]
 SPREAD = re.compile(r'(\d[\d.]*) ± (\d[\d.]*)')
 
 
