@@ -301,10 +301,11 @@ def test_processes_that_do_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
         return ranks.in_ranks(lambda rank: time.sleep(600), seconds=2)
 
     monkeypatch.setattr(environment_checks, 'in_ranks', waits)
+    others = multiprocessing.active_children()  # of other tests
     (found,) = environment_checks.processes_talk()
     assert found.level == 'error'
     assert 'no end within 2 seconds' in found.text
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= set(others)
 
 
 def test_processes_that_cannot_talk(monkeypatch: pytest.MonkeyPatch) -> None:
