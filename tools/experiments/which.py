@@ -14,7 +14,8 @@ COST_CASE = 'layer1 1x64x200x336'
 def best(found: Records) -> str:
     """Final metric at the best learning rate, or why there is none.
 
-    Behind it the spread over seeds and the factor of the learning rate.
+    Behind it the spread over seeds and the factor of the learning rate. Of
+    rates with more seeds than others, one was chosen before.
     """
     groups: dict[float, list[float]] = {}
     for record in found:
@@ -23,7 +24,7 @@ def best(found: Records) -> str:
             groups.setdefault(factor, []).append(record['metric'])
     if not groups:
         return str(found[0]['status']) if found else '-'
-    factor = max(groups, key=lambda f: mean(groups[f]))
+    factor = max(groups, key=lambda f: (len(groups[f]), mean(groups[f])))
     words = f'{mean(groups[factor]):.1f}'
     if len(groups[factor]) > 1:
         words += f' ± {stdev(groups[factor]):.1f} (n={len(groups[factor])})'
