@@ -8,7 +8,7 @@ from experiments.tables import Records, groups_of
 from scipy.stats import bootstrap
 
 RESAMPLES = 10_000
-LEAST = 3  # pairs for an interval
+LEAST = 5  # pairs for an interval
 
 
 def paired_table(
