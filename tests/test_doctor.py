@@ -1,6 +1,7 @@
 """Findings of the doctor: environment, good configs, and each mistake."""
 
 import argparse
+import importlib
 import multiprocessing
 import subprocess
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 from in_process import load, tools  # noqa: F401
 from mmengine.config import Config
-from support import config_checks, environment_checks, ranks
+from support import config_checks, environment, environment_checks, ranks
 from support.config_checks import Training
 from support.findings import Finding, findings_of
 from tiny_runs import DET, SEG, without_ws, write_config, write_data
@@ -236,6 +237,17 @@ def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 'no mmdet (pip install onedl-mmdetection' in line.text
     assert other.level == 'warning'
     assert other.text.endswith('onedl-mmcv 9, tested 2.3.6')
+
+
+@pytest.mark.parametrize('package', ['numpy', 'torch', 'mmengine'])
+def test_what_is_installed_is_found(package: str) -> None:
+    name, version = environment.distribution(package)
+    assert name in (package, f'onedl-{package}')
+    assert (
+        version.split('+')[0]
+        == (importlib.import_module(package).__version__.split('+')[0])
+    )
+    assert environment.distribution('no_such_package') is None
 
 
 def test_operators(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,5 +27,9 @@ def distribution(package: str) -> tuple[str, str] | None:
     The hosts' packages come in two, such as ``mmdet`` and
     ``onedl-mmdetection``. None if none is installed.
     """
-    names = _distributions().get(package)
-    return (names[0], metadata.version(names[0])) if names else None
+    # Python 3.10 knows packages of those only that have a top_level.txt.
+    name = next(iter(_distributions().get(package, ())), package)
+    try:
+        return name, metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
