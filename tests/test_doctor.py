@@ -94,6 +94,20 @@ def test_a_good_segmentation(examined, tmp_path: Path) -> None:
     assert red.mean() > 50  # the palette's
 
 
+@pytest.mark.parametrize('text', [DET, SEG], ids=['mmdet', 'mmseg'])
+def test_a_test_image_of_another_size(
+    text: str, examined, tmp_path: Path
+) -> None:
+    # As in the hosts' pipelines, the truth is loaded behind it.
+    resize = "dict(type='Resize', scale=(96, 96))"
+    extra = (
+        f"{MEANT}test_dataloader['dataset']['pipeline'].insert(1, {resize})\n"
+    )
+    assert not_ok(examined(text, extra)) == []
+    image = cv2.imread(str(tmp_path / 'drawn/test_dataloader.png'))
+    assert image.shape == (64, 64, 3)
+
+
 def test_classes_that_are_not_those_of_a_head(examined) -> None:
     extra = MEANT + "model['decode_head']['num_classes'] = 3\n"
     train, test = not_ok(examined(SEG, extra))

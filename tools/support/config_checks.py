@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config
@@ -149,7 +150,8 @@ class Training:
             visualizer = VISUALIZERS.build(drawer)
             visualizer.dataset_meta = dataset.metainfo
             visualizer.add_datasample(
-                *(loader, picture(image), sample['data_samples']),
+                *(loader, seen(loader, image, sample['data_samples'])),
+                sample['data_samples'],
                 draw_pred=False,
                 out_file=str(path),
             )
@@ -220,6 +222,27 @@ def kept_bytes(own: list[Tensor], run: Callable[[], Any]) -> int:
         for place, tensor in kept.items()
         if place not in there
     )
+
+
+def seen(loader: str, image: Tensor, sample: Any) -> np.ndarray:
+    """The picture to which the truth of a sample belongs.
+
+    Evaluation compares with the file: the hosts' pipelines load the truth
+    behind all that changes the size.
+    """
+    masks = sample.get('gt_instances', {}).get('masks')
+    areas = sample.get('gt_sem_seg', {}).get('data')
+    size = tuple(image.shape[1:])
+    if masks is not None:
+        fits = (masks.height, masks.width) == size
+    elif areas is not None:
+        fits = tuple(areas.shape[-2:]) == size
+    else:
+        fits = loader == 'train_dataloader'
+    path = sample.metainfo.get('img_path')
+    if fits or not path:
+        return picture(image)
+    return mmcv.imread(path, channel_order='rgb')
 
 
 def picture(image: Tensor) -> np.ndarray:
