@@ -363,6 +363,14 @@ def test_the_environment_is_left_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(kernels.VARIABLE, 'plain')
-    with environment_checks.kernels_of('fused'):
-        assert ws_mm.kernels.for_weight(torch.ones(2, 3)) is kernels.cpu
+    backends = []
+    run = environment_checks._step
+
+    def step(*args: object) -> list[torch.Tensor]:
+        backends.append(ws_mm.kernels.for_weight(torch.ones(2, 3)))
+        return run(*args)
+
+    monkeypatch.setattr(environment_checks, '_step', step)
+    list(environment_checks.kernels_compute())
+    assert backends == [kernels.plain, kernels.cpu]
     assert ws_mm.kernels.for_weight(torch.ones(2, 3)) is kernels.plain

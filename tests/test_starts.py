@@ -70,7 +70,7 @@ def randomized(network: nn.Module) -> nn.Module:
 
 
 def differ(images: Tensor) -> bool:
-    """Whether outputs tell images apart: a dead network has none to keep."""
+    """Return whether outputs tell images apart; a dead network has none."""
     return bool((images[0] - images[1]).norm() > 0.02 * images.norm())
 
 

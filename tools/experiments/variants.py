@@ -11,8 +11,54 @@ from ws_mm import BCN
 from ws_mm.functional import batch_channel_norm, updated_estimates
 
 
+class EstimateBCN(BCN):
+    """What the variants share: estimates that move, and the second step.
+
+    Args:
+        *args: Arguments of ``BCN``.
+        **kwargs: Arguments of ``BCN``.
+
+    Raises:
+        ValueError: ``mode`` is not 'estimate'.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.mode != 'estimate':
+            raise ValueError(
+                f'mode={self.mode!r}: {type(self).__name__} is for '
+                "mode='estimate'"
+            )
+
+    def moved(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The estimates, in training after they moved towards ``x``."""
+        if not self.training:
+            return self.running_mean, self.running_var
+        mean, var = updated_estimates(
+            x, self.running_mean, self.running_var, self.momentum
+        )
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(var)
+        return mean, var
+
+    def normalize_channels(self, x: Tensor) -> Tensor:
+        """The second step alone."""
+        affine = (
+            a
+            if a is None
+            else a.repeat_interleave(self.num_features // len(a))
+            for a in (self.weight, self.bias)
+        )
+        return F.group_norm(x, self.num_groups, *affine, self.eps)
+
+    def normalize_batch(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """The first step alone, by given statistics."""
+        affine = self.bn_weight, self.bn_bias
+        return F.batch_norm(x, mean, var, *affine, eps=self.eps)
+
+
 @MODELS.register_module()
-class VariantBCN(BCN):
+class VariantBCN(EstimateBCN):
     """BCN whose inner normalization does less, or blends in the image's own.
 
     Formula, with mean and var the estimates after their update, m and v the
@@ -47,28 +93,20 @@ class VariantBCN(BCN):
             raise ValueError(
                 f'blend={blend!r} must be in [0, 1] (norm_cfg=dict(blend=...))'
             )
-        if self.mode != 'estimate':
-            raise ValueError(
-                f"mode={self.mode!r}: VariantBCN is for mode='estimate'"
-            )
         self.centering, self.scaling, self.blend = centering, scaling, blend
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input`` of shape (N, num_features, *)."""
-        if self.training and input.numel():
-            moved = updated_estimates(
-                input, self.running_mean, self.running_var, self.momentum
-            )
-            self.running_mean.copy_(moved[0])
-            self.running_var.copy_(moved[1])
-        if not self.blend or not input.numel():
+        if not input.numel():
             return self._normalize(input, self.running_mean, self.running_var)
-        with torch.no_grad():
-            var, mean = torch.var_mean(
-                input.reshape(*input.shape[:2], -1), 2, correction=0
-            )
-            mean = torch.lerp(self.running_mean, mean, self.blend)
-            var = torch.lerp(self.running_var, var, self.blend)
+        mean, var = self.moved(input)
+        if self.blend:
+            with torch.no_grad():
+                own = torch.var_mean(
+                    input.reshape(*input.shape[:2], -1), 2, correction=0
+                )
+                mean = torch.lerp(mean, own[1], self.blend)
+                var = torch.lerp(var, own[0], self.blend)
         return self._normalize(input, mean, var)
 
     def _normalize(self, input: Tensor, mean: Tensor, var: Tensor) -> Tensor:
@@ -87,7 +125,7 @@ class VariantBCN(BCN):
 
 
 @MODELS.register_module()
-class ChannelFirstBCN(BCN):
+class ChannelFirstBCN(EstimateBCN):
     """BCN in the other order: the groups of an image, then the channels.
 
     Formula, with mean and var the estimates of z after their update:
@@ -105,35 +143,16 @@ class ChannelFirstBCN(BCN):
         ValueError: ``mode`` is not 'estimate'.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.mode != 'estimate':
-            raise ValueError(
-                f"mode={self.mode!r}: ChannelFirstBCN is for mode='estimate'"
-            )
-
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input`` of shape (N, num_features, *)."""
         if not input.numel():
             return super().forward(input)
-        affine = (
-            a
-            if a is None
-            else a.repeat_interleave(self.num_features // len(a))
-            for a in (self.weight, self.bias)
-        )
-        z = F.group_norm(input, self.num_groups, *affine, self.eps)
-        mean, var = self.running_mean, self.running_var
-        if self.training:
-            mean, var = updated_estimates(z, mean, var, self.momentum)
-            self.running_mean.copy_(mean)
-            self.running_var.copy_(var)
-        affine = self.bn_weight, self.bn_bias
-        return F.batch_norm(z, mean, var, *affine, eps=self.eps)
+        z = self.normalize_channels(input)
+        return self.normalize_batch(z, *self.moved(z))
 
 
 @MODELS.register_module()
-class EasedBCN(BCN):
+class EasedBCN(EstimateBCN):
     """BCN whose second normalization begins as the identity.
 
     Formula, with mean and var the estimates after their update:
@@ -171,10 +190,6 @@ class EasedBCN(BCN):
                 f'gate={gate!r} is not one of '
                 f'{", ".join(map(repr, self.GATES))} (norm_cfg=dict(gate=...))'
             )
-        if self.mode != 'estimate':
-            raise ValueError(
-                f"mode={self.mode!r}: EasedBCN is for mode='estimate'"
-            )
         self.rise = 1 / steps if gate == 'rising' else 0.0
         start = torch.zeros_like(self.running_mean)
         if gate == 'learned':
@@ -186,21 +201,9 @@ class EasedBCN(BCN):
         """Normalize ``input`` of shape (N, num_features, *)."""
         if not input.numel():
             return super().forward(input)
-        mean, var = self.running_mean, self.running_var
-        if self.training:
-            mean, var = updated_estimates(input, mean, var, self.momentum)
-            self.running_mean.copy_(mean)
-            self.running_var.copy_(var)
-            if self.rise:
-                self.gate.add_(self.rise).clamp_(max=1)
-        inner = self.bn_weight, self.bn_bias
-        z = F.batch_norm(input, mean, var, *inner, eps=self.eps)
-        affine = (
-            a
-            if a is None
-            else a.repeat_interleave(self.num_features // len(a))
-            for a in (self.weight, self.bias)
-        )
-        y = F.group_norm(z, self.num_groups, *affine, self.eps)
+        z = self.normalize_batch(input, *self.moved(input))
+        if self.training and self.rise:
+            self.gate.add_(self.rise).clamp_(max=1)
+        y = self.normalize_channels(z)
         gate = self.gate.clone() if self.rise else self.gate
         return torch.lerp(z, y, gate.view(-1, *[1] * (z.dim() - 2)))

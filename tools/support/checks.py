@@ -131,7 +131,7 @@ def iter_datasets(dataset: Any, key: str) -> Iterator[tuple[str, dict]]:
 
 
 def _is_downloaded(dataset: dict) -> bool:
-    """Whether MMPretrain downloads a data set that is not there."""
+    """Return whether MMPretrain downloads a data set that is missing."""
     kinds = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
     kind = str(dataset.get('type')).rpartition('.')[2]
     return kind in kinds and dataset.get('download', True)

@@ -6,10 +6,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -142,10 +142,11 @@ def kernels_compute() -> Iterator[Finding]:
         for values in layers.parameters():
             nn.init.normal_(values)
     exact = copy.deepcopy(layers).double()
-    with kernels_of('plain'):
+    with mock.patch.dict(os.environ, {kernels.VARIABLE: 'plain'}):
         wanted = _step(exact, x.double(), cotangent.double())
     # 'check' compares each kernel on its own, and falls back where it fails.
-    with kernels_of('check' if device == 'cuda' else 'fused'):
+    choice = 'check' if device == 'cuda' else 'fused'
+    with mock.patch.dict(os.environ, {kernels.VARIABLE: choice}):
         found = _step(layers.to(device), x.to(device), cotangent.to(device))
     errors = [
         relative_error(actual.double().cpu(), expected)
@@ -164,19 +165,6 @@ def kernels_compute() -> Iterator[Finding]:
         f'WS and BCN on {device} are off by {max(errors):.0e} in a step',
         '' if good else 'WS_MM_KERNELS=plain python tools/train.py ...',
     )
-
-
-@contextmanager
-def kernels_of(choice: str) -> Iterator[None]:
-    """Choose kernels for a while."""
-    before = os.environ.get(kernels.VARIABLE)
-    os.environ[kernels.VARIABLE] = choice
-    try:
-        yield
-    finally:
-        del os.environ[kernels.VARIABLE]
-        if before is not None:
-            os.environ[kernels.VARIABLE] = before
 
 
 def _step(model: nn.Module, x: Tensor, cotangent: Tensor) -> list[Tensor]:
