@@ -148,7 +148,7 @@ def test_a_convolution_without_a_norm(examined) -> None:
 
 
 @pytest.mark.parametrize(
-    ('change', 'processes', 'mend'),
+    ('change', 'processes', 'fix'),
     [
         ('', 4, 'optim_wrapper.optimizer.lr=0.04 '),
         ("auto_scale_lr['base_batch_size'] = 16\n", 1, 'lr=0.0025 '),
@@ -158,13 +158,13 @@ def test_a_convolution_without_a_norm(examined) -> None:
     ],
 )
 def test_the_learning_rate_is_for_a_batch(
-    change: str, processes: int, mend: str | None, tmp_path: Path
+    change: str, processes: int, fix: str | None, tmp_path: Path
 ) -> None:
     cfg = Config.fromfile(write_config(tmp_path, SEG, MEANT + change))
     training = Training(cfg, processes, tmp_path)
     (found,) = training.learning_rate()
-    assert found.level == ('warning' if mend else 'ok')
-    assert not mend or mend in found.mend
+    assert found.level == ('warning' if fix else 'ok')
+    assert not fix or fix in found.fix
 
 
 def test_memory_is_what_a_step_keeps() -> None:
@@ -216,7 +216,7 @@ def test_exit_status(
     with pytest.raises(SystemExit) as stop:
         doctor.main()
     assert stop.value.code == code
-    assert 'mend: a command' in capsys.readouterr().out
+    assert 'fix: a command' in capsys.readouterr().out
 
 
 def test_a_config_that_does_not_load(
@@ -246,7 +246,7 @@ def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     both, line, other = environment_checks.versions_fit()
     assert both.level == 'error'
-    assert both.mend.startswith('pip uninstall -y mmcv onedl-mmcv; ')
+    assert both.fix.startswith('pip uninstall -y mmcv onedl-mmcv; ')
     assert line.level == 'ok'
     assert 'no mmdet (pip install onedl-mmdetection' in line.text
     assert other.level == 'warning'
@@ -272,7 +272,7 @@ def test_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = environment_checks.operators_run()
     assert found.level == 'error'
     assert 'undefined symbol' in found.text
-    assert compat.install_command('mmcv') in found.mend
+    assert compat.install_command('mmcv') in found.fix
     monkeypatch.setattr(compat, 'mmcv_problem', lambda: 'no operators')
     for there, level in ((('mmdet', '3'), 'error'), (None, 'warning')):
         monkeypatch.setattr(
@@ -296,7 +296,7 @@ def test_cuda_of_mmcv_is_that_of_torch(
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'a GPU')
     _, found = environment_checks.cuda_is_one()
     assert found.level == level
-    assert ('FORCE_CUDA=1' in found.mend) == (level == 'error')
+    assert ('FORCE_CUDA=1' in found.fix) == (level == 'error')
 
 
 def test_a_gpu_that_torch_does_not_see(
@@ -319,7 +319,7 @@ def test_kernels_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     (found,) = environment_checks.kernels_compute()
     assert found.level == 'error'
-    assert 'WS_MM_KERNELS=plain' in found.mend
+    assert 'WS_MM_KERNELS=plain' in found.fix
 
 
 def test_processes_that_do_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +342,7 @@ def test_processes_that_cannot_talk(monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = environment_checks.processes_talk()
     assert found.level == 'error'
     assert 'Connection refused' in found.text
-    assert 'GLOO_SOCKET_IFNAME=lo' in found.mend
+    assert 'GLOO_SOCKET_IFNAME=lo' in found.fix
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
     python tools/analysis_tools/doctor.py [CONFIG] [--memory] [--strict]
 
-Prints findings, each with what mends it. The exit status is 0 without an
+Prints findings, each with its fix. The exit status is 0 without an
 error, else 1; with --strict a warning counts as an error.
 """
 

@@ -1,4 +1,4 @@
-"""Findings of tools/analysis_tools/doctor.py, each with its mend."""
+"""Findings of tools/analysis_tools/doctor.py, each with its fix."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ class Finding:
     Attributes:
         level: one of LEVELS; an error stops a training or spoils it.
         text: the facts.
-        mend: command or config key that mends it; '' where the text has it.
+        fix: command or config key; '' where the text has it.
     """
 
     level: str
     text: str
-    mend: str = ''
+    fix: str = ''
 
     def __str__(self) -> str:
-        mend = f'\n         mend: {self.mend}' if self.mend else ''
-        return f'{self.level:8} {self.text}{mend}'
+        fix = f'\n         fix: {self.fix}' if self.fix else ''
+        return f'{self.level:8} {self.text}{fix}'
 
 
 Checks = Iterable[Callable[[], Iterable[Finding]]]
