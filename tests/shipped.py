@@ -194,6 +194,18 @@ def by_key(changes: list) -> dict[str, object]:
     return {'.'.join(map(str, change.key)): change.new for change in changes}
 
 
+def apply_norm(
+    cfg: Config,
+    conv: Any = 'WSConv2d',
+    norm: Any = 'BCN',
+    *parts: Any,
+    **options: Any,
+) -> tuple[list[Any], list[Any]]:
+    """Convert a config, pretrained backbones, too; to BCN+WS by default."""
+    options = {'backbone': 'convert', **options}
+    return ws_mm.apply_norm(cfg, conv, norm, *parts, **options)
+
+
 def write_shipped(
     folder: Path, name: str, changes: dict[str, Any]
 ) -> tuple[Path, Path, torch.nn.Module]:
@@ -206,7 +218,7 @@ def write_shipped(
     """
     cfg = load('apply_norm').read_config(name)
     cfg.merge_from_dict(changes)
-    ws_mm.apply_norm(cfg, 'WSConv2d', dict(type='GN', num_groups=4))
+    apply_norm(cfg, 'WSConv2d', dict(type='GN', num_groups=4))
     config, weights = folder / 'tiny.py', folder / 'tiny.pth'
     cfg.dump(config)
     cfg = Config.fromfile(config)

@@ -5,7 +5,7 @@ import torch
 from in_process import tools  # noqa: F401
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
-from shipped import build, by_key, counts, read
+from shipped import apply_norm, build, by_key, counts, read
 from tiny_runs import ROOT
 from torch import nn
 
@@ -71,10 +71,10 @@ SHIPPED = {
 @pytest.mark.parametrize('name', SHIPPED)
 def test_shipped_configs_convert_build_and_stay(name):
     cfg = read(name)
-    changes, _ = ws_mm.apply_norm(cfg)
+    changes, _ = apply_norm(cfg)
     assert counts(cfg) == SHIPPED[name]
     assert changes
-    again, _ = ws_mm.apply_norm(cfg)
+    again, _ = apply_norm(cfg)
     assert again == []
 
 
@@ -91,7 +91,7 @@ def test_shipped_configs_convert_build_and_stay(name):
 def test_our_own_configs_stay_as_they_are(path):
     cfg = Config.fromfile(ROOT / 'configs' / path)
     before = cfg.to_dict()
-    changes, _ = ws_mm.apply_norm(cfg, images_per_step=None)
+    changes, _ = apply_norm(cfg, images_per_step=None)
     assert changes == []
     assert cfg.to_dict() == before
 
@@ -99,7 +99,7 @@ def test_our_own_configs_stay_as_they_are(path):
 def test_exactly_what_must_change_changes():
     cfg = read(MASK)
     before = cfg.to_dict()
-    changes, left = ws_mm.apply_norm(cfg, images_per_step=8)
+    changes, left = apply_norm(cfg, images_per_step=8)
     assert by_key(changes) == {
         'model.backbone.conv_cfg': WS,
         'model.backbone.norm_cfg': BCN,
@@ -129,7 +129,7 @@ def test_exactly_what_must_change_changes():
 
 def test_segmentors_lose_the_weights_that_the_model_names():
     cfg = read(PLUS)
-    _, left = ws_mm.apply_norm(cfg, images_per_step=4)
+    _, left = apply_norm(cfg, images_per_step=4)
     assert cfg.model.pretrained is None
     # Four GPUs with two images each, says the file's name.
     assert cfg.optim_wrapper.optimizer.lr == 0.005
@@ -148,7 +148,7 @@ def test_segmentors_lose_the_weights_that_the_model_names():
 )
 def test_only_the_parts_selected_change(parts, changed):
     cfg = read(MASK)
-    changes, _ = ws_mm.apply_norm(cfg, parts=parts)
+    changes, _ = apply_norm(cfg, parts=parts)
     of_model = {c.key[1] for c in changes if c.key[0] == 'model'}
     assert of_model == changed
     # The weights of a backbone that stays still fit.
@@ -158,10 +158,10 @@ def test_only_the_parts_selected_change(parts, changed):
 
 def test_other_parts_are_not_judged_as_if_changed():
     # It has no layer that could change: no hook is needed, either.
-    changes, _ = ws_mm.apply_norm(read(MASK), parts=['roi_head.bbox_head'])
+    changes, _ = apply_norm(read(MASK), parts=['roi_head.bbox_head'])
     assert changes == []
     cfg = read(MASK)
-    *_, built = convert_config(cfg, parts=['neck'])
+    *_, built = convert_config(cfg, norm='BCN', parts=['neck'])
     report = [ws_mm.check(one) for one in (built, build(cfg))]
     judged, made = ([conv.standardized for conv in one] for one in report)
     assert judged == made
@@ -187,7 +187,7 @@ def test_what_a_class_takes_through_others(monkeypatch):
         cfg.model.backbone = dict(type=cls.__name__, depth=18, frozen_stages=1)
         if cls is Closed:
             cfg.model.backbone.pop('frozen_stages')
-        changes, left = ws_mm.apply_norm(cfg, parts=['backbone'])
+        changes, left = apply_norm(cfg, parts=['backbone'])
         said[cls] = by_key(changes), [str(one) for one in left]
     changes, left = said[Closed]
     assert changes == {}
@@ -202,14 +202,14 @@ def test_what_a_class_takes_through_others(monkeypatch):
 
 def test_the_batch_of_a_process_divides_the_batch_asked():
     cfg = read(MASK)
-    ws_mm.apply_norm(cfg, images_per_step=3)
+    apply_norm(cfg, images_per_step=3)
     assert cfg.train_dataloader.batch_size == 1
     assert cfg.optim_wrapper.optimizer.lr == 0.00375
 
 
 def test_groups_of_gn_divide_all_channels_of_a_part():
     cfg = read(PLUS)
-    ws_mm.apply_norm(cfg, norm='GN')
+    apply_norm(cfg, norm='GN')
     assert cfg.model.decode_head.norm_cfg == dict(type='GN', num_groups=16)
     assert cfg.model.backbone.norm_cfg == dict(type='GN', num_groups=16)
     assert 'custom_hooks' not in cfg
@@ -225,7 +225,7 @@ def test_weights_of_plain_convolutions_do_not_start_standardized(name, norm):
     backbone = cfg.model.backbone
     given = backbone.get('init_cfg') or cfg.model.get('pretrained')
     assert given
-    ws_mm.apply_norm(cfg, norm=norm)
+    apply_norm(cfg, norm=norm)
     assert backbone.conv_cfg == WS
     assert not backbone.get('init_cfg')
     assert not cfg.model.get('pretrained')
@@ -244,12 +244,12 @@ def test_weights_of_plain_convolutions_do_not_start_standardized(name, norm):
 def test_weights_of_what_stays_are_kept():
     cfg = read(PSP)
     before = cfg.model.pretrained
-    ws_mm.apply_norm(cfg, parts=['decode_head'])
+    apply_norm(cfg, parts=['decode_head'])
     assert cfg.model.decode_head.conv_cfg == WS
     assert cfg.model.pretrained == before
     # Batch normalization over all processes reads the same checkpoint.
     cfg = read(MASK)
-    changes, _ = ws_mm.apply_norm(cfg, 'keep', 'SyncBN', ['backbone'])
+    changes, _ = apply_norm(cfg, 'keep', 'SyncBN', ['backbone'])
     assert set(by_key(changes)) == {
         'model.backbone.norm_cfg',
         'model.backbone.norm_eval',
@@ -258,7 +258,7 @@ def test_weights_of_what_stays_are_kept():
 
 def test_a_norm_cfg_without_a_type_above_it_is_found():
     cfg = read('mmdet::condinst/condinst_r50_fpn_ms-poly-90k_*')
-    _, left = ws_mm.apply_norm(cfg)
+    _, left = apply_norm(cfg)
     assert cfg.model.mask_head.mask_feature_head.norm_cfg == BCN
     assert not batch_norms(build(cfg))
     assert 'batch norms remain' not in ' '.join(map(str, left))
@@ -278,7 +278,7 @@ def test_a_norm_cfg_without_a_type_above_it_is_found():
 def test_heads_that_levels_share_get_no_estimates(name, before):
     cfg = read(name)
     key = 'mask_head' if 'solo' in name else 'bbox_head'
-    _, left = ws_mm.apply_norm(cfg)
+    _, left = apply_norm(cfg)
     said = ' '.join(map(str, left))
     kinds = {type(m).__name__ for m in build(cfg).get_submodule(key).modules()}
     if before == 'own':
@@ -289,7 +289,7 @@ def test_heads_that_levels_share_get_no_estimates(name, before):
     assert 'BCN' not in kinds
     assert f'model.{key}: GN instead of BCN' in said
     # Who asks for it gets it.
-    ws_mm.apply_norm(cfg, parts=[key])
+    apply_norm(cfg, parts=[key])
     assert cfg.model[key].norm_cfg == BCN
 
 
@@ -316,7 +316,7 @@ def test_heads_that_levels_share_get_no_estimates(name, before):
 )
 def test_a_part_that_cannot_be_standardized_stays_plain(name, part, why):
     cfg = read(name)
-    _, left = ws_mm.apply_norm(cfg)
+    _, left = apply_norm(cfg)
     assert 'conv_cfg' not in cfg.model[part]
     assert why in ' '.join(map(str, left))
     built = build(cfg)
@@ -331,7 +331,7 @@ def test_a_part_that_cannot_be_standardized_stays_plain(name, part, why):
 
 def test_a_part_without_norm_gets_one_by_its_key():
     cfg = read(MASK)
-    changes, _ = ws_mm.apply_norm(cfg, 'keep', 'GN', ['neck'])
+    changes, _ = apply_norm(cfg, 'keep', 'GN', ['neck'])
     assert by_key(changes) == {
         'model.neck.norm_cfg': dict(type='GN', num_groups=32)
     }
@@ -340,7 +340,7 @@ def test_a_part_without_norm_gets_one_by_its_key():
 def test_a_group_has_more_than_one_value_on_a_map_of_one_pixel():
     """Behind its pooling pyramid 32 channels meet one pixel."""
     cfg = read(FAST)
-    ws_mm.apply_norm(cfg, norm='GN')
+    apply_norm(cfg, norm='GN')
     with DefaultScope.overwrite_default_scope('mmseg'):
         model = MODELS.build(cfg.model).train()
     assert all(
@@ -356,7 +356,7 @@ def test_a_group_has_more_than_one_value_on_a_map_of_one_pixel():
             match=f'num_groups={groups}: .* maps of one pixel.* at most '
             f'{groups // 2}',
         ):
-            ws_mm.apply_norm(
+            apply_norm(
                 read(name),
                 'keep',
                 dict(type=norm, num_groups=groups),
@@ -366,9 +366,9 @@ def test_a_group_has_more_than_one_value_on_a_map_of_one_pixel():
 
 def test_weights_of_the_same_layers_are_kept():
     cfg = read('mmdet::gn+ws/mask-rcnn_r50_fpn_gn-ws-all_2x_coco.py')
-    changes, _ = ws_mm.apply_norm(cfg, norm='GN')
+    changes, _ = apply_norm(cfg, norm='GN')
     assert {c.key[-1] for c in changes} == {'conv_cfg'}
-    changes, _ = ws_mm.apply_norm(cfg, norm='BCN')
+    changes, _ = apply_norm(cfg, norm='BCN')
     assert cfg.model.backbone.init_cfg is None
 
 
@@ -383,7 +383,7 @@ def test_other_parts_are_converted_where_a_package_is_missing(monkeypatch):
     cfg = read(MASK)
     norm = dict(type='BN')
     cfg.model.rpn_head = dict(type='Lacking', norm_cfg=norm)
-    changes, left = ws_mm.apply_norm(cfg)
+    changes, left = apply_norm(cfg)
     for key in ('backbone', 'neck'):
         assert {f'model.{key}.conv_cfg', f'model.{key}.norm_cfg'} <= set(
             by_key(changes)
@@ -399,12 +399,12 @@ def test_hooks_and_checkpoints_of_the_config(tmp_path):
     cfg = read(MASK)
     cfg.custom_hooks = [dict(type='NumClassCheckHook')]
     cfg.load_from = 'somewhere.pth'
-    ws_mm.apply_norm(cfg, norm=dict(type='BCN', mode='estimate'))
+    apply_norm(cfg, norm=dict(type='BCN', mode='estimate'))
     assert cfg.custom_hooks == [dict(type='NumClassCheckHook'), HOOK]
     assert cfg.load_from is None
     # Statistics of the batch need no hook.
     cfg = read(MASK)
-    ws_mm.apply_norm(cfg, norm=dict(type='BCN', mode='sync_batch'))
+    apply_norm(cfg, norm=dict(type='BCN', mode='sync_batch'))
     assert 'custom_hooks' not in cfg
 
 
@@ -412,11 +412,11 @@ def test_a_config_that_fails_is_left_as_it_was():
     cfg = read(MASK)
     before = cfg.to_dict()
     with pytest.raises(ConfigError, match="must be one of 'WSConv2d'"):
-        ws_mm.apply_norm(cfg, conv='WSConv')
+        apply_norm(cfg, conv='WSConv')
     with pytest.raises(ConfigError, match='images_per_step=0 must be at lea'):
-        ws_mm.apply_norm(cfg, images_per_step=0)
+        apply_norm(cfg, images_per_step=0)
     cfg.model.neck.out_channels = 'many'
     with pytest.raises(ConfigError, match='does not build as it is'):
-        ws_mm.apply_norm(cfg)
+        apply_norm(cfg)
     cfg.model.neck.out_channels = 256
     assert cfg.to_dict() == before

@@ -44,13 +44,14 @@ def test_the_file_written_is_what_python_makes(
 ):
     name = name_of(pattern)
     out = tmp_path / 'new.py'
-    assert script('apply_norm', name, out, '--images-per-step', 4) == 0
+    options = '--images-per-step', 4, '--backbone', 'convert'
+    assert script('apply_norm', name, out, *options) == 0
     printed = capsys.readouterr().out
     assert 'model.backbone' in printed
     assert 'conv_cfg: not set -> ' in printed or 'gn' in name
     assert f'written: {out}' in printed
     cfg = read(name)
-    ws_mm.apply_norm(cfg, images_per_step=4)
+    ws_mm.apply_norm(cfg, images_per_step=4, backbone='convert')
     found = loaded(out).to_dict()
     for key in ('model', 'optim_wrapper'):
         assert unscoped(found[key]) == unscoped(cfg.to_dict()[key])
@@ -128,7 +129,7 @@ def test_a_backbone_of_the_users_own_is_converted(forks, tmp_path):
     config = write_config(write_data(tmp_path / 'data'), text, extra)
     first, second = tmp_path / 'first.py', tmp_path / 'second.py'
     path = str(tmp_path)
-    groups = ('--norm-options', 'num_groups=4')
+    groups = ('--norm', 'BCN', '--norm-options', 'num_groups=4')
     done = forks.run('apply_norm', config, first, *groups, PYTHONPATH=path)
     assert done.returncode == 0, done.stdout
     assert '1 batch norms remain' in done.stdout
@@ -178,7 +179,8 @@ def test_a_batch_norm_of_one_value_is_named_with_the_fix(forks, tmp_path):
 def test_keys_that_are_none_in_the_base_are_replaced(extra, script, tmp_path):
     config = write_config(tmp_path, without_ws(SEG), extra)
     out = tmp_path / 'out.py'
-    assert script('apply_norm', config, out, '--images-per-step', 4) == 0
+    options = '--norm', 'BCN', '--images-per-step', 4
+    assert script('apply_norm', config, out, *options) == 0
     cfg = loaded(out)
     assert cfg.model.backbone.conv_cfg == WS
     assert cfg.custom_hooks == [HOOK]
@@ -199,7 +201,13 @@ def test_layers_with_options_are_written_as_asked(script, tmp_path):
     config = write_config(tmp_path, without_ws(SEG))
     out = tmp_path / 'out.py'
     options = ['--conv-options', 'eps_mode=inside', '--parts', 'heads']
-    options += ['--norm-options', 'num_groups=4', 'outer_affine=channel']
+    options += [
+        '--norm',
+        'BCN',
+        '--norm-options',
+        'num_groups=4',
+        'outer_affine=channel',
+    ]
     assert script('apply_norm', config, out, *options) == 0
     head = Config.fromfile(out).model.decode_head
     assert head.conv_cfg == dict(type='ws_mm.WSConv2d', eps_mode='inside')
@@ -242,7 +250,7 @@ def test_layers_with_options_are_written_as_asked(script, tmp_path):
             "argument 'groups'.*--norm-options",
         ),
         (
-            ['CONFIG', 'OUT', '--norm-options', 'momentum=3'],
+            ['CONFIG', 'OUT', '--norm', 'BCN', '--norm-options', 'momentum=3'],
             'momentum=3 .*--norm-options',
         ),
         (

@@ -139,7 +139,7 @@ def test_a_shipped_config_is_converted(
 ) -> None:
     new = tmp_path / 'new.py'
     shipped = 'mmpretrain::resnet/resnet50_8xb32_in1k.py'
-    assert script('apply_norm', shipped, new) == 0
+    assert script('apply_norm', shipped, new, '--norm', 'BCN') == 0
     model = load('check_model').models.build_model
     cfg = load('apply_norm').read_config(str(new))
     names = [type(layer).__name__ for layer in model(cfg).modules()]

@@ -1,7 +1,7 @@
 """Batch norms that no key of a config reaches."""
 
 import pytest
-from shipped import build, by_key, counts, read
+from shipped import apply_norm, build, by_key, counts, read
 from torch import nn
 
 import ws_mm
@@ -36,7 +36,7 @@ PIDNET = 'mmseg::pidnet/pidnet-s_2xb6-120k_1024x1024-cityscapes.py'
 )
 def test_batch_norms_that_remain_are_named_and_converted(name, key, number):
     cfg = read(name)
-    _, left = ws_mm.apply_norm(cfg)
+    _, left = apply_norm(cfg)
     names = batch_norms(build(cfg))
     assert len(names) == number
     (said,) = [str(one) for one in left if 'batch norms remain' in one.why]
@@ -44,7 +44,7 @@ def test_batch_norms_that_remain_are_named_and_converted(name, key, number):
     assert names[0] in said
     assert '--remaining' in said
     layers = counts(cfg)
-    changes, left = ws_mm.apply_norm(cfg, remaining=True)
+    changes, left = apply_norm(cfg, remaining=True)
     assert {f'model.{key}.type', f'model.{key}.of'} <= set(by_key(changes))
     assert 'batch norms remain' not in ' '.join(map(str, left))
     built = build(cfg)
@@ -52,12 +52,12 @@ def test_batch_norms_that_remain_are_named_and_converted(name, key, number):
     assert all(isinstance(built.get_submodule(n), ws_mm.BCN) for n in names)
     # Nothing else became another layer.
     assert counts(cfg) == layers
-    assert ws_mm.apply_norm(cfg, remaining=True)[0] == []
+    assert apply_norm(cfg, remaining=True)[0] == []
 
 
 def test_norms_of_other_kinds_stay_in_a_converted_part():
     cfg = read(PIDNET)
-    ws_mm.apply_norm(cfg, norm=dict(type='GN', num_groups=4))
+    apply_norm(cfg, norm=dict(type='GN', num_groups=4))
     before = build(cfg).backbone
     cfg.model.backbone |= dict(type='ws_mm.Converted', of='PIDNet')
     after = build(cfg).backbone

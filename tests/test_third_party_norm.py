@@ -15,6 +15,7 @@ import torch
 from comparison import TOLERANCE, disagreements
 from experiments import norms
 from mmengine.registry import HOOKS, MODELS
+from shipped import apply_norm
 from test_zoo import EXACT, WRONG, compare
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -364,7 +365,7 @@ def test_apply_norm_puts_it_into_a_config(pattern, prefix, changed, shared):
     cfg = read(pattern)
     norm = dict(type=f'{prefix}RunningRMS', momentum=0.02)
     conv = f'{prefix}Halved'
-    _, left = ws_mm.apply_norm(cfg, conv, norm)
+    _, left = apply_norm(cfg, conv, norm)
     built = build_without_memory(cfg.model, cfg.default_scope)
     assert ws_mm.check(built).mistakes == []
     assert cfg.custom_hooks == [dict(type='ws_mm.SyncEstimatesHook')]
@@ -378,6 +379,6 @@ def test_apply_norm_puts_it_into_a_config(pattern, prefix, changed, shared):
         # Levels would mix its statistics, as they do BCN's.
         assert cfg.model[shared].norm_cfg == dict(type='GN', num_groups=32)
         assert 'GN instead of RunningRMS' in str(left)
-    assert ws_mm.apply_norm(cfg, conv, norm)[0] == []
+    assert apply_norm(cfg, conv, norm)[0] == []
     with pytest.raises(ValueError, match='momentun.*--norm-options'):
-        ws_mm.apply_norm(cfg, conv, norm | dict(momentun=0.02))
+        apply_norm(cfg, conv, norm | dict(momentun=0.02))

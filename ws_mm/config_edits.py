@@ -140,7 +140,7 @@ def _drop_weights(draft: Draft, changed: list[Part]) -> None:
         ):
             draft.set((*key, 'pretrained'), None, why)
         holds = any(other[: len(key)] == key for other in keys)
-        if holds and _loads(value.get('init_cfg')):
+        if holds and loads(value.get('init_cfg')):
             draft.set((*key, 'init_cfg'), None, why)
     if draft.content.get('load_from'):
         draft.set(('load_from',), None, why)
@@ -157,10 +157,10 @@ def _drop_weights(draft: Draft, changed: list[Part]) -> None:
             )
 
 
-def _loads(init_cfg: Any) -> bool:
+def loads(init_cfg: Any) -> bool:
     """Return whether an init_cfg reads a checkpoint."""
     if isinstance(init_cfg, (list, tuple)):
-        return any(map(_loads, init_cfg))
+        return any(map(loads, init_cfg))
     return isinstance(init_cfg, dict) and bool(init_cfg.get('checkpoint'))
 
 

@@ -17,7 +17,6 @@ from .config_parts import Key, Part, is_named, short
 from .converted import CONVERTED
 from .running_statistics import RunningStatistics, channels_of
 from .shapes import (
-    batch_norms,
     build_without_memory,
     map_sizes,
 )
@@ -307,13 +306,13 @@ def owners_of(parts: list[Part], names: list[str]) -> dict[Key, list[str]]:
     return owners
 
 
-def finish(parts: list[Part], built: nn.Module, norm: Cfg) -> bool:
-    """Convert the batch norms that parts still build.
+def finish(parts: list[Part], names: list[str], norm: Cfg) -> bool:
+    """Convert the batch norms of these names, which parts still build.
 
     Returns:
         True if there are such parts.
     """
-    owners = owners_of(parts, batch_norms(built))
+    owners = owners_of(parts, names)
     found = [part for part in parts if part.key in owners]
     for part in found:
         part.layers |= dict(of=part.value['type'], type=CONVERTED)

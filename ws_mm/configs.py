@@ -12,6 +12,12 @@ from mmengine.config import Config
 from torch import nn
 
 from .checking import check
+from .config_backbones import (
+    freeze_norms,
+    frozen_backbones,
+    outside,
+    trained_batch_norms,
+)
 from .config_edits import (
     Change,
     Draft,
@@ -46,17 +52,17 @@ from .config_parts import (
 )
 from .replacement import BATCH_NORMS
 from .running_statistics import RunningStatistics
-from .shapes import batch_norms
 
 
 def apply_norm(
     cfg: Config,
     conv: Layer = 'WSConv2d',
-    norm: Layer = 'BCN',
+    norm: Layer = 'GN',
     parts: Sequence[str] | None = None,
     *,
     images_per_step: int | None = None,
     remaining: bool = False,
+    backbone: str = 'auto',
 ) -> tuple[list[Change], list[LeftAlone]]:
     """Change a config so that its model is made of other layers.
 
@@ -88,6 +94,10 @@ def apply_norm(
             optimizer.
         remaining: let :class:`~ws_mm.converted.Converted` replace the batch
             norms that no ``norm_cfg`` reaches, on the built model.
+        backbone: 'convert' as any other part; 'freeze' to keep its weights
+            and layers, with ``norm_eval=True``; or 'auto', which is 'freeze'
+            where no parts are named and the backbone loads a checkpoint and
+            has batch norms that can be frozen.
 
     Returns:
         What changed, and what was left alone.
@@ -95,10 +105,11 @@ def apply_norm(
     Raises:
         ConfigError: a layer or part is unknown; or the config has no model,
             or one that does not build as it is; or ``remaining`` with
-            a norm without running statistics of its own.
+            a norm without running statistics of its own; or ``backbone`` is
+            another word, or cannot be frozen, or is among the ``parts``.
     """
     changes, left, _ = convert_config(
-        cfg, conv, norm, parts, images_per_step, remaining
+        cfg, conv, norm, parts, images_per_step, remaining, backbone
     )
     return changes, left
 
@@ -106,10 +117,11 @@ def apply_norm(
 def convert_config(
     cfg: Config,
     conv: Layer = 'WSConv2d',
-    norm: Layer = 'BCN',
+    norm: Layer = 'GN',
     parts: Sequence[str] | None = None,
     images_per_step: int | None = None,
     remaining: bool = False,
+    backbone: str = 'auto',
 ) -> tuple[list[Change], list[LeftAlone], nn.Module]:
     """Do what :func:`apply_norm` does, and return the built model, too.
 
@@ -135,6 +147,8 @@ def convert_config(
             '(--remaining goes with --norm BCN)'
         )
     selected = select(everything, names)
+    frozen = frozen_backbones(everything, names, backbone)
+    selected = outside(selected, frozen)
     for part in selected:
         decide(part, new_conv, new_norm or None, is_named(part, names))
     built = settle(everything)
@@ -143,12 +157,15 @@ def convert_config(
     if 'num_groups' in new_norm:
         check_groups(built, scope)
     prune(selected, built)
-    if remaining and finish(selected, built, new_norm):
+    if remaining and finish(
+        selected, trained_batch_norms(built, frozen), new_norm
+    ):
         built = settle(everything)
     write_parts(draft, selected)
+    freeze_norms(draft, frozen)
     _note_parts(draft, selected, built)
     if norm_cls is not None:
-        _note_norms(draft, selected, everything, norm_cls, built)
+        _note_norms(draft, selected, frozen, everything, norm_cls, built)
     add_hook(draft, built)
     if images_per_step is not None:
         scale_lr(draft, cfg.filename, images_per_step)
@@ -184,6 +201,7 @@ def _note_parts(draft: Draft, parts: list[Part], built: nn.Module) -> None:
 def _note_norms(
     draft: Draft,
     parts: list[Part],
+    frozen: list[Part],
     everything: list[Part],
     norm: type,
     built: nn.Module,
@@ -191,7 +209,8 @@ def _note_norms(
     """Note the norms that stayed as they were."""
     # Batch norms need more than two images.
     if not issubclass(norm, BATCH_NORMS):
-        for key, names in owners_of(everything, batch_norms(built)).items():
+        rest = trained_batch_norms(built, frozen)
+        for key, names in owners_of(everything, rest).items():
             draft.leave(
                 key,
                 f'{len(names)} batch norms remain, since no norm_cfg reaches '
@@ -199,6 +218,7 @@ def _note_norms(
                 'converts them to BCN on the built model',
             )
     explained = [part.key for part in parts if part.why]
+    explained += [part.key for part in frozen]
     model, scope = draft.content['model'], everything[0].scope
     for key, cfg, inner in iter_dicts(model, ('model',), scope):
         if (

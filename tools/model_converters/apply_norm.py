@@ -2,7 +2,7 @@ r"""Write a config that gives another config's model these layers.
 
     python tools/model_converters/apply_norm.py \
         mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py \
-        mask-rcnn_r50_fpn_bcn-ws.py --conv WSConv2d --norm BCN
+        mask-rcnn_r50_fpn_gn-ws.py --conv WSConv2d --norm GN
 
 The new file inherits from the old one and holds what must change, nothing
 else. What changed and what was left alone is printed.
@@ -51,9 +51,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--norm',
-        default='BCN',
         help='norms that the parts get: BCN, GN, BN, SyncBN, keep, or another '
-        'registered class (default: BCN)',
+        'registered class (default: GN; with --remaining BCN)',
     )
     parser.add_argument(
         '--conv-options',
@@ -79,6 +78,14 @@ def parse_args() -> argparse.Namespace:
         'roi_head.mask_head (default: all)',
     )
     parser.add_argument(
+        '--backbone',
+        choices=('auto', 'convert', 'freeze'),
+        default='auto',
+        help='freeze: it keeps its pretrained batch norms, in evaluation '
+        'mode; convert: as the other parts; auto: freeze if it loads a '
+        'checkpoint, has batch norms and --parts is not given (default)',
+    )
+    parser.add_argument(
         '--images-per-step',
         type=int,
         metavar='N',
@@ -88,8 +95,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--remaining',
         action='store_true',
-        help='with --norm BCN: also replace, on the built model, batch norms '
-        'that no norm_cfg reaches',
+        help='also replace, on the built model, batch norms that no norm_cfg '
+        'reaches; with BCN or another norm with running statistics',
     )
     parser.add_argument(
         '--overwrite', action='store_true', help='replace an existing OUT'
@@ -362,6 +369,7 @@ def convert(args: argparse.Namespace) -> tuple[Config, Config, list, list]:
     import ws_mm
     from ws_mm.configs import ConfigError
 
+    args.norm = args.norm or ('BCN' if args.remaining else 'GN')
     layers = []
     for name in ('conv', 'norm'):
         asked, options = getattr(args, name), getattr(args, f'{name}_options')
@@ -377,6 +385,7 @@ def convert(args: argparse.Namespace) -> tuple[Config, Config, list, list]:
             args.parts,
             images_per_step=args.images_per_step,
             remaining=args.remaining,
+            backbone=args.backbone,
         )
     except ConfigError as error:
         raise SetupError(f'{args.config}: {error}') from error

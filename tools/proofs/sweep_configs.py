@@ -194,7 +194,9 @@ def convert(
         before, finished = copy.deepcopy(cfg), copy.deepcopy(cfg)
         scope = cfg.get('default_scope') or 'mmengine'
         try:
-            changes, left, built = convert_config(cfg, conv, norm)
+            changes, left, built = convert_config(
+                cfg, conv, norm, backbone='convert'
+            )
             apart = any(ALONE in one.why for one in left)
             if changes:
                 written = write(root / name, before, cfg, changes)
@@ -212,7 +214,11 @@ def convert(
             still = remaining
             if remaining and norm == 'BCN':
                 *_, other = convert_config(
-                    finished, conv, norm, remaining=True
+                    finished,
+                    conv,
+                    norm,
+                    remaining=True,
+                    backbone='convert',
                 )
                 still = len(batch_norms(other))
         except Exception as error:

@@ -166,6 +166,7 @@ def command_of(step: str, config: str, goal: str, folder: Path) -> list[str]:
         'apply': [
             *('model_converters/apply_norm.py', config),
             *(str(folder / 'converted.py'), '--norm', goal, '--overwrite'),
+            *('--backbone', 'convert'),
             *(['--remaining'] if goal == 'BCN' else []),
         ],
         'check': ['analysis_tools/check_model.py', str(user), *work],

@@ -7,6 +7,12 @@ plain = {'model.backbone.norm_cfg': bn, 'model.backbone.conv_cfg': None}
 # As mmdet's: statistics stay, affines are trained. No stage is frozen.
 frozen = {**plain, 'model.backbone.norm_eval': True}
 everywhere = {'model.backbone.depthwise': True}
+eased = dict(type='EasedBCN', num_groups=16, momentum=0.01)
+in_backbone = {
+    **plain,
+    'model.backbone.norm_cfg': dict(eased, _delete_=True),
+}
+closed = {**in_backbone, 'model.backbone.norm_cfg.gate': 'closed'}
 
 # Names in tables, with norm, norm_cfg and options of their cells. A norm
 # stands in backbone and heads, but for frozen BN.
@@ -34,6 +40,12 @@ rows = {
     'BN to BCN, adaptive WS': dict(norm='BCN, adaptive WS'),
     'BN by its moving statistics': dict(
         norm='eased BCN', norm_cfg=dict(gate='closed')
+    ),
+    'BN to BCN, eased in, GN+WS in the heads': dict(
+        norm='GN+WS', options=in_backbone
+    ),
+    'BN by its moving statistics, GN+WS in the heads': dict(
+        norm='GN+WS', options=closed
     ),
     # Its filters have to be centered, those of one channel, too.
     'BN to MABN': dict(norm='MABN', options=everywhere),

@@ -1,0 +1,65 @@
+"""tools/misc/recommend.py: advice, the edit, and figures of the records."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from experiments.grid import load
+from misc.recommend import FEW, FROZEN, MANY, STARTS, WS, advise, evidence
+from tiny_runs import ROOT
+
+import ws_mm  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    ('start', 'images', 'processes', 'advice'),
+    [
+        ('bn', 1, 1, FROZEN),
+        ('bn', 2, 8, FROZEN),
+        ('ws', 1, 1, WS),
+        ('none', 1, 1, FEW),
+        ('none', 15, 1, FEW),
+        ('none', 16, 1, MANY),
+        ('none', 2, 8, MANY),
+    ],
+)
+def test_advice(start: str, images: int, processes: int, advice: object):
+    assert advise(start, images, processes) is advice
+
+
+def test_rows_are_those_of_grids() -> None:
+    grids = (ROOT / 'tools/experiments/grids').glob('*.py')
+    known = {
+        (cell.task, cell.images, cell.label)
+        for path in grids
+        for cell in load(path).cells
+    }
+    for advice in FROZEN, FEW, MANY:
+        for task, images, names in advice.compared:
+            assert {(task, images, name) for name in names} <= known
+        for line in evidence(advice):
+            assert re.search(r'; \S.* \d+\.\d', line), line
+
+
+@pytest.mark.parametrize('start', STARTS)
+def test_it_prints_a_command_that_works(
+    start: str,
+    script: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert script('recommend', '--start', start, '--images', 1) == 0
+    said = capsys.readouterr().out
+    assert re.search('frozen BN 1548, .*BCN[+]WS 2135', said)
+    command = re.search('apply_norm.py CONFIG NEW.py (.*)', said)[1]
+    config = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
+    options = command.split(' (')[0].split()
+    assert script('apply_norm', config, tmp_path / 'new.py', *options) == 0
+
+
+def test_mistakes_are_named(
+    script: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script('recommend', '--start', 'none', '--images', 0) == 2
+    assert '--images=0 must be at least 1' in capsys.readouterr().err
