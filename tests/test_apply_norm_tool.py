@@ -1,5 +1,6 @@
 """apply_norm.py: the files that it writes, and what it rejects."""
 
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def loaded(path: Path) -> Config:
 def test_a_converted_model_trains(text, weights, forks, script, tmp_path):
     config = write_config(write_data(tmp_path / 'data'), without_ws(text))
     out = tmp_path / 'child.py'
-    options = ('--norm-options', 'num_groups=4')
+    options = ('--norm', 'BCN', '--norm-options', 'num_groups=4')
     assert script('apply_norm', config, out, *options) == 0
     cfg = Config.fromfile(out)
     norm = dict(type='ws_mm.BCN', num_groups=4)
@@ -216,6 +217,36 @@ def test_layers_with_options_are_written_as_asked(script, tmp_path):
     )
 
 
+def test_a_norm_comes_with_its_filters(script, tmp_path):
+    config = write_config(tmp_path, without_ws(SEG))
+    out = tmp_path / 'out.py'
+    for options, conv in (
+        ([], 'ws_mm.CenteredConv2d'),
+        (['--conv', 'WSConv2d'], 'ws_mm.WSConv2d'),
+    ):
+        words = [config, out, '--norm', 'MABN', '--overwrite', *options]
+        assert script('apply_norm', *words) == 0
+        head = Config.fromfile(out).model.decode_head
+        assert head.conv_cfg == dict(type=conv)
+        assert head.norm_cfg == dict(type='ws_mm.MABN')
+
+
+def test_a_base_that_hosts_do_not_find_is_named(script, tmp_path, capsys):
+    config = tmp_path / 'mine.py'
+    base = 'mmseg::deeplabv3/deeplabv3_r50-d8_4xb2-40k_cityscapes-512x1024.py'
+    config.write_text(f'_base_ = {base!r}\n')
+    assert script('apply_norm', config, tmp_path / 'new.py') == 0
+    note = f"write __import__('ws_mm') and {base!r} there" in (
+        capsys.readouterr().out
+    )
+    try:
+        metadata.distribution('mmsegmentation')
+    except metadata.PackageNotFoundError:
+        assert note
+    else:
+        assert not note
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -234,7 +265,8 @@ def test_layers_with_options_are_written_as_asked(script, tmp_path):
         ),
         (
             ['CONFIG', 'OUT', '--norm', 'bcn'],
-            "norm='bcn' must be one of 'BCN', 'GN', 'BN', .*--norm",
+            "norm='bcn' must be one of 'BCN', 'GN', 'BN', .*--norm.*"
+            "Did you mean 'BCN'",
         ),
         (
             ['CONFIG', 'OUT', '--norm', 'WSConv2d'],

@@ -285,7 +285,7 @@ def test_a_start_for_training_is_asked_for(case, convert, capsys, tmp_path):
     convert(state, *options, '--approximate')
     said = capsys.readouterr().out
     assert re.search(f'Not kept: {lost}.*a start for training', said)
-    told = re.search('difference to the source network: (.*)', said)[1]
+    told = re.search(r'difference to the source network: (\S+)', said)[1]
     assert float(told) > 0.05
 
 

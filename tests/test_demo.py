@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,7 @@ def test_every_step_is_run_once(
     assert 'Mask R-CNN, bcn-ws-all, 400 steps: box AP 0.4, mask AP 0.5' in said
     assert 'DeepLabV3, bcn-ws-all, 300 steps: mIoU 75, mDice 85' in said
     assert '*** The images are GENERATED SHAPES' in said
+    assert said.endswith(f'source {sys.prefix}/bin/activate\n')
     # Again: nothing is trained twice.
     run('--offline')
     assert scripts.names() == [FULL[0], 'test.py', 'test.py']

@@ -128,7 +128,60 @@ def test_batch_norms_that_remain(examined) -> None:
     (found,) = not_ok(examined(text, MEANT))
     assert found.level == 'warning'
     assert '24 batch norms train on the statistics of 2 images' in found.text
-    assert 'apply_norm.py --remaining' in found.text
+    assert 'apply_norm.py replaces them' in found.text
+
+
+def test_a_batch_norm_of_one_value(examined) -> None:
+    text = without_ws(SEG).replace("type='FCNHead'", "type='ASPPHead'")
+    text = text.replace('num_convs=1', 'dilations=(1, 2)')
+    extra = MEANT + "train_dataloader['batch_size'] = 1\n"
+    extra += "auto_scale_lr['base_batch_size'] = 2\n"
+    (found,) = [f for f in examined(text, extra) if f.level == 'error']
+    assert 'Expected more than 1 value per channel' in found.text
+    assert '--remaining those that no norm_cfg reaches' in found.fix
+
+
+@pytest.mark.parametrize(
+    ('norm', 'said'),
+    [
+        ('GN', 'do not train, and are as they were built'),
+        ('ws_mm.BCN', 'These BCN layers are in eval mode'),
+    ],
+)
+def test_norms_that_stay_as_built(norm: str, said: str, examined) -> None:
+    extra = MEANT + "model['backbone']['frozen_stages'] = 1\n"
+    (found,) = not_ok(examined(SEG.replace('ws_mm.BCN', norm), extra))
+    assert said in found.text
+    assert 'Set frozen_stages=-1' in found.text
+
+
+def test_a_warm_up_that_never_ends(examined) -> None:
+    warm_up = "dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=9)"
+    extra = f'{MEANT}param_scheduler = [{warm_up}]\n'
+    (found,) = not_ok(examined(SEG, extra))
+    assert found.level == 'warning'
+    said = 'param_scheduler[0], a warm-up, ends at iteration 9, and'
+    assert found.text.startswith(said)
+    assert '--cfg-options param_scheduler.0.end=1' in found.fix
+
+
+def test_weights_that_do_not_fit(examined, tmp_path: Path) -> None:
+    path = tmp_path / 'other.pth'
+    torch.save({'state_dict': {'other.weight': torch.ones(1)}}, path)
+    start = dict(type='Pretrained', checkpoint=str(path))
+    extra = MEANT + f"model['backbone']['init_cfg'] = {start}\n"
+    (found,) = not_ok(examined(SEG, extra))
+    assert found.level == 'error'
+    assert 'model.backbone.init_cfg: checkpoint' in found.text
+    assert 'shares no parameter with the model' in found.text
+
+
+def test_a_model_that_does_not_build_is_said_once(examined) -> None:
+    found = examined(SEG.replace('ws_mm.BCN', 'ws_mm.BNC'), MEANT)
+    errors = [each for each in found if each.level == 'error']
+    assert len(errors) == 1
+    assert "did you mean 'ws_mm.BCN'" in errors[0].text
+    assert 'a sample of' in found[-1].text
 
 
 def test_batch_norms_of_all_processes(examined) -> None:
@@ -189,8 +242,8 @@ def test_errors_of_a_check_do_not_hide_the_others(examined) -> None:
     (found,) = findings_of([breaks])
     assert found.text == 'breaks: RuntimeError: first line'
     levels = [f.level for f in examined(SEG, extra)]
-    # The model for layers, norms and both data sets; the rate is fine.
-    assert levels == ['error', 'error', 'ok', 'error', 'error']
+    # The model; the rate and both data sets are fine.
+    assert levels == ['error', 'ok', 'ok', 'ok']
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,17 @@
 """Errors of MMDetection and MMSegmentation that the tools explain."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from in_process import Script, load
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 from proofs import odd_data
 from proofs.fit_config import write_user_config
+from tiny_runs import SEG, write_config, write_data
 
 pytest.importorskip('mmseg')
 
@@ -22,6 +27,41 @@ def shipped_on_odd_data(name: str, folder: Path) -> Path:
     config = folder / 'user.py'
     write_user_config(name, config, odd_data.write(folder / 'data'))
     return config
+
+
+class CtrlC(Hook):
+    """Somebody stops the training in its third iteration."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ('interval', 'saved'),
+    [
+        (1, r'/iter_2\.pth is whole: add --resume to the command'),
+        (9, 'There is no checkpoint yet'),
+    ],
+)
+def test_ctrl_c_says_what_is_saved(
+    interval: int,
+    saved: str,
+    script: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(HOOKS.module_dict, 'CtrlC', CtrlC)
+    extra = (
+        "custom_hooks = [dict(type='CtrlC')]\n"
+        "train_cfg['max_iters'] = 4\n"
+        f"default_hooks['checkpoint']['interval'] = {interval}\n"
+    )
+    config = write_config(write_data(tmp_path / 'data'), SEG, extra)
+    assert script('train', config, '--work-dir', tmp_path / 'run') == 130
+    said = capsys.readouterr().err
+    assert re.search(rf'Stopped at iteration 2\. .*{saved}', said)
 
 
 def test_testing_names_the_option_that_pads_images(

@@ -86,6 +86,26 @@ def test_contents(wheel: Path) -> None:
     assert sum(sizes) < 2e6
 
 
+def test_beside_an_editable_checkout(wheel: Path, tmp_path: Path) -> None:
+    setuptools = pytest.importorskip('setuptools', minversion='77')
+    assert setuptools
+    # Its folder is called ws_mm, too, and holds no __init__.py.
+    checkout = wheel.parent / 'ws_mm'
+    words = f'-m pip install -q --no-deps --no-index --prefix {tmp_path}'
+    words += f' --no-build-isolation -e {checkout}'
+    done = subprocess.run(
+        [sys.executable, *words.split()], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.rglob('site-packages')
+    code = (
+        f'import site, sys; site.addsitedir({str(path)!r})\n'
+        'import ws_mm; print(ws_mm.__file__)'
+    )
+    found = run(path, wheel.parent, code)
+    assert found == str(checkout / 'ws_mm/__init__.py')
+
+
 def test_it_is_typed_and_has_a_version(site: Path, tmp_path: Path) -> None:
     code = (
         'import ws_mm, pathlib\n'

@@ -180,6 +180,35 @@ def test_a_dead_run_says_where(work: Path) -> None:
     assert 'after_train_iter' in run.traceback
 
 
+def test_a_run_that_died_before_it_logged(work: Path, tmp_path: Path) -> None:
+    folder = tmp_path / 'dead'
+    (log,) = (work / 'dead').glob('*/*.log')
+    place = folder / log.parent.name
+    place.mkdir(parents=True)
+    said = log.read_text()
+    first = runs.PROGRESS.search(said).start()
+    trace = said[said.index('The training ended by') :]
+    (place / log.name).write_text(f'{said[:first]}\n{trace}')
+    run = runs.read_run(folder)
+    assert not run.ended
+    assert run.traceback.splitlines()[-1] == f'RuntimeError: {SAID}'
+
+
+def test_a_test_in_a_folder_of_its_own(work: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(work / 'ours', tmp_path / 'ours')
+    places = '20990101_000001', 'test/20990102_000001'
+    for place, value in zip(places, (0.25, 0.5), strict=True):
+        (folder / place).mkdir(parents=True)
+        path = folder / place / f'{place[-15:]}.json'
+        path.write_text(json.dumps({'coco/bbox_mAP': value}) + '\n')
+    assert runs.read_run(folder).tests == {'coco/bbox_mAP': 0.5}
+    assert 'PyTorch built with:' not in run_environment(folder)
+
+
+def run_environment(folder: Path) -> list[str]:
+    return list(runs.read_run(folder).environment.values())
+
+
 def test_a_killed_run_of_a_host(work: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(work / 'host', tmp_path / 'host')
     (path,) = folder.glob('*/vis_data/scalars.json')

@@ -240,6 +240,7 @@ class SetUp:
             PYTHONNOUSERSITE='1',
             PIP_USER='0',
             PIP_NO_INPUT='1',
+            NO_MKDOCS_2_WARNING='1',
             PIP_DISABLE_PIP_VERSION_CHECK='1',
         )
         return environ

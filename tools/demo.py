@@ -21,6 +21,10 @@ from support.checks import SetupError, check_writable
 CONFIGS = ROOT / 'configs/demo'
 CONVERTER = 'dataset_converters/nuclei_tiles.py'
 NO_DOWNLOAD = 3  # exit status of the converter
+NEXT = """
+Everything runs. The tiles are alike, and do not show which norm is better:
+docs/results.md does. Go on with docs/tutorials/one_image.md, in this
+environment: source {activate}"""
 # Without --compare only the first.
 NORMS = ('bcn-ws-all', 'gn-ws-all', 'gn-all', 'bn')
 
@@ -125,7 +129,9 @@ def run(model: Model, norm: str, folder: Path, data: Path) -> str:
         f'{name} {values.get(key, 0.0):.3g}'
         for key, name in model.metrics.items()
     )
-    return f'{model.title}, {norm}, {steps} steps: {results}; see {pictures}'
+    # Where the hosts draw, they add folders of their own.
+    drawn = next(pictures.rglob('*.png'), pictures / '.').parent
+    return f'{model.title}, {norm}, {steps} steps: {results}; see {drawn}'
 
 
 def parse_args() -> argparse.Namespace:
@@ -169,6 +175,7 @@ def main() -> None:
     print('', origin, *lines, sep='\n')
     if data.name == 'generated':
         print('*** The images are GENERATED SHAPES, not the real image.')
+    print(NEXT.format(activate=Path(sys.prefix) / 'bin/activate'))
 
 
 if __name__ == '__main__':

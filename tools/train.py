@@ -3,6 +3,7 @@
 import argparse
 import glob
 import os
+import sys
 
 import torch
 from mmengine.config import Config
@@ -155,6 +156,9 @@ def main() -> None:
     try:
         with failures.noted(runner):
             runner.train()
+    except KeyboardInterrupt:
+        failures.say_how_to_go_on(cfg, runner.iter)
+        sys.exit(130)  # as a shell says it of SIGINT
     except OSError as error:
         reason = failures.unwritable(cfg, error)
         if reason is None:

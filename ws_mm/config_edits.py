@@ -212,7 +212,10 @@ def scale_lr(draft: Draft, filename: str | None, images: int) -> None:
         fits = math.gcd(images, batch)
         why = f'{images} images are {images // fits} processes of this many'
         draft.set(batch_key, fits, why)
+    share = images / base
     draft.leave(
         ('param_scheduler',),
-        'schedule and absolute rates (eta_min) are as before',
+        'absolute rates (eta_min) are as before, and iterations: each has '
+        f'{share:g} times the images. Where max_iters, val_interval or a '
+        f'warm-up (end) count iterations, multiply them by {1 / share:g}',
     )

@@ -6,6 +6,7 @@ asked for: a convolution is a subclass of torch's, a norm takes
 """
 
 import contextlib
+import difflib
 import inspect
 import warnings
 from collections.abc import Mapping
@@ -135,10 +136,22 @@ def asked_layer(asked: Layer, kind: str, scope: str) -> Cfg | None:
             f'{kind}={asked!r} must be one of '
             f"{', '.join(map(repr, KNOWN[kind]))}, 'keep', or the registered "
             f'type of another {kind} of maps (--{kind})'
+            f'{_did_you_mean(cfg.get("type"))}'
         )
     if type(layer).__module__.startswith('ws_mm.'):
         cfg['type'] = f'ws_mm.{type(layer).__name__}'
     return cfg
+
+
+def _did_you_mean(name: Any) -> str:
+    short = str(name).rpartition('.')[2]
+    ours = {
+        key.lower(): key
+        for key, cls in MODELS.module_dict.items()
+        if cls.__module__.startswith('ws_mm.')
+    }
+    close = difflib.get_close_matches(short.lower(), ours, 1)
+    return f'. Did you mean {ours[close[0]]!r}?' if close else ''
 
 
 def unless_there(new: Cfg | None, old: Cfg | None, scope: str) -> Cfg | None:

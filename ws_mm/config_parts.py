@@ -157,7 +157,8 @@ def select(everything: list[Part], names: Sequence[str]) -> list[Part]:
             keys = [part.name for part in everything if part.roles[-1]]
             raise ConfigError(
                 f'parts={name!r} selects nothing: the model has '
-                f'{", ".join((*roles, *keys)) or "no parts"} (--parts)'
+                f'{", ".join(dict.fromkeys((*roles, *keys))) or "no parts"}'
+                ' (--parts)'
             )
         selected += [part for part in found if part not in selected]
     return selected if names else everything

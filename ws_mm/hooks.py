@@ -193,30 +193,57 @@ class CheckModelHook(_FrozenLayersHook):
 
 
 def report_frozen(model: nn.Module) -> None:
-    """Warn of layers whose running statistics are frozen as built.
+    """Warn of norms that are frozen as they were built."""
+    for problem in frozen_problems(model):
+        _warn_once(problem)
 
-    These are in eval mode in a model that trains, as ``frozen_stages`` of a
-    backbone puts them, with the initial statistics and constant affines.
-    Learned affines are left alone: those are a GN checkpoint's, and such a
-    BCN is its GroupNorm.
+
+def frozen_problems(model: nn.Module) -> list[str]:
+    """Name norms that are frozen as they were built.
+
+    With running statistics, these are in eval mode in a model that trains,
+    as ``frozen_stages`` of a backbone puts them, with the initial statistics
+    and constant affines. Learned affines are left alone: those are a GN
+    checkpoint's, and such a BCN is its GroupNorm. A GN has parameters that
+    do not train, 1 and 0.
+
+    Args:
+        model: the model, in its training modes.
     """
     inner: Any = model.module if is_model_wrapper(model) else model
     names: dict[str, list[str]] = {}
+    groups = []
     for name, module in inner.named_modules():
-        if (
-            isinstance(module, RunningStatistics)
-            and not module.training
-            and module.is_as_built()
-        ):
-            names.setdefault(type(module).__name__, []).append(name)
-    for kind, found in names.items():
-        _warn_once(
-            f'These {kind} layers are in eval mode while the model trains, '
-            f'and have never learned any estimates: {", ".join(found)}. They '
-            'stay as they were built. Set frozen_stages=-1 in the config of '
-            'this part, or start it from a checkpoint that has them, for BCN '
-            'also from a GN+WS one (init_cfg)'
+        if isinstance(module, RunningStatistics):
+            if not module.training and module.is_as_built():
+                names.setdefault(type(module).__name__, []).append(name)
+        elif isinstance(module, nn.GroupNorm) and _is_frozen_as_built(module):
+            groups.append(name)
+    problems = [
+        f'These {kind} layers are in eval mode while the model trains, '
+        f'and have never learned any estimates: {", ".join(found)}. They '
+        'stay as they were built. Set frozen_stages=-1 in the config of '
+        'this part, or start it from a checkpoint that has them, for BCN '
+        'also from a GN+WS one (init_cfg)'
+        for kind, found in names.items()
+    ]
+    if groups:
+        problems.append(
+            f'These {len(groups)} GroupNorm layers do not train, and are as '
+            f'they were built: {", ".join(groups[:3])}, ... So the '
+            'convolutions before them may stay random. Set frozen_stages=-1 '
+            'in the config of this part, or start it from a checkpoint '
+            '(init_cfg)'
         )
+    return problems
+
+
+def _is_frozen_as_built(norm: nn.GroupNorm) -> bool:
+    return (
+        norm.affine
+        and not any(p.requires_grad for p in norm.parameters())
+        and bool((norm.weight == 1).all() and (norm.bias == 0).all())
+    )
 
 
 def report_batch_norms(model: nn.Module, images: int) -> None:
@@ -252,9 +279,9 @@ def batch_norm_problems(
         f'{len(names)} batch norms train on the statistics of '
         f'{number} image{"s" if number > 1 else ""}: '
         f'{", ".join(names[:3])}{", ..." if len(names) > 3 else ""}. '
-        'tools/model_converters/apply_norm.py --remaining replaces them '
-        '(ws_mm.apply_norm(remaining=True)); '
-        'norm_eval=True freezes those of a pretrained backbone'
+        'tools/model_converters/apply_norm.py replaces them, with '
+        '--remaining those that no norm_cfg reaches; norm_eval=True freezes '
+        'those of a pretrained backbone'
         for number, names in few.items()
     ]
 

@@ -39,9 +39,15 @@ def report_on(cfg: Config, size: int) -> list[str]:
     if note:
         print(note)
     print(report)
+    print(
+        'known: proven, as the model ran on an image, or guessed from names '
+        'and order'
+    )
     for mistake in report.mistakes:
         print(f'mistake: {mistake}')
-    names = batch_norms(model)
+    model.train()  # norm_eval of a backbone acts here
+    every = batch_norms(model)
+    names = [name for name in every if model.get_submodule(name).training]
     if names:
         print(
             f'{len(names)} batch norms: {", ".join(names)}. With one or two '
@@ -49,6 +55,15 @@ def report_on(cfg: Config, size: int) -> list[str]:
             'tools/model_converters/apply_norm.py replaces them, with '
             '--remaining those that no norm_cfg reaches.'
         )
+    if len(every) > len(names):
+        print(
+            f'{len(every) - len(names)} batch norms normalize by their '
+            'running statistics in training, too (norm_eval, '
+            'frozen_stages): good for pretrained weights.'
+        )
+    if not report.mistakes:
+        count = sum(conv.standardized for conv in report)
+        print(f'A norm follows each of {count} standardized convolutions.')
     return report.mistakes
 
 

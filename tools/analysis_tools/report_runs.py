@@ -88,13 +88,21 @@ def metrics(found: dict[str, Run]) -> Iterator[str]:
     """Last and highest value of each metric."""
     parts = []
     for run in found.values():
-        cells = {f'test: {key}': value for key, value in run.tests.items()}
+        cells = {
+            f'test: {key}': f'{value:g}' if isinstance(value, float) else value
+            for key, value in run.tests.items()
+        }
         for key, curve in run.metrics.items():
             high = max(curve, key=curve.__getitem__)
-            cells[key] = f'{curve[max(curve)]:g}, highest {curve[high]:g} '
-            cells[key] += f'at {high}'
+            cells[key] = f'{curve[max(curve)]:g}'
+            if len(curve) > 1:
+                cells[key] += f', highest {curve[high]:g} at iteration {high}'
         parts.append(cells)
     yield by_key(found, parts, 'No validation and no test was recorded.')
+    if any(
+        str(cell).startswith('-1') for part in parts for cell in part.values()
+    ):
+        yield '<p>-1 of COCO: there is no object of this kind to find.</p>'
 
 
 def by_key(names: Iterable[str], parts: list[dict], nothing: str) -> str:
@@ -167,6 +175,11 @@ def norms(found: dict[str, Run]) -> Iterator[str]:
     """What hooks recorded, layers at the end, and running statistics."""
     yield legend(found)
     everything = list(found.values())
+    yield (
+        '<p>Where the axis is "layer", layers stand in the order of the '
+        'network. Running statistics are those of the last checkpoint: the '
+        'median size over the channels of a layer.</p>'
+    )
     yield grid(panels(AXES[0], [run.others for run in everything]))
     yield grid(panels('layer', [runs.layers(r.folder) for r in everything]))
     kept = [runs.statistics(run.folder) for run in everything]

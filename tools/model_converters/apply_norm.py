@@ -45,9 +45,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('out', help='config file to write, NAME.py')
     parser.add_argument(
         '--conv',
-        default='WSConv2d',
         help='convolutions that the parts get: WSConv2d, keep, or another '
-        'registered class (default: WSConv2d)',
+        'registered class (default: those that the norm was published with, '
+        'for most WSConv2d)',
     )
     parser.add_argument(
         '--norm',
@@ -295,12 +295,30 @@ def _known_to_hosts(base: str) -> str:
     Of a distribution that was renamed they find configs only once ws_mm is
     imported.
     """
-    if base.startswith('mmseg::'):
-        try:
-            metadata.distribution('mmsegmentation')
-        except metadata.PackageNotFoundError:
-            return f"__import__('ws_mm') and {base!r}"
+    if base.startswith('mmseg::') and _is_renamed('mmsegmentation'):
+        return f"__import__('ws_mm') and {base!r}"
     return repr(base)
+
+
+def _is_renamed(distribution: str) -> bool:
+    try:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        return True
+    return False
+
+
+def note_for_hosts(config: Path) -> str:
+    """What the hosts' own tools need of a config below one of mmseg."""
+    text = config.read_text(encoding='utf-8')
+    found = re.search(r"""=\s*\[?\s*(['"]mmseg::\S+?['"])""", text)
+    if found is None or not _is_renamed('mmsegmentation'):
+        return ''
+    return (
+        f"MMSegmentation's own tools find the base of {config} only with "
+        f"ws_mm: write __import__('ws_mm') and {found[1]} there, or import "
+        'ws_mm in your script.'
+    )
 
 
 def _at(content: Any, key: tuple[str, ...]) -> Any:
@@ -370,6 +388,8 @@ def convert(args: argparse.Namespace) -> tuple[Config, Config, list, list]:
     from ws_mm.configs import ConfigError
 
     args.norm = args.norm or ('BCN' if args.remaining else 'GN')
+    norm = getattr(ws_mm.zoo, args.norm.removeprefix('ws_mm.'), None)
+    args.conv = args.conv or getattr(norm, 'filters', 'WSConv2d')
     layers = []
     for name in ('conv', 'norm'):
         asked, options = getattr(args, name), getattr(args, f'{name}_options')
@@ -427,6 +447,8 @@ def main() -> None:
     )
     write_child(out, source, new)
     print(f'\nwritten: {out}')
+    if note := note_for_hosts(find_config(args.config)):
+        print(note)
 
 
 if __name__ == '__main__':

@@ -21,7 +21,7 @@ import argparse
 import os
 import re
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import torch
@@ -352,14 +352,22 @@ def main() -> None:
     )[0]
     real = relative_error(run_target(state, *run, False), whole)
     refuse_other_function(args, source, filters, real)
-    print('\n'.join(report(source, state, kind)))
-    print(f'recognised: ResNet with {source.layout.upper()}')
+    lines = report(source, state, kind)
+    counts = Counter(line.split()[0] for line in lines)
+    print('\n'.join(lines))
+    print(
+        f'recognised: ResNet with {source.layout.upper()}; tensors '
+        + ', '.join(f'{kind}: {count}' for kind, count in counts.items())
+    )
     print(f'mapping verified: relative difference {found:.1e} in float64')
-    print(f'difference to the source network: {real:.1e}')
+    print(
+        f'difference to the source network: {real:.1e} of the largest output'
+    )
     if real > SAME:
         print(
-            f'Not kept: {"; ".join(losses(source, kind, filters))}. This is '
-            'a start for training, not the same network.'
+            f'Not kept: {"; ".join(losses(source, kind, filters))}. No '
+            'mapping can keep this. It is a start for training, not the same '
+            'network.'
         )
     checks.check_apart([Path(args.out)], (args.source,))
     folder, name = os.path.split(os.path.abspath(args.out))

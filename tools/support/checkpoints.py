@@ -96,7 +96,8 @@ def check_checkpoints(cfg: Config) -> None:
     Raises:
         SetupError: from :func:`read_checkpoint`, with the config key.
     """
-    named = [('load_from', cfg.get('load_from'))]
+    first = '--resume' if cfg.get('resume') else 'load_from'
+    named = [(first, cfg.get('load_from'))]
     named += [
         (key, value)
         for key, value in iter_nodes('model', cfg.get('model'))

@@ -16,12 +16,15 @@ from mmengine.registry import MODELS, VISUALIZERS, DefaultScope
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from support import checks, data_checks, launch, models
+from support import checkpoints, checks, data_checks, launch, models
+from support.checks import SetupError, is_local, iter_nodes
+from support.failures import HOST_ERRORS
 from support.findings import Finding
-from ws_mm.hooks import batch_norm_problems
+from ws_mm.hooks import batch_norm_problems, frozen_problems
 from ws_mm.shapes import batch_norms
 
 DRAWN_BY = {'mmdet': 'DetLocalVisualizer', 'mmseg': 'SegLocalVisualizer'}
+WARM_UPS = ('LinearLR', 'ConstantLR')
 # Copies of each weight: itself, its gradient, and what the optimizer keeps.
 COPIES = {'SGD': 3, 'Adam': 4, 'AdamW': 4}
 MIB = 2**20
@@ -38,6 +41,7 @@ class Training:
 
     def __init__(self, cfg: Config, processes: int, folder: Path) -> None:
         self.cfg, self.processes, self.folder = cfg, processes, folder
+        self.broken: SetupError | None = None
         loader = cfg.get('train_dataloader') or {}
         batch = loader.get('batch_sampler') or {}
         self.batch = loader.get('batch_size') or batch.get('batch_size')
@@ -59,13 +63,25 @@ class Training:
             for phase in ('train', 'val', 'test')
             if self.cfg.get(f'{phase}_dataloader')
         ]
+        data = [partial(self.data, loader) for loader in loaders]
+        try:
+            _ = self.model
+        except SetupError as error:
+            self.broken = error
+            return [self.does_not_build, self.learning_rate, *data]
         return [
             partial(self.layers, size),
             self.norms_of_batches,
+            self.frozen,
+            self.weights,
             self.learning_rate,
-            *(partial(self.data, loader) for loader in loaders),
+            *data,
             *[self.memory] * memory,
         ]
+
+    def does_not_build(self) -> Iterator[Finding]:
+        """Say it once; checks that need the model are left out."""
+        yield Finding('error', str(self.broken))
 
     def layers(self, size: int) -> Iterator[Finding]:
         """See that a norm follows each standardized convolution."""
@@ -92,6 +108,57 @@ class Training:
                 f'{count} batch norms, none of which trains on the '
                 'statistics of one or two images',
             )
+
+        problem = self._one_value()
+        for text, fix in HOST_ERRORS.items():
+            if text in problem:
+                yield Finding('error', problem, fix.format(layer=''))
+
+    def _one_value(self) -> str:
+        """Run a segmentor on one image as in training; return its error."""
+        if self.batch != 1 or not hasattr(self.model, 'encode_decode'):
+            return ''
+        size = self.cfg.model.get('data_preprocessor', {}).get('size')
+        image = torch.randn(1, 3, *(size or (128, 128)))
+        try:
+            with torch.no_grad():
+                models.segment(self.model, image)
+        # What else it may lack, train.py says.
+        except Exception as error:
+            return str(error)
+        return ''
+
+    def frozen(self) -> Iterator[Finding]:
+        """Name norms that stay as they were built."""
+        if self._checkpoints():
+            return  # what they hold is not loaded here
+        for problem in frozen_problems(self.model.train()):
+            yield Finding('warning', problem)
+
+    def weights(self) -> Iterator[Finding]:
+        """Load the checkpoints of this machine, as a training does."""
+        paths = self._checkpoints()
+        checkpoints.check_checkpoints(self.cfg)
+        remote = [path for path in paths if not is_local(path)]
+        if remote:
+            words = f'{", ".join(remote)}: not loaded here'
+            yield Finding('ok', words)
+        elif paths:
+            model = models.build_model(self.cfg)
+            load_from = self.cfg.get('load_from')
+            checkpoints.check_weights_fit(load_from, model)
+            checkpoints.check_parts_fit(model)
+            model.init_weights()
+            yield Finding('ok', f'{", ".join(paths)}: can be loaded')
+
+    def _checkpoints(self) -> list[str]:
+        named = [
+            value
+            for key, value in iter_nodes('model', self.cfg.model)
+            if isinstance(value, str)
+            and key.endswith(('.checkpoint', '.pretrained'))
+        ]
+        return named + [p for p in [self.cfg.get('load_from')] if p]
 
     def learning_rate(self) -> Iterator[Finding]:
         """Compare the images of a step with those that the rate is for."""
@@ -124,6 +191,32 @@ class Training:
             'training',
         )
 
+    def warm_up(self, images: int) -> Iterator[Finding]:
+        """See that warm-ups end before the training does.
+
+        Args:
+            images: of the training set.
+        """
+        plan = self.cfg.get('train_cfg') or {}
+        epoch = max(images // ((self.batch or 1) * self.processes), 1)
+        total = plan.get('max_iters') or epoch * plan.get('max_epochs', 0)
+        schedulers = self.cfg.get('param_scheduler') or []
+        for index, scheduler in enumerate(schedulers):
+            end = scheduler.get('end') or 0
+            if scheduler.get('type') not in WARM_UPS or scheduler.get(
+                'by_epoch', True
+            ):
+                continue
+            if end >= total:
+                yield Finding(
+                    'warning',
+                    f'param_scheduler[{index}], a warm-up, ends at iteration '
+                    f'{end}, and the training has {total}: it never has its '
+                    'full learning rate',
+                    f'--cfg-options param_scheduler.{index}.end='
+                    f'{max(total // 20, 1)}, or more epochs',
+                )
+
     def data(self, loader: str) -> Iterator[Finding]:
         """Read and draw the first sample of a loader."""
         checks.check_data(self.cfg, (loader,))
@@ -134,7 +227,10 @@ class Training:
                 loader,
                 lambda: Runner.build_dataloader(self.cfg[loader]).dataset,
             )
-            data_checks.check_num_classes(loader, dataset, self.model)
+            if loader == 'train_dataloader':
+                yield from self.warm_up(len(dataset))
+            if self.broken is None:
+                data_checks.check_num_classes(loader, dataset, self.model)
             sample = dataset[0]
             classes = (dataset.metainfo or {}).get('classes') or ()
             words = f'{loader}: {len(dataset)} images, {len(classes)} classes'

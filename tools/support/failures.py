@@ -77,8 +77,9 @@ HOST_ERRORS = {
     'Expected more than 1 value per channel': (
         'a batch norm{layer} had one value per channel, as one image gives '
         'it behind a global pooling. Replace the batch norms '
-        '(tools/model_converters/apply_norm.py CONFIG NEW.py --remaining), or '
-        'train more images per process (train_dataloader.batch_size)'
+        '(tools/model_converters/apply_norm.py CONFIG NEW.py, with '
+        '--remaining those that no norm_cfg reaches), or train more images '
+        'per process (train_dataloader.batch_size)'
     ),
     'RoI is a empty tensor': (
         'this head takes no image without boxes. Leave those out: '
@@ -109,6 +110,23 @@ def known_cause(
                 f'{what} stopped ({error}): {fix.format(layer=layer)}.'
             )
     return None
+
+
+def say_how_to_go_on(cfg: Config, iteration: int) -> None:
+    """Tell who pressed Ctrl-C what is saved."""
+    newest, _ = newest_checkpoint(cfg)
+    if get_rank() == 0:
+        print(
+            f'Stopped at iteration {iteration}. '
+            + (
+                f'{newest} is whole: add --resume to the command to continue '
+                'from there.'
+                if newest
+                else 'There is no checkpoint yet.'
+            ),
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def say_who_was_lost(cfg: Config, error: RuntimeError) -> None:

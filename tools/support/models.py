@@ -106,7 +106,7 @@ def _ways(
         1, 3, size, size, generator=torch.Generator().manual_seed(0)
     )
     if hasattr(model, 'encode_decode'):
-        return [lambda model: _segment(model, image)]
+        return [lambda model: segment(model, image)]
     if not isinstance(model, BaseModel) or cfg.get('default_scope') != 'mmdet':
         return [lambda model: model(image)]
 
@@ -153,7 +153,8 @@ def _sample(size: int) -> Any:
     return sample
 
 
-def _segment(model: Any, image: Tensor) -> list[Any]:
+def segment(model: Any, image: Tensor) -> list[Any]:
+    """Run all heads of a segmentor, in the modes that it is in."""
     shape = tuple(image.shape[2:])
     meta = dict(img_shape=shape, ori_shape=shape, pad_shape=shape)
     outputs = [model.encode_decode(image, [meta])]

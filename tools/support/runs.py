@@ -22,6 +22,7 @@ PROGRESS = re.compile(
 TRACEBACK = 'Traceback (most recent call last):'
 # Where people send what a training prints: mmengine logs no Traceback.
 CONSOLES = ('*.log', '*.out', '*.err', '*.txt')
+TIME = '[0-9]*_[0-9]*/*.json'
 TAIL, LONGEST = 15, 80  # lines of a log, and of a Traceback
 NO_CURVE = {'epoch', 'iter', 'step'}
 NO_METRIC = {*NO_CURVE, 'time', 'data_time', 'memory'}
@@ -92,7 +93,7 @@ def read_run(folder: Path) -> Run:
     _read_curves(run, scalars)
     # Tests have logs, too.
     of_training = [p for p, text in logs.items() if PROGRESS.search(text)]
-    log = (of_training or [*logs, None])[-1]
+    log = (of_training or [*logs] or [None])[-1]
     start = log.parent if log else scalars[-1].parents[1]
     run.config = _config(start / 'vis_data/config.py', *folder.glob('*.py'))
     if log:
@@ -102,7 +103,9 @@ def read_run(folder: Path) -> Run:
         _, found, rest = text.rpartition(TRACEBACK)
         if found and not run.ended:
             run.traceback = '\n'.join((found + rest).splitlines()[:LONGEST])
-    for path in sorted(folder.glob('*/*.json')):
+    # Of a test in the work dir, or in a folder of its own below it.
+    results = [*folder.glob(TIME), *folder.glob(f'*/{TIME}')]
+    for path in sorted(results, key=lambda path: path.parent.name):
         for line in read_lines(path):
             run.tests = {k: v for k, v in line.items() if k not in NO_METRIC}
     return run
@@ -150,7 +153,8 @@ def _read_log(run: Run, text: str) -> None:
     block = re.search(r'System environment:\n(.*?)\n-{20}', text, re.S)
     for line in block[1].splitlines() if block else ():
         if match := re.match(r' {4}(\w[^:]*): (.*)', line):
-            run.environment[match[1]] = match[2]
+            if match[2] != 'PyTorch built with:':  # a list follows
+                run.environment[match[1]] = match[2]
     found = PROGRESS.findall(text)
     if not found:
         return

@@ -54,6 +54,7 @@ class MABN(RunningNorm):
     Source: arXiv 2001.06838; github.com/megvii-model/MABN, det/.
     """
 
+    filters = 'CenteredConv2d'  # by default, of apply_norm.py
     statistics: ClassVar = {
         'running_var': 1.0,
         'previous_var': 1.0,

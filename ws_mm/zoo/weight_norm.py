@@ -87,6 +87,7 @@ class MeanOnlyBN(RunningNorm):
     Source: arXiv 1602.07868, section 4; github.com/openai/weightnorm.
     """
 
+    filters = 'WNConv2d'  # by default, of apply_norm.py
     statistics: ClassVar = {'running_mean': 0.0}
     running_mean: Tensor
     estimating = False
