@@ -12,7 +12,7 @@ from in_process import load, tools  # noqa: F401
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from shipped import write_shipped
-from tiny_runs import DET, SEG
+from tiny_runs import DET, SEG, without_ws
 
 import ws_mm
 
@@ -84,6 +84,15 @@ def test_mistake_is_named_with_its_key(script, tmp_path, capsys):
     out = capsys.readouterr().out
     assert 'mistake: roi_head.mask_head.convs.0.conv (WSConv2d)' in out
     assert 'model.roi_head.mask_head.conv_cfg=None' in out
+
+
+def test_frozen_batch_norms_are_not_called_poor(script, tmp_path, capsys):
+    text = without_ws(SEG)
+    config, _ = write(tmp_path, text, 'model["backbone"]["norm_eval"]=True\n')
+    assert script('check_model', config) == 0
+    out = capsys.readouterr().out
+    assert '1 batch norms: decode_head.convs.0.bn. With one' in out
+    assert '20 batch norms normalize by their running statistics in' in out
 
 
 def test_a_model_that_does_not_run_is_judged_by_names(
