@@ -37,6 +37,8 @@ def test_a_cell_of_the_table_of_all_norms_is_the_better_rate():
     assert which.best(runs[1:]) == '40.0 x3'
     assert which.best(runs[-1:]) == 'diverged'
     assert which.best([]) == '-'
+    precise = [run_of('done', 0.283, 1.0), run_of('done', 0.289, 1.0)]
+    assert which.best(precise) == '0.286 ± 0.004 (n=2) x1'
 
 
 def test_spreads_in_the_readme_are_those_of_the_tables():

@@ -22,10 +22,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.utils import import_modules_from_strings
 
 ROOT = Path(__file__).resolve().parents[1]
-GRIDS = [
-    ROOT / f'tools/experiments/grids/{name}.py'
-    for name in ('starts', 'starts_seeds')
-]
+GRID = ROOT / 'tools/experiments/grids/starts.py'
 # Of each block: its layers in the file, in the order of their tensors.
 LAYERS = ('_depthwise_conv', '_bn1', '_project_conv', '_bn2')
 BLOCKS = 16
@@ -414,11 +411,10 @@ def test_a_start_is_measured_once_and_where_it_can_be():
     }
 
 
-@pytest.mark.parametrize('path', GRIDS, ids=lambda path: path.stem)
-def test_every_row_of_the_grids_builds_its_model(path):
+def test_every_row_of_the_grid_builds_its_model():
     pytest.importorskip('mmdet')
     pytest.importorskip('mmseg')
-    loaded = grid.load(path)
+    loaded = grid.load(GRID)
     cells = {(cell.task, cell.name): cell for cell in loaded.cells}
     for (task, name), cell in cells.items():
         cfg = grid.config_of(cell, loaded.tasks[task])

@@ -25,9 +25,11 @@ def best(found: Records) -> str:
     if not groups:
         return str(found[0]['status']) if found else '-'
     factor = max(groups, key=lambda f: (len(groups[f]), mean(groups[f])))
-    words = f'{mean(groups[factor]):.1f}'
-    if len(groups[factor]) > 1:
-        words += f' ± {stdev(groups[factor]):.1f} (n={len(groups[factor])})'
+    values = groups[factor]
+    digits = 1 if max(values) > 1 else 3  # percent, or AP
+    words = f'{mean(values):.{digits}f}'
+    if len(values) > 1:
+        words += f' ± {stdev(values):.{digits}f} (n={len(values)})'
     return f'{words} x{factor:g}'
 
 

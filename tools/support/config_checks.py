@@ -207,7 +207,7 @@ class Training:
                 'by_epoch', True
             ):
                 continue
-            if end >= total:
+            if 0 < total <= end:
                 yield Finding(
                     'warning',
                     f'param_scheduler[{index}], a warm-up, ends at iteration '

@@ -51,15 +51,20 @@ rows = {
     'BN to MABN': dict(norm='MABN', options=everywhere),
     'BN to Cross-Iteration BN': dict(norm='Cross-Iteration BN'),
 }
-# Rows of the task that takes longer, and those with two images per step.
-fewer = [
-    'frozen BN, heads without norm',
+# Those of which something is concluded.
+compared = [
     'frozen BN, GN+WS in the heads',
+    'BN to GN+WS',
+    'BN to BCN, eased in, learned',
+    'BN to BCN, eased in, GN+WS in the heads',
+]
+# Rows of the task that takes longer.
+fewer = [
+    *compared,
+    'frozen BN, heads without norm',
     'frozen BN, BCN+WS in the heads',
     'BN',
     'BN to GN',
-    'BN to GN+WS',
     'BN to BCN',
     'BN to BCN+WS',
-    'BN to BCN, eased in, learned',
 ]
