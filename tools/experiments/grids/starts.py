@@ -24,7 +24,7 @@ cells = [
     *[cell('voc_masks', name) for name in _base_.rows],
     *[cell('person_instances', name) for name in _base_.fewer],
     *[cell('voc_masks', name, [0.3, 3.0]) for name in _base_.compared],
-    *[cell('person_instances', name, 3.0) for name in _base_.compared],
+    *[cell('person_instances', name, [0.3, 3.0]) for name in _base_.compared],
     *[
         cell(task, name, rates.get(name, 1.0), **more)
         for task, rates in best.items()
