@@ -59,7 +59,7 @@ LINEAR = "your config's, scaled to the images of a step (--images-per-step)"
 FROZEN = Advice(
     use='the backbone as it is, its BN frozen; GN+WS in neck and heads',
     options='',
-    rate=f'{LINEAR}; a third of that was better on photographs of VOC',
+    rate=f'{LINEAR}; a third of that was better in both of our tasks',
     why='Few images spoil pretrained statistics, and other norms or '
     'standardized filters compute another function than was pretrained.',
     page='docs/results/pretrained.md',
