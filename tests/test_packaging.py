@@ -87,8 +87,7 @@ def test_contents(wheel: Path) -> None:
 
 
 def test_beside_an_editable_checkout(wheel: Path, tmp_path: Path) -> None:
-    setuptools = pytest.importorskip('setuptools', minversion='77')
-    assert setuptools
+    pytest.importorskip('setuptools', minversion='77')
     # Its folder is called ws_mm, too, and holds no __init__.py.
     checkout = wheel.parent / 'ws_mm'
     words = f'-m pip install -q --no-deps --no-index --prefix {tmp_path}'

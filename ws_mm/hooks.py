@@ -230,7 +230,7 @@ def frozen_problems(model: nn.Module) -> list[str]:
     if groups:
         problems.append(
             f'These {len(groups)} GroupNorm layers do not train, and are as '
-            f'they were built: {", ".join(groups[:3])}, ... So the '
+            f'they were built: {_first(groups)}. So the '
             'convolutions before them may stay random. Set frozen_stages=-1 '
             'in the config of this part, or start it from a checkpoint '
             '(init_cfg)'
@@ -278,12 +278,16 @@ def batch_norm_problems(
     return [
         f'{len(names)} batch norms train on the statistics of '
         f'{number} image{"s" if number > 1 else ""}: '
-        f'{", ".join(names[:3])}{", ..." if len(names) > 3 else ""}. '
+        f'{_first(names)}. '
         'tools/model_converters/apply_norm.py replaces them, with '
         '--remaining those that no norm_cfg reaches; norm_eval=True freezes '
         'those of a pretrained backbone'
         for number, names in few.items()
     ]
+
+
+def _first(names: list[str]) -> str:
+    return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
 
 
 @cache

@@ -309,7 +309,7 @@ def _is_renamed(distribution: str) -> bool:
 
 
 def note_for_hosts(config: Path) -> str:
-    """What the hosts' own tools need of a config below one of mmseg."""
+    """Say how the hosts' own tools find the base of a config, if not so."""
     text = config.read_text(encoding='utf-8')
     found = re.search(r"""=\s*\[?\s*(['"]mmseg::\S+?['"])""", text)
     if found is None or not _is_renamed('mmsegmentation'):
