@@ -5,15 +5,17 @@ Adam, for clouds, follows the square root of the batch rather than the batch.
 
 _base_ = './_base_/tasks.py'
 
-brief = dict(images=4000, at=16, metric='accuracy', validations=1)
+brief = dict(at=16, metric='accuracy', validations=1)
 tasks = dict(
     solids=dict(
         brief,
+        images=4000,
         config='configs/dgcnn/dgcnn_k10_gn-ws-all_1xb1-4k_solids.py',
         lr=0.001,
     ),
     motions=dict(
         brief,
+        images=2000,
         config='configs/tsm/tsm_r18_gn-ws-all_1xb1-4k_motions.py',
         lr=0.1,
     ),

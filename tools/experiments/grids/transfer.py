@@ -1,0 +1,54 @@
+"""A classifier trained here as the start of a segmentor and a detector.
+
+Each against random weights, with the same images, order and learning rate.
+The checkpoints are those of docs/classification.md.
+"""
+
+brief = dict(images=300, at=1, validations=1)
+demo = 'configs/demo/'
+tasks = dict(
+    masks_started=dict(
+        brief,
+        config=demo + 'deeplabv3_r18-w32-d8_gn-ws-all_1xb1-1k_nuclei.py',
+        lr=0.02,
+        metric='mIoU',
+    ),
+    instances_started=dict(
+        brief,
+        config=demo + 'mask-rcnn_r18_fpn64_gn-ws-all_2xb1-4e_nuclei.py',
+        lr=0.01,
+        metric='coco/segm_mAP',
+    ),
+)
+# The backbone of the classifier.
+same = dict(
+    masks_started={'model.backbone.type': 'ResNet'},
+    instances_started={
+        'model.backbone.stem_channels': 32,
+        'model.backbone.base_channels': 32,
+        'model.neck.in_channels': [32, 64, 128, 256],
+    },
+)
+starts = {
+    f'{norm}, {words}': (
+        norm,
+        checkpoint
+        and dict(type='Pretrained', checkpoint=checkpoint, prefix='backbone.'),
+    )
+    for norm, folder in (('GN+WS', 'gn-ws-all'), ('BCN+WS', 'bcn-ws-all'))
+    for words, checkpoint in (
+        ('from random weights', None),
+        ('from the classifier', f'work_dirs/{folder}/epoch_10.pth'),
+    )
+}
+cells = [
+    dict(
+        task=task,
+        norm=norm,
+        name=name,
+        options={**options, 'model.backbone.init_cfg': init_cfg},
+        seeds=[0, 1, 2],
+    )
+    for task, options in same.items()
+    for name, (norm, init_cfg) in starts.items()
+]
