@@ -128,64 +128,6 @@ def test_the_other_order_computes_its_formula(training):
     torch.testing.assert_close(norm.running_mean, mean)
 
 
-@pytest.mark.parametrize('training', [True, False])
-@pytest.mark.parametrize('gate', ['learned', 'rising', 'closed'])
-def test_the_eased_second_step_computes_its_formula(gate, training):
-    norm = randomized(kind=variants.EasedBCN, gate=gate, steps=8)
-    norm.train(training)
-    if gate != 'closed':
-        nn.init.uniform_(norm.gate, 0.2, 0.8)
-    opening = norm.gate.detach().clone()
-    if gate == 'rising' and training:
-        opening = opening + 1 / 8
-    x = torch.randn(2, 6, 5, 4, dtype=torch.double) * 2 + 1
-    mean, var = norm.running_mean.clone(), norm.running_var.clone()
-    if training:
-        deviation = x - mean[:, None, None]
-        var = 0.75 * var + 0.25 * deviation.square().mean((0, 2, 3))
-        mean = 0.75 * mean + 0.25 * x.mean((0, 2, 3))
-    x.requires_grad_()
-    output = norm(x)
-    torch.testing.assert_close(norm.running_mean, mean)
-    torch.testing.assert_close(norm.running_var, var)
-    if gate == 'learned':
-        opening = norm.gate
-    shown = opening[:, None, None]
-    scale = norm.bn_weight / (var + EPS).sqrt()
-    z = (x - mean[:, None, None]) * scale[:, None, None]
-    z = z + norm.bn_bias[:, None, None]
-    second = torch.stack([written_down(i, norm, mean, var) for i in x])
-    expected = z + shown * (second - z)
-    torch.testing.assert_close(output, expected)
-    cotangent = torch.randn_like(x)
-    inputs = [x, *norm.parameters()]
-    torch.testing.assert_close(
-        torch.autograd.grad(output, inputs, cotangent),
-        torch.autograd.grad(expected, inputs, cotangent),
-    )
-
-
-def test_the_second_step_eases_in():
-    x = torch.randn(2, 6, 5, 4, dtype=torch.double)
-    norm = randomized(kind=variants.EasedBCN, gate='rising', steps=4)
-    assert norm.gate.eq(0).all()
-    for _ in range(4):
-        norm.train()(x)
-    assert norm.gate.eq(1).all()
-    plain = randomized(kind=ws_mm.BCN)
-    plain.load_state_dict(
-        {k: v for k, v in norm.state_dict().items() if k != 'gate'}
-    )
-    torch.testing.assert_close(norm.eval()(x), plain.eval()(x))
-    norm.train()(x)
-    assert norm.gate.eq(1).all()
-    with pytest.raises(ValueError, match="gate='open' is not one of 'learn"):
-        variants.EasedBCN(6, 3, gate='open')
-    with pytest.raises(ValueError, match="mode='batch'.*'estimate'"):
-        variants.EasedBCN(6, 3, mode='batch')
-    assert norm(x[:0]).shape == (0, 6, 5, 4)
-
-
 @pytest.mark.parametrize(
     ('kind', 'formula'),
     [

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from mmengine.registry import MODELS
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ws_mm import BCN
@@ -149,61 +149,3 @@ class ChannelFirstBCN(EstimateBCN):
             return super().forward(input)
         z = self.normalize_channels(input)
         return self.normalize_batch(z, *self.moved(z))
-
-
-@MODELS.register_module()
-class EasedBCN(EstimateBCN):
-    """BCN whose second normalization begins as the identity.
-
-    Formula, with mean and var the estimates after their update:
-        z = (input - mean) / sqrt(var + eps) * bn_weight + bn_bias
-        output = z + gate * (group_norm(z, num_groups, weight, bias) - z)
-    with a gate per channel, 0 at the start. With gate 1 it is BCN; with
-    gate 0 a BN that its estimates normalize in training, too.
-
-    State: as ``BCN``, and ``gate``: a parameter if it is learned, else a
-        buffer.
-
-    Args:
-        *args: arguments of ``BCN``.
-        gate: 'learned'; 'rising' linearly to 1, by each training forward; or
-            'closed', which stays 0.
-        steps: training forwards until a rising gate is 1.
-        **kwargs: arguments of ``BCN``.
-
-    Raises:
-        ValueError: ``gate`` is another word, or ``mode`` not 'estimate'.
-    """
-
-    GATES = ('learned', 'rising', 'closed')
-
-    def __init__(
-        self,
-        *args: Any,
-        gate: str = 'learned',
-        steps: int = 500,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        if gate not in self.GATES:
-            raise ValueError(
-                f'gate={gate!r} is not one of '
-                f'{", ".join(map(repr, self.GATES))} (norm_cfg=dict(gate=...))'
-            )
-        self.rise = 1 / steps if gate == 'rising' else 0.0
-        start = torch.zeros_like(self.running_mean)
-        if gate == 'learned':
-            self.gate = nn.Parameter(start)
-        else:
-            self.register_buffer('gate', start)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize ``input`` of shape (N, num_features, *)."""
-        if not input.numel():
-            return super().forward(input)
-        z = self.normalize_batch(input, *self.moved(input))
-        if self.training and self.rise:
-            self.gate.add_(self.rise).clamp_(max=1)
-        y = self.normalize_channels(z)
-        gate = self.gate.clone() if self.rise else self.gate
-        return torch.lerp(z, y, gate.view(-1, *[1] * (z.dim() - 2)))

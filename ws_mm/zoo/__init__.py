@@ -14,6 +14,7 @@ from .deformable import WSModulatedDeformConv2d as WSModulatedDeformConv2d
 from .deformable import (
     WSModulatedDeformConv2dPack as WSModulatedDeformConv2dPack,
 )
+from .eased_bcn import EasedBCN as EasedBCN
 from .evonorm import EvoNormB0 as EvoNormB0
 from .evonorm import EvoNormS0 as EvoNormS0
 from .frn import FRN as FRN

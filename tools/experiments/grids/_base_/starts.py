@@ -12,7 +12,8 @@ in_backbone = {
     **plain,
     'model.backbone.norm_cfg': dict(eased, _delete_=True),
 }
-closed = {**in_backbone, 'model.backbone.norm_cfg.gate': 'closed'}
+# A gate that does not learn stays 0.
+closed = {'optim_wrapper.paramwise_cfg.custom_keys.gate.lr_mult': 0}
 
 # Names in tables, with norm, norm_cfg and options of their cells. A norm
 # stands in backbone and heads, but for frozen BN.
@@ -31,21 +32,15 @@ rows = {
         norm='BCN+WS', options=everywhere
     ),
     'BN to BCN, eased in, learned': dict(norm='eased BCN'),
-    'BN to BCN, eased in over 500 steps': dict(
-        norm='eased BCN', norm_cfg=dict(gate='rising')
-    ),
     'BN to BCN+WS, eased in, learned': dict(norm='eased BCN+WS'),
     'BN, adaptive WS': dict(norm='BN, adaptive WS'),
     'BN to GN, adaptive WS': dict(norm='GN, adaptive WS'),
     'BN to BCN, adaptive WS': dict(norm='BCN, adaptive WS'),
-    'BN by its moving statistics': dict(
-        norm='eased BCN', norm_cfg=dict(gate='closed')
-    ),
     'BN to BCN, eased in, GN+WS in the heads': dict(
         norm='GN+WS', options=in_backbone
     ),
     'BN by its moving statistics, GN+WS in the heads': dict(
-        norm='GN+WS', options=closed
+        norm='GN+WS', options={**in_backbone, **closed}
     ),
     # Its filters have to be centered, those of one channel, too.
     'BN to MABN': dict(norm='MABN', options=everywhere),
