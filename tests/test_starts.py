@@ -183,8 +183,6 @@ def distance(network, source, level=-1) -> float:
         ('Cross-Iteration BN', {}),
         ('BN, adaptive WS', dict(depthwise=True)),
         ('eased BCN', {}),
-        ('eased BCN', dict(gate='rising')),
-        ('eased BCN', dict(gate='closed')),
     ],
     ids=str,
 )

@@ -193,30 +193,35 @@ class CheckModelHook(_FrozenLayersHook):
 
 
 def report_frozen(model: nn.Module) -> None:
-    """Warn of norms that are frozen as they were built."""
+    """Warn of norms that are frozen as they were built, or must not be so."""
     for problem in frozen_problems(model):
         _warn_once(problem)
 
 
 def frozen_problems(model: nn.Module) -> list[str]:
-    """Name norms that are frozen as they were built.
+    """Name norms that are frozen as they were built, or must not be so.
 
     With running statistics, these are in eval mode in a model that trains,
     as ``frozen_stages`` of a backbone puts them, with the initial statistics
     and constant affines. Learned affines are left alone: those are a GN
     checkpoint's, and such a BCN is its GroupNorm. A GN has parameters that
-    do not train, 1 and 0.
+    do not train, 1 and 0. A norm that needs trained statistics is named in
+    training, too.
 
     Args:
         model: the model, in its training modes.
     """
     inner: Any = model.module if is_model_wrapper(model) else model
     names: dict[str, list[str]] = {}
+    untrained: dict[str, list[str]] = {}
     groups = []
     for name, module in inner.named_modules():
         if isinstance(module, RunningStatistics):
-            if not module.training and module.is_as_built():
-                names.setdefault(type(module).__name__, []).append(name)
+            if module.training and not module.needs_trained_statistics:
+                continue
+            if module.is_as_built():
+                found = untrained if module.training else names
+                found.setdefault(type(module).__name__, []).append(name)
         elif isinstance(module, nn.GroupNorm) and _is_frozen_as_built(module):
             groups.append(name)
     problems = [
@@ -226,6 +231,14 @@ def frozen_problems(model: nn.Module) -> list[str]:
         'this part, or start it from a checkpoint that has them, for BCN '
         'also from a GN+WS one (init_cfg)'
         for kind, found in names.items()
+    ]
+    problems += [
+        f'These {len(found)} {kind} layers train, and begin with the '
+        f'statistics that they were built with: {_first(found)}. They '
+        'normalize nothing at first. Start them from a checkpoint of batch '
+        'norms (init_cfg), or set another norm_cfg in this part of the model, '
+        "such as dict(type='GN', num_groups=32)"
+        for kind, found in untrained.items()
     ]
     if groups:
         problems.append(

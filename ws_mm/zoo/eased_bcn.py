@@ -1,5 +1,6 @@
 """BCN that takes the place of a trained batch norm."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -32,8 +33,9 @@ class EasedBCN(RunningNorm):
     evaluates to the same function.
 
     Convention: ours, not published. It is for layers that have trained
-        statistics. From random weights nothing is normalized at first: take
-        BCN or GN there, as in necks and heads of a pretrained backbone.
+        statistics. Without them nothing is normalized at first, of which
+        SyncEstimatesHook warns: take GN or BCN there, as in the heads behind
+        a pretrained backbone.
     State: ``weight``, ``bias``, ``gate``, ``running_mean`` and
         ``running_var`` per channel, ``gn_weight`` and ``gn_bias`` per group.
 
@@ -46,6 +48,7 @@ class EasedBCN(RunningNorm):
     """
 
     statistics: ClassVar = {'running_mean': 0.0, 'running_var': 1.0}
+    needs_trained_statistics = True
     running_mean: Tensor
     gate: nn.Parameter
     gn_weight: nn.Parameter | None
@@ -111,6 +114,19 @@ class EasedBCN(RunningNorm):
         gate = per_channel(self.gate.to(x.dtype), x)
         factor = 1 + gate * (factor - 1)
         return torch.addcmul(shift * factor + gate * offset, x, scale * factor)
+
+    @classmethod
+    def from_norm(
+        cls, norm: Any, arguments: Mapping[str, Any]
+    ) -> 'tuple[EasedBCN, dict[str, Tensor]]':
+        """Take statistics and affine of a BatchNorm: the same function."""
+        if isinstance(norm, nn.GroupNorm):
+            raise ValueError(
+                'EasedBCN takes the place of a batch norm, and this '
+                f'{type(norm).__name__} has no running statistics. Use '
+                "norm=dict(type='BCN'), which keeps its function"
+            )
+        return super().from_norm(norm, arguments)
 
     def join(
         self,

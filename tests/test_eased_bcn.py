@@ -1,0 +1,84 @@
+"""EasedBCN in the place of trained batch norms."""
+
+import pytest
+import torch
+from torch import nn
+
+import ws_mm
+from ws_mm import hooks
+from ws_mm.zoo import EasedBCN
+
+
+def trained() -> nn.Sequential:
+    """A network whose batch norms have statistics and affines."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=1e-3), nn.ReLU()
+    )
+    for values in model[1].state_dict().values():
+        if values.is_floating_point():
+            values.uniform_(0.5, 2)
+    return model.eval()
+
+
+def eased() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), EasedBCN(8, eps=1e-3), nn.ReLU()
+    ).eval()
+
+
+def test_a_checkpoint_of_bn_loads_as_it_is() -> None:
+    source, model = trained(), eased()
+    missing, unexpected = model.load_state_dict(
+        source.state_dict(), strict=False
+    )
+    assert missing == ['1.gn_weight', '1.gn_bias', '1.gate']
+    assert unexpected == ['1.num_batches_tracked']
+    x = torch.randn(2, 3, 9, 8) * 3 + 1
+    torch.testing.assert_close(model(x), source(x))
+
+
+def test_conversion_keeps_the_function() -> None:
+    source = trained()
+    model = ws_mm.convert(source, norm=dict(type='EasedBCN', num_groups=2))
+    assert (type(model[1]), model[1].num_groups) == (EasedBCN, 2)
+    x = torch.randn(2, 3, 9, 8) * 3 + 1
+    torch.testing.assert_close(model.eval()(x), source(x))
+    with pytest.raises(
+        ValueError, match=r'this GroupNorm has no running.*BCN'
+    ):
+        ws_mm.convert(
+            nn.Sequential(nn.GroupNorm(2, 8)), norm=dict(type='EasedBCN')
+        )
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_an_open_gate_is_bcn(training: bool) -> None:
+    layer, bcn = EasedBCN(8).double(), ws_mm.BCN(8).double()
+    names = dict(weight='bn_weight', bias='bn_bias')
+    names.update(gn_weight='weight', gn_bias='bias')
+    state = {}
+    for name, values in layer.state_dict().items():
+        nn.init.uniform_(values, 0.5, 2)
+        if name != 'gate':
+            state[names.get(name, name)] = values
+    nn.init.ones_(layer.gate)
+    bcn.load_state_dict(state)
+    x = torch.randn(2, 8, 5, 4, dtype=torch.double)
+    found, expected = layer.train(training)(x), bcn.train(training)(x)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(layer.running_var, bcn.running_var)
+
+
+def test_a_training_from_initial_statistics_is_named() -> None:
+    (problem,) = hooks.frozen_problems(eased().train())
+    assert '1 EasedBCN layers train, and begin with the statistics' in problem
+    assert problem.count(': 1. ') == 1
+    assert not hooks.frozen_problems(nn.Sequential(ws_mm.BCN(8)).train())
+    model = eased().train()
+    model.load_state_dict(trained().state_dict(), strict=False)
+    assert not hooks.frozen_problems(model)
+    (problem,) = hooks.frozen_problems(
+        nn.Sequential(eased().eval(), nn.ReLU()).train(False)
+    )
+    assert 'in eval mode while the model trains' in problem
