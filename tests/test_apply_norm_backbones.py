@@ -1,12 +1,14 @@
-"""ws_mm.apply_norm: a pretrained backbone keeps its frozen batch norms."""
+"""ws_mm.apply_norm: a pretrained backbone keeps its function."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from test_apply_norm import MASK, PIDNET, PSP, by_key, counts, read
+from torch import nn
 
 import ws_mm
 from ws_mm.configs import ConfigError
@@ -67,6 +69,53 @@ def test_others_are_converted() -> None:
     assert 'model.backbone.conv_cfg' in by_key(changes)
 
 
+@pytest.mark.parametrize('name', [MASK, PSP])
+def test_batch_norms_are_continued(name: str) -> None:
+    cfg, plain = read(name), read(name)
+    changes, left = ws_mm.apply_norm(cfg, backbone='ease')
+    assert by_key(changes)['model.backbone.norm_cfg'] == {
+        'type': 'ws_mm.EasedBCN'
+    }
+    assert 'model.backbone.conv_cfg' not in by_key(changes)
+    assert not cfg.model.backbone.norm_eval
+    heads = cfg.model.get('decode_head') or cfg.model.roi_head.mask_head
+    assert heads.norm_cfg.type == 'GN'
+    assert 'EasedBCN continues its batch norms' in ' '.join(map(str, left))
+    assert not any('EasedBCN remains' in str(one) for one in left)
+    # What the checkpoint has, they compute.
+    backbones = []
+    for one in (plain, cfg):
+        keep = ('init_cfg', 'frozen_stages')
+        assert all(
+            one.model.backbone.get(key) == plain.model.backbone.get(key)
+            for key in keep
+        )
+        assert one.model.get('pretrained') == plain.model.get('pretrained')
+        settings = {**one.model.backbone, 'init_cfg': None}
+        settings['_scope_'] = cfg.default_scope
+        if settings['norm_cfg']['type'] == 'SyncBN':
+            settings['norm_cfg'] = dict(type='BN')
+        backbones.append(MODELS.build(settings))
+    trained, model = backbones
+    for module in trained.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    missing, unexpected = model.load_state_dict(
+        trained.state_dict(), strict=False
+    )
+    ours = ('gate', 'gn_weight', 'gn_bias')
+    assert all(key.endswith(ours) for key in missing)
+    assert all(key.endswith('num_batches_tracked') for key in unexpected)
+    x = torch.randn(1, 3, 64, 96)
+    for one in backbones:
+        one.eval()  # which mmdet's do not return
+    for found, expected in zip(model(x), trained(x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    for again in ('ease', 'auto', 'freeze'):
+        assert ws_mm.apply_norm(cfg, backbone=again)[0] == []
+
+
 def test_remaining_norms_of_a_frozen_backbone_stay() -> None:
     cfg = read('mmdet::yolof/yolof_r50-c5_8xb8-1x_coco.py')
     ws_mm.apply_norm(cfg, norm='BCN', remaining=True)
@@ -79,6 +128,16 @@ def test_remaining_norms_of_a_frozen_backbone_stay() -> None:
     ('name', 'options', 'message'),
     [
         (PIDNET, dict(backbone='freeze'), "PIDNet takes no norm_eval.*'conv"),
+        (
+            'mmdet::gn+ws/mask-rcnn_r50_fpn_gn-ws-all_2x_coco.py',
+            dict(backbone='ease'),
+            'backbone: it has no batch norms, so that .*freeze',
+        ),
+        (
+            PIDNET,
+            dict(backbone='ease', parts=['backbone']),
+            'among the parts to convert',
+        ),
         (MASK, dict(backbone='frozen'), "'frozen' is not one of 'auto', 'con"),
         (
             MASK,

@@ -1,4 +1,4 @@
-"""Keep a backbone as it was pretrained, with its batch norms frozen."""
+"""Keep what a backbone was pretrained with: frozen, or eased into BCN."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,17 +7,18 @@ from torch import nn
 
 from .config_edits import Draft, loads
 from .config_layers import Cfg, ConfigError, registered
-from .config_parts import Part, select
+from .config_parts import Part, decide, select
 from .replacement import BATCH_NORMS
 from .shapes import batch_norms, build_without_memory
 
-CHOICES = ('auto', 'convert', 'freeze')
+CHOICES = ('auto', 'convert', 'freeze', 'ease')
+EASED = dict(type='ws_mm.EasedBCN')
 
 
-def frozen_backbones(
+def kept_backbones(
     everything: list[Part], names: Sequence[str], backbone: str
 ) -> list[Part]:
-    """Return the backbones that keep their layers.
+    """Return the backbones that keep their pretrained function.
 
     Args:
         everything: parts of the model, the model first.
@@ -41,9 +42,11 @@ def frozen_backbones(
         return [
             part
             for part in found
-            if 'norm_eval' in part.accepts
-            and _is_pretrained(part, model)
-            and _builds_batch_norms(part)
+            if _is_pretrained(part, model)
+            and (
+                is_eased(part)
+                or ('norm_eval' in part.accepts and _builds_batch_norms(part))
+            )
         ]
     named = select(everything, names) if names else []
     for part in found:
@@ -52,7 +55,14 @@ def frozen_backbones(
                 f'{part.name} is among the parts to convert (--parts), and '
                 "shall stay as it is (backbone='freeze', --backbone)"
             )
-        if 'norm_eval' not in part.accepts and _builds_batch_norms(part):
+        if backbone == 'ease':
+            if not _is_pretrained(part, everything[0].value):
+                raise ConfigError(
+                    f'{part.name} loads no checkpoint of batch norms, which '
+                    "backbone='ease' continues (--backbone). Name one in its "
+                    "init_cfg, or use backbone='convert'"
+                )
+        elif 'norm_eval' not in part.accepts and _builds_batch_norms(part):
             raise ConfigError(
                 f'{part.cls.__name__} takes no norm_eval, so that its batch '
                 "norms cannot be frozen. Use backbone='convert' (--backbone)"
@@ -96,6 +106,32 @@ def trained_batch_norms(built: nn.Module, frozen: list[Part]) -> list[str]:
     """List the batch norms of a model that are not in these backbones."""
     inside = tuple(f'{part.name}.' for part in frozen)
     return [n for n in batch_norms(built) if not n.startswith(inside)]
+
+
+def is_eased(part: Part) -> bool:
+    """Return whether its norms continue batch norms."""
+    norm_cfg: Any = part.get('norm_cfg') or {}
+    kind = registered(norm_cfg.get('type'), part.scope)
+    return getattr(kind, 'continues_batch_norm', False)
+
+
+def ease_in(part: Part) -> None:
+    """Give a backbone EasedBCN in the place of its batch norms.
+
+    Raises:
+        ConfigError: no norm_cfg reaches them.
+    """
+    if not is_eased(part):
+        decide(part, None, EASED, False)
+        if 'norm_cfg' not in part.layers or not _builds_batch_norms(part):
+            reason = part.why[0] if part.why else 'it has no batch norms'
+            raise ConfigError(
+                f"{part.name}: {reason}, so that backbone='ease' (--backbone) "
+                "cannot be. Use backbone='freeze'"
+            )
+    part.why.append(
+        'keeps its pretrained weights, and EasedBCN continues its batch norms'
+    )
 
 
 def freeze_norms(draft: Draft, parts: list[Part]) -> None:

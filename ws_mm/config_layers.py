@@ -202,9 +202,14 @@ def has_same_weights(old: Cfg | None, new: Cfg, scope: str) -> bool:
         formula = _formula(was)
         keeps = formula is None and getattr(layer, 'keeps_plain', False)
         return keeps or formula is _formula(layer)
-    return all(
-        one is not None
-        and 'running_var' in one.state_dict()
-        and not isinstance(one, RunningStatistics)
-        for one in (was, layer)
+    return _is_batch_norm(was) and (
+        _is_batch_norm(layer) or getattr(layer, 'continues_batch_norm', False)
+    )
+
+
+def _is_batch_norm(layer: nn.Module | None) -> bool:
+    return (
+        layer is not None
+        and 'running_var' in layer.state_dict()
+        and not isinstance(layer, RunningStatistics)
     )

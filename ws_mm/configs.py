@@ -13,8 +13,10 @@ from torch import nn
 
 from .checking import check
 from .config_backbones import (
+    ease_in,
     freeze_norms,
-    frozen_backbones,
+    is_eased,
+    kept_backbones,
     outside,
     trained_batch_norms,
 )
@@ -97,7 +99,9 @@ def apply_norm(
         backbone: 'convert' as any other part; 'freeze' to keep its weights
             and layers, with ``norm_eval=True``; or 'auto', which is 'freeze'
             where no parts are named and the backbone loads a checkpoint and
-            has batch norms that can be frozen.
+            has batch norms that can be frozen. 'ease' keeps its weights and
+            function, too, and lets :class:`~ws_mm.zoo.EasedBCN` continue its
+            batch norms.
 
     Returns:
         What changed, and what was left alone.
@@ -106,7 +110,7 @@ def apply_norm(
         ConfigError: a layer or part is unknown; or the config has no model,
             or one that does not build as it is; or ``remaining`` with
             a norm without running statistics of its own; or ``backbone`` is
-            another word, or cannot be frozen, or is among the ``parts``.
+            another word, or cannot be, or is among the ``parts``.
     """
     changes, left, _ = convert_config(
         cfg, conv, norm, parts, images_per_step, remaining, backbone
@@ -147,10 +151,15 @@ def convert_config(
             '(--remaining goes with --norm BCN)'
         )
     selected = select(everything, names)
-    frozen = frozen_backbones(everything, names, backbone)
-    selected = outside(selected, frozen)
+    kept = kept_backbones(everything, names, backbone)
+    selected = outside(selected, kept)
     for part in selected:
         decide(part, new_conv, new_norm or None, is_named(part, names))
+    eased = [one for one in kept if backbone == 'ease' or is_eased(one)]
+    frozen = [part for part in kept if part not in eased]
+    for part in eased:
+        ease_in(part)
+    selected += eased
     built = settle(everything)
     if fit(everything, built, names):
         built = settle(everything)

@@ -205,7 +205,7 @@ def frozen_problems(model: nn.Module) -> list[str]:
     as ``frozen_stages`` of a backbone puts them, with the initial statistics
     and constant affines. Learned affines are left alone: those are a GN
     checkpoint's, and such a BCN is its GroupNorm. A GN has parameters that
-    do not train, 1 and 0. A norm that needs trained statistics is named in
+    do not train, 1 and 0. A norm that continues a batch norm is named in
     training, too.
 
     Args:
@@ -217,7 +217,7 @@ def frozen_problems(model: nn.Module) -> list[str]:
     groups = []
     for name, module in inner.named_modules():
         if isinstance(module, RunningStatistics):
-            if module.training and not module.needs_trained_statistics:
+            if module.training and not module.continues_batch_norm:
                 continue
             if module.is_as_built():
                 found = untrained if module.training else names

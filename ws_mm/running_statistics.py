@@ -72,8 +72,9 @@ class RunningStatistics(nn.Module):
     # Name and initial value of each buffer, or a function that fills it.
     # Infinities and NaN in a batch have to show in the sum of its statistics.
     statistics: ClassVar[Mapping[str, Initial]] = {}
-    # Whether to warn of a training that begins with the initial ones.
-    needs_trained_statistics: ClassVar[bool] = False
+    # Whether it begins as the batch norm whose checkpoint it loads. Without
+    # one it does not normalize, of which the hooks warn.
+    continues_batch_norm: ClassVar[bool] = False
     # Values per channel that moved the statistics in this iteration, if
     # SyncEstimatesHook asks for them.
     values_seen: ValueCount | None = None

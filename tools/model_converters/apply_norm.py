@@ -79,11 +79,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--backbone',
-        choices=('auto', 'convert', 'freeze'),
+        choices=('auto', 'convert', 'freeze', 'ease'),
         default='auto',
         help='freeze: it keeps its pretrained batch norms, in evaluation '
-        'mode; convert: as the other parts; auto: freeze if it loads a '
-        'checkpoint, has batch norms and --parts is not given (default)',
+        'mode; ease: EasedBCN continues them; convert: as the other parts; '
+        'auto: freeze if it loads a checkpoint, has batch norms and --parts '
+        'is not given (default)',
     )
     parser.add_argument(
         '--images-per-step',

@@ -48,7 +48,7 @@ class EasedBCN(RunningNorm):
     """
 
     statistics: ClassVar = {'running_mean': 0.0, 'running_var': 1.0}
-    needs_trained_statistics = True
+    continues_batch_norm = True
     running_mean: Tensor
     gate: nn.Parameter
     gn_weight: nn.Parameter | None
