@@ -190,6 +190,11 @@ def test_report_shows_every_end(finished, capsys, tmp_path):
     assert rows[0] == f'| tiny | {" | ".join(keys)} |'
     assert rows[2].startswith('| BCN+WS, 2 per step | ')
     assert rows[3].startswith('| GN, 1 per step, lr x1e+38 | diverged')
+    report.main([str(collection), '--metrics', 'loss', '--average'])
+    row = capsys.readouterr().out.splitlines()[2]
+    (good,) = (r for r in records.read_all(collection)[0] if r['metric'])
+    mean = np.mean([loss for _, loss in good['curve']])
+    assert row == f'| BCN+WS, 2 per step | {mean:.4g} (n=1) |'
     with pytest.raises(SystemExit):
         report.main([str(collection), '--metrics', 'acuracy'])
     assert 'there are accuracy' in capsys.readouterr().err

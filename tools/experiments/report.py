@@ -9,7 +9,7 @@ factor, where a norm has several), cells with mean, standard deviation and
 number of seeds. Runs that diverged or could not be are cells too. With --grid
 only the runs of that file are shown, in its order, and those that were not
 run are named; grids may share a folder. With --metrics the columns are those
-metrics at the end of the runs, with --average their means over the runs.
+metrics (or the loss) at the end, with --average their means over the runs.
 --figure draws the loss, or with --curve a metric, over the images seen; with
 --layers what SingularitiesHook measured in each layer at the end; with
 --points the numbers of the tables, a point for each run. --publish collects

@@ -90,14 +90,21 @@ def groups_of(found: Records) -> dict[str, Records]:
 
 def last(record: dict[str, Any], key: str) -> float | None:
     """A metric where the run measured it last."""
-    values = [m[key] for m in record['metrics'] if key in m]
+    values = values_of(record, key)
     return values[-1] if values else None
 
 
 def average(record: dict[str, Any], key: str) -> float | None:
     """The mean of a metric over the run."""
-    values = [m[key] for m in record['metrics'] if key in m]
+    values = values_of(record, key)
     return mean(values) if values else None
+
+
+def values_of(record: dict[str, Any], key: str) -> list[float]:
+    """All measurements of a metric, or of the loss, in their order."""
+    if key == 'loss':
+        return [loss for _, loss in record['curve']]
+    return [m[key] for m in record['metrics'] if key in m]
 
 
 def cell(found: Records, value: Any = lambda record: record['metric']) -> str:
