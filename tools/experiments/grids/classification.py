@@ -12,7 +12,7 @@ tasks = dict(
         metric='accuracy/top1',
     )
 )
-each = dict(task='cifar_resnet18', seeds=[0, 1, 2])
+each = dict(task='cifar_resnet18', seeds=[0, 1])
 cells = [
     dict(each, norm='BN', images=[1, 16], lr_factor=3.0),
     dict(each, norm=['GN+WS', 'BCN+WS'], images=1, lr_factor=10.0),
