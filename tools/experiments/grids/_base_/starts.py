@@ -56,6 +56,7 @@ compared = [
 # Rows of the task that takes longer.
 fewer = [
     *compared,
+    'BN by its moving statistics, GN+WS in the heads',
     'frozen BN, heads without norm',
     'frozen BN, BCN+WS in the heads',
     'BN',
