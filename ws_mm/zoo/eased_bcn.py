@@ -79,14 +79,13 @@ class EasedBCN(RunningNorm):
         check_group_size(x, self.num_groups, 'EasedBCN')
         means, variances = instance_moments(x)
         if self.begin_forward(x):
-            batch = of_channels(
+            new_mean, new_var = of_channels(
                 means.detach().flatten(1),
                 variances.detach().flatten(1),
                 self.running_mean,
             )
-            self.move_statistics(
-                dict(zip(self.statistics, batch, strict=True)), self.momentum
-            )
+            batch = dict(running_mean=new_mean, running_var=new_var)
+            self.move_statistics(batch, self.momentum)
         # z = scale * x + shift
         mean, var = self.running(x)
         scale = (var + self.eps).rsqrt()
@@ -96,10 +95,9 @@ class EasedBCN(RunningNorm):
         if self.bias is not None:
             shift = shift + per_channel(self.bias.to(x.dtype), x)
         # y = factor * z + offset, of groups, then of their channels
-        z_means, z_variances = (
-            moments.unflatten(1, (self.num_groups, -1))
-            for moments in (scale * means + shift, scale.square() * variances)
-        )
+        rows = 1, (self.num_groups, -1)
+        z_means = (scale * means + shift).unflatten(*rows)
+        z_variances = (scale.square() * variances).unflatten(*rows)
         group_mean, group_var = joined_moments(z_means, z_variances, 2)
         factor = (group_var + self.eps).rsqrt()
         if self.gn_weight is not None:
@@ -107,10 +105,8 @@ class EasedBCN(RunningNorm):
         offset = -group_mean * factor
         if self.gn_bias is not None:
             offset = offset + per_channel(self.gn_bias.to(x.dtype), offset)
-        factor, offset = (
-            values.expand_as(z_means).flatten(1, 2)
-            for values in (factor, offset)
-        )
+        factor = factor.expand_as(z_means).flatten(1, 2)
+        offset = offset.expand_as(z_means).flatten(1, 2)
         gate = per_channel(self.gate.to(x.dtype), x)
         factor = 1 + gate * (factor - 1)
         return torch.addcmul(shift * factor + gate * offset, x, scale * factor)
