@@ -6,7 +6,7 @@ The learning rates are those of batch.py for a smaller ResNet on these images.
 tasks = dict(
     cifar_resnet18=dict(
         config='configs/demo/resnet18-w32_bn-all_1xb16-10e_cifar10subset.py',
-        images=10000,
+        images=4000,
         lr=0.1,
         at=128,
         metric='accuracy/top1',

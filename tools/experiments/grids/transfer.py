@@ -9,17 +9,19 @@ For each NORM, gn-ws-all and bcn-ws-all, first:
         param_scheduler.1.end=4 param_scheduler.1.T_max=4
 """
 
-brief = dict(images=300, at=1, validations=1)
+brief = dict(at=1, validations=1)
 demo = 'configs/demo/'
 tasks = dict(
     masks_started=dict(
         brief,
+        images=300,
         config=demo + 'deeplabv3_r18-w32-d8_gn-ws-all_1xb1-1k_nuclei.py',
         lr=0.02,
         metric='mIoU',
     ),
     instances_started=dict(
         brief,
+        images=200,
         config=demo + 'mask-rcnn_r18_fpn64_gn-ws-all_2xb1-4e_nuclei.py',
         lr=0.01,
         metric='coco/segm_mAP',
@@ -52,7 +54,6 @@ cells = [
         norm=norm,
         name=name,
         options={**options, 'model.backbone.init_cfg': init_cfg},
-        seeds=[0, 1] if task == 'masks_started' else [0],
     )
     for task, options in same.items()
     for name, (norm, init_cfg) in starts.items()
