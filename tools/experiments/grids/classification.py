@@ -10,6 +10,7 @@ tasks = dict(
         lr=0.1,
         at=128,
         metric='accuracy/top1',
+        validations=1,
     )
 )
 each = dict(task='cifar_resnet18', seeds=[0, 1])
