@@ -11,7 +11,7 @@ from experiments import document, records, which  # noqa: E402
 
 RECORDS = ROOT / 'docs/results/records.json'
 PAGES = [
-    *(ROOT / f'docs/{name}.md' for name in ('results', 'zoo', 'other_tasks')),
+    *(ROOT / f'docs/{name}.md' for name in ('results', 'zoo')),
     *sorted(RECORDS.parent.glob('*.md')),
 ]
 SPREAD = re.compile(r'(\d[\d.]*) ± (\d[\d.]*)')
