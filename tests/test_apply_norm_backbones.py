@@ -63,6 +63,10 @@ def test_others_are_converted() -> None:
     ws_mm.apply_norm(other, backbone='convert')
     assert cfg.to_dict() == other.to_dict()
     assert counts(cfg)[0] > 50
+    bare = read(MASK)
+    bare.model.backbone.init_cfg = None
+    with pytest.raises(ConfigError, match='backbone loads no checkpoint of b'):
+        ws_mm.apply_norm(bare, backbone='ease')
     # Parts that are named are all that is changed.
     cfg = read(PSP)
     changes, _ = ws_mm.apply_norm(cfg, parts=['backbone'])

@@ -52,6 +52,7 @@ from .config_parts import (
     read_parts,
     select,
 )
+from .hooks import first_names
 from .replacement import BATCH_NORMS
 from .running_statistics import RunningStatistics
 
@@ -203,7 +204,7 @@ def _note_parts(draft: Draft, parts: list[Part], built: nn.Module) -> None:
             draft.leave(
                 part.key,
                 f'{len(mine)} convolutions stay plain under their norm, '
-                f'since no conv_cfg reaches them: {_some(mine)}',
+                f'since no conv_cfg reaches them: {first_names(mine)}',
             )
 
 
@@ -223,7 +224,7 @@ def _note_norms(
             draft.leave(
                 key,
                 f'{len(names)} batch norms remain, since no norm_cfg reaches '
-                f'them ({_some(names)}): --remaining (remaining=True) '
+                f'them ({first_names(names)}): --remaining (remaining=True) '
                 'converts them to BCN on the built model',
             )
     explained = [part.key for part in parts if part.why]
@@ -238,7 +239,3 @@ def _note_norms(
             and registered(cfg['type'], inner) is not norm
         ):
             draft.leave(key, f'{cfg["type"]} remains')
-
-
-def _some(names: list[str]) -> str:
-    return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')

@@ -234,7 +234,7 @@ def frozen_problems(model: nn.Module) -> list[str]:
     ]
     problems += [
         f'These {len(found)} {kind} layers train, and begin with the '
-        f'statistics that they were built with: {_first(found)}. They '
+        f'statistics that they were built with: {first_names(found)}. They '
         'normalize nothing at first. Start them from a checkpoint of batch '
         'norms (init_cfg), or set another norm_cfg in this part of the model, '
         "such as dict(type='GN', num_groups=32)"
@@ -243,7 +243,7 @@ def frozen_problems(model: nn.Module) -> list[str]:
     if groups:
         problems.append(
             f'These {len(groups)} GroupNorm layers do not train, and are as '
-            f'they were built: {_first(groups)}. So the '
+            f'they were built: {first_names(groups)}. So the '
             'convolutions before them may stay random. Set frozen_stages=-1 '
             'in the config of this part, or start it from a checkpoint '
             '(init_cfg)'
@@ -291,7 +291,7 @@ def batch_norm_problems(
     return [
         f'{len(names)} batch norms train on the statistics of '
         f'{number} image{"s" if number > 1 else ""}: '
-        f'{_first(names)}. '
+        f'{first_names(names)}. '
         'tools/model_converters/apply_norm.py replaces them, with '
         '--remaining those that no norm_cfg reaches; norm_eval=True freezes '
         'those of a pretrained backbone'
@@ -299,7 +299,8 @@ def batch_norm_problems(
     ]
 
 
-def _first(names: list[str]) -> str:
+def first_names(names: list[str]) -> str:
+    """The first three of many, for a message."""
     return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
 
 

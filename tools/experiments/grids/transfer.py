@@ -6,6 +6,7 @@ For each NORM, gn-ws-all and bcn-ws-all, first:
     python tools/train.py \
         configs/demo/resnet18-w32_NORM_1xb16-10e_cifar10subset.py \
         --work-dir work_dirs/NORM --cfg-options train_cfg.max_epochs=4 \
+        train_cfg.val_interval=4 \
         param_scheduler.1.end=4 param_scheduler.1.T_max=4
 """
 
