@@ -1,6 +1,7 @@
 """Gloo processes that are started once and serve many tests."""
 
 import multiprocessing
+import os
 import pickle
 import time
 import traceback
@@ -40,6 +41,9 @@ class World:
     ) -> list[Any]:
         """Call function(rank, *args, **kwargs) on every rank.
 
+        The ranks have the environment of the caller, not that of the test
+        which happened to start them.
+
         Returns:
             what each rank returned.
 
@@ -49,8 +53,9 @@ class World:
         """
         if not self.processes:
             self._start()
+        message = pickle.dumps((function, args, kwargs, dict(os.environ)))
         for connection in self.connections:
-            connection.send_bytes(pickle.dumps((function, args, kwargs)))
+            connection.send_bytes(message)
         results: dict[int, Any] = {}
         end = time.monotonic() + LIMIT
         try:
@@ -123,7 +128,9 @@ def _serve(
             return
         error, result = '', None
         try:
-            function, args, kwargs = pickle.loads(message)
+            function, args, kwargs, environ = pickle.loads(message)
+            os.environ.clear()
+            os.environ.update(environ)
             torch.manual_seed(0)
             torch._dynamo.reset()
             result = function(rank, *args, **kwargs)
