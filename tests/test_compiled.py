@@ -5,6 +5,8 @@ a compiler.
 """
 
 import copy
+from functools import partial
+from itertools import product
 from unittest import mock
 
 import pytest
@@ -15,6 +17,7 @@ from comparison import TOLERANCE, disagreements
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 from ws_mm import BCN, WSConv2d
 from ws_mm.kernels import compiled, plain
@@ -96,6 +99,49 @@ def test_compiled_equals_formula(case, backend):
     cotangent = torch.randn(2, CHANNELS, 9, 11)
     expected = expected_results(model, inputs, cotangent, mode)
     run = torch.compile(model, backend=backend, fullgraph=True)
+    actual = results(model, run, inputs, cotangent)
+    assert not disagreements(actual, expected, TOLERANCE[torch.float32])
+
+
+# Where a compiler meets what is computed again, and with it estimates that
+# have moved: a region of its graph, all of it, and what costs little.
+CHECKPOINTS = {
+    'in the graph': lambda model, compiled: compiled(
+        lambda *x: checkpoint(model, *x, use_reentrant=False)
+    ),
+    'of the graph': lambda model, compiled: (
+        lambda *x: checkpoint(compiled(model), *x, use_reentrant=False)
+    ),
+    'none': lambda model, compiled: compiled(model),
+}
+
+
+@needs_form
+@pytest.mark.parametrize(
+    ('how', 'mode', 'maps', 'backend'),
+    [
+        *product(
+            ['in the graph', 'of the graph'],
+            ['estimate', 'batch'],
+            [(9, 11), (1, 1)],
+            ['aot_eager'],
+        ),
+        # Of small maps it computes more again.
+        ('none', 'estimate', (1, 1), 'inductor'),
+        ('in the graph', 'estimate', (9, 11), 'inductor'),
+    ],
+    ids=str,
+)
+def test_recomputed_in_a_compiled_backward(how, mode, maps, backend):
+    torch._dynamo.reset()
+    model = Block(mode=mode)
+    shape = 3, CHANNELS, *maps
+    inputs = inputs_of(*shape)
+    cotangent = torch.randn(shape)
+    expected = expected_results(model, inputs, cotangent, mode)
+    run = CHECKPOINTS[how](
+        model, partial(torch.compile, backend=backend, fullgraph=True)
+    )
     actual = results(model, run, inputs, cotangent)
     assert not disagreements(actual, expected, TOLERANCE[torch.float32])
 

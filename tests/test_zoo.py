@@ -436,14 +436,19 @@ def test_recomputed_activations_give_the_same(case):
 
 
 @both
-def test_compiled_is_the_same(case):
-    if case.not_compiled:
-        pytest.skip(case.not_compiled)
+@pytest.mark.parametrize('recomputed', [False, True])
+def test_compiled_is_the_same(case, recomputed):
+    reason = case.not_compiled or (recomputed and case.not_recomputed)
+    if reason:
+        pytest.skip(reason)
     torch._dynamo.reset()  # it counts the cases as compilations of one frame
     plain, other = network(case), network(case)
     # Dynamo skips the frames of torch.nn, so that a function calls it.
+    run = partial(checkpoint, other, use_reentrant=False)
     compiled = torch.compile(
-        lambda x: other(x), backend='aot_eager', fullgraph=True
+        lambda x: run(x) if recomputed else other(x),
+        backend='aot_eager',
+        fullgraph=True,
     )
     for number in range(2):
         x = images(case, seed=number)

@@ -49,10 +49,9 @@ class BCN(RunningStatistics, nn.GroupNorm):
     Distributed: mode 'estimate' does not communicate;
         :class:`~ws_mm.hooks.SyncEstimatesHook` averages the estimates after
         each iteration. Rank 0 warns once if the hook is missing.
-    Compiled: ``torch.compile`` and activation checkpointing do not go
-        together in training: the recomputation reads estimates that have
-        moved, and gradients are wrong without an error. The same holds for
-        ``torch._functorch.config.activation_memory_budget`` below 1.
+    Compiled: ``torch.compile`` goes with activation checkpointing since torch
+        2.7. Before, a recomputation reads estimates that have moved, and
+        gradients are wrong without an error.
     Frozen: ``norm_eval=True`` of a backbone does not reach this layer: its
         estimates keep moving. ``frozen_stages`` puts it into eval mode:
         estimates and affines stay those of the checkpoint, and the hooks of

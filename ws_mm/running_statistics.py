@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import compat
 from .distributed import synchronized_moments
 from .kernels.plain import at_least_float32, batch_moments, moved
+from .kernels.settled import settle
 
 Layer = TypeVar('Layer', bound='RunningStatistics')
 Initial: TypeAlias = float | Callable[[Tensor], Any]
@@ -185,7 +186,7 @@ class RunningStatistics(nn.Module):
         running = [getattr(self, name) for name in batch]
         new = moved(running, [batch[name] for name in batch], momentum)
         for number, old in enumerate(running):
-            old.copy_(new[number])
+            settle(old, new[number])
 
     def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
         """The statistics of one batch, in the shapes of the buffers.

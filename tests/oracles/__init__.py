@@ -44,6 +44,7 @@ class Case:
         keeps: why baking cannot fold it, although it keeps statistics.
         forgets: whether a loaded state dict begins its memory anew.
         not_compiled: why ``torch.compile`` cannot take it whole.
+        not_recomputed: why a compiled graph cannot checkpoint it.
         channels: a number that fits it.
     """
 
@@ -63,6 +64,7 @@ class Case:
     keeps: str = ''
     forgets: bool = False
     not_compiled: str = ''
+    not_recomputed: str = ''
     channels: int = 6
 
 

@@ -91,6 +91,7 @@ CASES = [
             dict(clipped=False),
             dict(per_forward=True),
         ),
+        not_recomputed='its running values have moved (docstring)',
         options=dict(
             eps=EPS,
             momentum=MOMENTUM,

@@ -55,12 +55,10 @@ def batch_channel_norm(
 
     of_batch = source == 'batch'
     used = plain.statistics(x, running, momentum, of_batch, update, moments)
-    # Backward must keep these values: computed again from buffers that have
-    # moved meanwhile, as torch up to 2.15 does with what costs little, they
-    # and the gradients would be wrong. It never repeats a concatenation.
-    mean, var = torch.stack(used).to(x.dtype).unbind()
     if of_batch:  # the same values, with gradients
         mean, var = plain.of_channels(m, v, None)
+    else:
+        mean, var = used[0].to(x.dtype), used[1].to(x.dtype)
     a = torch.rsqrt(var + eps)
     if bn_weight is not None:
         a = a * bn_weight

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import compat
 from ..distributed import all_reduced, pooled_moments, synchronized_moments
+from .settled import settle
 
 # Values of a group, and of a channel in mode 'batch', below which closed-form
 # gradients have fewer digits than those of composed operations.
@@ -258,8 +259,7 @@ def statistics(
             _move(running, mean, var, x.numel() / x.shape[1], momentum)
     elif update and x.numel():
         mean, var = moved(running, moments(running[0]), momentum)
-        running[0].copy_(mean)
-        running[1].copy_(var)
+        mean, var = settle(running[0], mean), settle(running[1], var)
     else:
         # The buffers change in later calls; what backward keeps must not.
         mean, var = running[0].clone(), running[1].clone()
@@ -338,8 +338,8 @@ def _move(
     else:
         unbiased = var * (count / (count - 1))
     new = moved(running, (mean, unbiased), momentum)
-    running[0].copy_(new[0])
-    running[1].copy_(new[1])
+    settle(running[0], new[0])
+    settle(running[1], new[1])
 
 
 def _synchronized_norm(

@@ -31,6 +31,8 @@ class BatchRenorm(RunningNorm):
     Convention: algorithm 1 of the paper, and its schedule. The variance is
         biased, and running_std contains eps. A BatchNorm that it replaces
         gives running_std its sqrt(running_var + eps).
+    Compiled: not together with activation checkpointing. A recomputation
+        reads running values that have moved: wrong gradients, no error.
     State: as its base, ``running_mean``, ``running_std`` and
         ``num_forwards``, the number of training forwards so far.
 
