@@ -15,8 +15,8 @@ demo = 'configs/demo/'
 tasks = dict(
     masks_started=dict(
         brief,
-        images=300,
-        config=demo + 'deeplabv3_r18-w32-d8_gn-ws-all_1xb1-1k_nuclei.py',
+        images=500,
+        config='tools/experiments/tasks/voc_masks_r18.py',
         lr=0.02,
         metric='mIoU',
     ),
@@ -28,14 +28,17 @@ tasks = dict(
         metric='coco/segm_mAP',
     ),
 )
-# The backbone of the classifier.
+# Options of a task, whose backbone becomes that of the classifier; seeds.
 same = dict(
-    masks_started={'model.backbone.type': 'ResNet'},
-    instances_started={
-        'model.backbone.stem_channels': 32,
-        'model.backbone.base_channels': 32,
-        'model.neck.in_channels': [32, 64, 128, 256],
-    },
+    masks_started=({}, [0, 1, 2]),
+    instances_started=(
+        {
+            'model.backbone.stem_channels': 32,
+            'model.backbone.base_channels': 32,
+            'model.neck.in_channels': [32, 64, 128, 256],
+        },
+        [0],
+    ),
 )
 starts = {
     f'{norm}, {words}': (
@@ -54,8 +57,9 @@ cells = [
         task=task,
         norm=norm,
         name=name,
+        seeds=seeds,
         options={**options, 'model.backbone.init_cfg': init_cfg},
     )
-    for task, options in same.items()
+    for task, (options, seeds) in same.items()
     for name, (norm, init_cfg) in starts.items()
 ]
