@@ -8,6 +8,7 @@ import pytest
 import torch
 from forks import Forks
 from gloo import World
+from mmengine.registry import DefaultScope
 
 with contextlib.suppress(ImportError):  # environments without cv2
     from in_process import (  # noqa: F401
@@ -30,6 +31,13 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
 def seed() -> None:
     """Make the inputs of every test the same in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def scope(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take back the default scope that a Runner leaves."""
+    scopes = DefaultScope._instance_dict.copy()
+    monkeypatch.setattr(DefaultScope, '_instance_dict', scopes)
 
 
 @pytest.fixture(params=['auto', 'fused'])

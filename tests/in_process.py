@@ -28,8 +28,6 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '0')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
-    scopes = DefaultScope._instance_dict  # a Runner's stays the default
-    monkeypatch.setattr(DefaultScope, '_instance_dict', scopes.copy())
 
 
 def load(name: str) -> ModuleType:
