@@ -22,6 +22,14 @@ cells = [
     dict(cifar, norm='BCN+WS batch', images=16, lr_factor=10.0),
     dict(masks, norm=['BN', 'GN']),
     dict(masks, norm=['GN+WS', 'BCN+WS'], lr_factor=3.0),
+    # Those of seeds.py.
+    dict(
+        masks,
+        norm=['GN+WS', 'BCN+WS'],
+        lr_factor=3.0,
+        seeds=[3, 4, 5, 7, 8],
+        hooks=[dict(type='AveragedHook')],
+    ),
     dict(masks, **fast, lr_factor=3.0),
     # The head pools one image to one value per channel: no BN can do that.
     dict(
