@@ -11,6 +11,8 @@ what differs                    answer
 ``torch.get_autocast_dtype``    since torch 2.4; before, a function per device
 ``tree_leaves``                 since torch 2.2; ``tree_flatten`` is older
 ``torch._C`` (four groups)      see each function for a torch without it
+``torch.library.custom_op``     since torch 2.4; the compiler uses ours since
+                                2.7, when exporters can be told from it
 ``add_safe_globals``            since torch 2.4 (names since 2.6); before,
                                 see :func:`read_checkpoint`
 ``get_torch_safe_globals``      of onedl-mmengine alone; the list here serves

@@ -38,7 +38,7 @@ def _in_a_compiled_graph(running: Tensor, new: Tensor) -> Tensor:
 
 
 _settle: Any = _in_a_compiled_graph
-# Compilers that can be told from exporters have it: since torch 2.4.
+# A compiler that can be told from exporters has it, see compat.
 if hasattr(torch.library, 'custom_op'):
     _settle = torch.library.custom_op(
         'ws_mm::settle', _in_a_compiled_graph, mutates_args=('running',)
