@@ -82,8 +82,6 @@ class RunningStatistics(nn.Module):
 
     # Their names: the compiler of torch 2.1 reads no dict of a class.
     _names: ClassVar[tuple[str, ...]] = ()
-    # Their values before the last forward that moved them.
-    _before: tuple[Tensor, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Note the names of the statistics."""
@@ -161,22 +159,6 @@ class RunningStatistics(nn.Module):
         """Begin to count the values that move the statistics."""
         first = self.get_buffer(next(iter(self.statistics)))
         self.values_seen = ValueCount(first.device)
-
-    def before_moving(self, moves: bool) -> tuple[Tensor, ...]:
-        """The statistics, in their order, before this forward moves them.
-
-        For a layer that uses them first: a recomputation, which moves
-        nothing, gets those of the forward that it repeats.
-
-        Args:
-            moves: result of :meth:`begin_forward`.
-        """
-        if not moves and self._before:
-            return self._before
-        before = tuple(getattr(self, name).clone() for name in self._names)
-        if not compat.is_compiling():
-            self._before = before
-        return before
 
     @torch.no_grad()
     def move_statistics(

@@ -35,6 +35,9 @@ def oracle(
         per_forward: True is wrong (a schedule in forwards).
     """
     after = {n: state[n].clone() for n in ('running_mean', 'running_std')}
+    for name in ('mean', 'std'):
+        source = 'running' if training else 'previous'
+        after[f'previous_{name}'] = state[f'{source}_{name}'].clone()
     count = int(state['num_forwards'])
     step = count if per_forward else count // COUNTS
     after['num_forwards'] = torch.tensor(count + training)
@@ -91,7 +94,6 @@ CASES = [
             dict(clipped=False),
             dict(per_forward=True),
         ),
-        not_recomputed='its running values have moved (docstring)',
         options=dict(
             eps=EPS,
             momentum=MOMENTUM,

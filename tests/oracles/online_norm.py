@@ -71,6 +71,9 @@ def oracle(
         guard: 'none', or 'channel' (scaled per channel), are wrong.
     """
     after = {name: state[name].clone() for name in NAMES}
+    for name in ('mean', 'var'):
+        source = 'running' if training else 'previous'
+        after[f'previous_{name}'] = state[f'{source}_{name}'].clone()
     outputs = []
     for c in range(x.shape[1]):
         mean, var, scale, shift = (after[name][c] for name in NAMES)

@@ -8,6 +8,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..arguments import check_count, check_number
+from ..kernels.settled import settle
 from ..running_statistics import measured_moments
 from ._norm import RunningNorm, fold, over_channels, per_channel
 
@@ -31,10 +32,9 @@ class BatchRenorm(RunningNorm):
     Convention: algorithm 1 of the paper, and its schedule. The variance is
         biased, and running_std contains eps. A BatchNorm that it replaces
         gives running_std its sqrt(running_var + eps).
-    Compiled: not together with activation checkpointing. A recomputation
-        reads running values that have moved: wrong gradients, no error.
-    State: as its base, ``running_mean``, ``running_std`` and
-        ``num_forwards``, the number of training forwards so far.
+    State: as its base, ``running_mean``, ``running_std``, both before their
+        last move as ``previous_mean`` and ``previous_std``, for a recomputed
+        forward, and ``num_forwards``, the number of training forwards.
 
     Args: those of :class:`~ws_mm.zoo._norm.RunningNorm`, and
         r_max: final bound of r, at least 1.
@@ -48,9 +48,16 @@ class BatchRenorm(RunningNorm):
     Source: arXiv 1702.03275; no official repository.
     """
 
-    statistics: ClassVar = {'running_mean': 0.0, 'running_std': 1.0}
+    statistics: ClassVar = {
+        'running_mean': 0.0,
+        'running_std': 1.0,
+        'previous_mean': 0.0,
+        'previous_std': 1.0,
+    }
     running_mean: Tensor
     running_std: Tensor
+    previous_mean: Tensor
+    previous_std: Tensor
     num_forwards: Tensor
 
     def __init__(
@@ -83,28 +90,29 @@ class BatchRenorm(RunningNorm):
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize an input that has values."""
         if not self.training:
-            mean, std = self.running(x)
+            mean, std = self.running(x)[:2]
             return self.scaled((x - mean) / std)
         self.check_values(x)
         moves = self.begin_forward(x)
         var, mean = torch.var_mean(x, over_channels(x), correction=0)
         std = (var + self.eps).sqrt()
-        r, d = self._correction(mean.detach(), std.detach(), moves)
         if moves:
+            before = dict(
+                previous_mean=self.running_mean, previous_std=self.running_std
+            )
+            self.move_statistics(before, 1.0)
             batch = dict(running_mean=mean, running_std=std)
             self.move_statistics(batch, self.momentum)
-            self.num_forwards.add_(1)
+            settle(self.num_forwards, self.num_forwards + 1)
+        r, d = self._correction(mean.detach(), std.detach())
         y = (x - per_channel(mean, x)) * per_channel(r / std, x)
         return self.scaled(y + per_channel(d, x))
 
-    def _correction(
-        self, mean: Tensor, std: Tensor, moves: bool
-    ) -> tuple[Tensor, ...]:
-        """The constants r and d of a batch."""
-        center, scale = self.before_moving(moves)
-        center, scale = center.to(std.dtype), scale.to(std.dtype)
-        # A recomputation comes after its forward was counted.
-        forwards = self.num_forwards - int(not moves)
+    def _correction(self, mean: Tensor, std: Tensor) -> tuple[Tensor, ...]:
+        """The constants r and d of a batch that has been counted."""
+        center = self.previous_mean.to(std.dtype)
+        scale = self.previous_std.to(std.dtype)
+        forwards = self.num_forwards - 1
         done = (forwards // self.accumulative_counts - self.warmup).to(std)
         lengths = self.r_steps - self.warmup, self.d_steps - self.warmup
         grown = [(done / max(n, 1)).clamp(0, 1) for n in lengths]
@@ -112,10 +120,7 @@ class BatchRenorm(RunningNorm):
         d_bound = self.d_max * grown[1]
         r = torch.minimum(torch.maximum(std / scale, 1 / r_bound), r_bound)
         d = (mean - center) / scale
-        d = torch.minimum(torch.maximum(d, -d_bound), d_bound)
-        # A compiler's backward would compute them anew, by statistics that
-        # have moved. It never repeats a concatenation.
-        return torch.stack([r, d]).unbind()
+        return r, torch.minimum(torch.maximum(d, -d_bound), d_bound)
 
     def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
         """Mean and standard deviation of a batch, eps included."""

@@ -39,9 +39,10 @@ class OnlineNorm(RunningNorm):
         alpha_bkw 1 - control_momentum. The default guard is that of their
         experiments and of the paper's figures; their layer has the clamp.
     State: as its base, ``running_mean`` and ``running_var``, moved by the
-        forward, and ``control_scale`` and ``control_shift``, moved by the
-        backward, in the unit of the gradient: a changed loss scale of AMP
-        disturbs them for about 1 / control_momentum images.
+        forward (before it: ``previous_mean`` and ``previous_var``, for a
+        recomputed forward), and ``control_scale`` and ``control_shift``,
+        moved by the backward, in the unit of the gradient: a changed loss
+        scale of AMP disturbs them for about 1 / control_momentum images.
     Large activations: mean(y^2) above 2 / control_momentum, before the first
         statistics have settled, makes control_scale diverge. Keep inputs near
         unit scale, or begin with ``update_estimates``.
@@ -59,11 +60,15 @@ class OnlineNorm(RunningNorm):
     statistics: ClassVar = {
         'running_mean': 0.0,
         'running_var': 1.0,
+        'previous_mean': 0.0,
+        'previous_var': 1.0,
         'control_scale': 0.0,
         'control_shift': 0.0,
     }
     running_mean: Tensor
     running_var: Tensor
+    previous_mean: Tensor
+    previous_var: Tensor
     join = staticmethod(moments_of_both)
 
     def __init__(
@@ -106,7 +111,10 @@ class OnlineNorm(RunningNorm):
         moves = self.begin_forward(x)
         values = x.detach().reshape(*x.shape[:2], -1)
         var, mean = torch.var_mean(values, 2, correction=0)
-        now = list(self.before_moving(moves)[:2])
+        if moves:
+            self.previous_mean.copy_(self.running_mean)
+            self.previous_var.copy_(self.running_var)
+        now = [self.previous_mean, self.previous_var]
         used = []
         for v, m in zip(var, mean, strict=True):
             used.append(torch.stack(now))
