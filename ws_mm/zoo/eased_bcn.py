@@ -53,6 +53,7 @@ class EasedBCN(RunningNorm):
     gate: nn.Parameter
     gn_weight: nn.Parameter | None
     gn_bias: nn.Parameter | None
+    join = staticmethod(moments_of_both)
 
     def __init__(
         self,
@@ -123,12 +124,3 @@ class EasedBCN(RunningNorm):
                 "norm=dict(type='BCN'), which keeps its function"
             )
         return super().from_norm(norm, arguments)
-
-    def join(
-        self,
-        first: dict[str, Tensor],
-        second: dict[str, Tensor],
-        share: Tensor,
-    ) -> dict[str, Tensor]:
-        """Moments of two sets of values, their distance included."""
-        return moments_of_both(first, second, share)
