@@ -19,6 +19,7 @@ from comparison import disagreements, relative_error
 from mmengine.registry import HOOKS, MODELS
 from oracles import Case
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -422,6 +423,24 @@ def test_without_affine(case):
     assert layer.bias is None
     result = step(case.within(layer).double(), images(case))
     assert all(v.isfinite().all() for v in result.values())
+
+
+@norms
+def test_saves_what_it_says(case):
+    layer = new(case)
+    x = torch.randn(2, case.channels, 64, 64, requires_grad=True)
+    layer(x)  # what a first forward makes
+    kept = {}
+
+    def pack(values: Tensor) -> Tensor:
+        storage = values.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return values
+
+    with saved_tensors_hooks(pack, lambda values: values):
+        y = layer(x)
+    assert y.requires_grad
+    assert round(sum(kept.values()) / x.nbytes, 1) == case.saves
 
 
 @both

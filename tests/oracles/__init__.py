@@ -45,6 +45,7 @@ class Case:
         forgets: whether a loaded state dict begins its memory anew.
         not_compiled: why ``torch.compile`` cannot take it whole.
         not_recomputed: why a compiled graph cannot checkpoint it.
+        saves: tensors as large as the input that it keeps for a backward.
         channels: a number that fits it.
     """
 
@@ -65,6 +66,7 @@ class Case:
     forgets: bool = False
     not_compiled: str = ''
     not_recomputed: str = ''
+    saves: float = 1
     channels: int = 6
 
 

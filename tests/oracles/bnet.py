@@ -80,6 +80,7 @@ CASES = [
     Case(
         'BNET',
         oracle,
+        saves=2,
         wrong=(
             dict(columns_first=True),
             dict(flipped=True),

@@ -122,6 +122,7 @@ CASES = [
             dict(centered=True),
             dict(interleaved=True),
         ),
+        saves=3,
         activates=True,
     ),
     Case(
@@ -136,6 +137,7 @@ CASES = [
             dict(evaluated='image'),
         ),
         one_value='more than one value per channel',
+        saves=4,
         activates=True,
         keeps='its divisor depends on each image',
     ),

@@ -64,12 +64,13 @@ WRONG = (
     dict(unit='shifted'),
 )
 CASES = [
-    Case('FRN', frn, WRONG, activates=True),
+    Case('FRN', frn, WRONG, saves=2, activates=True),
     Case(
         'FRN',
         frn,
         (dict(signed=True), dict(outside=True)),
         options=dict(learned_eps=True),
+        saves=2,
         activates=True,
         values=dict(learned_eps=lambda old: old * 0 - 0.02),
     ),

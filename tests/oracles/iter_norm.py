@@ -100,6 +100,7 @@ CASES = [
             dict(interleaved=True),
             dict(of_matrices=True),
         ),
+        saves=3.6,
         options=dict(channels_per_group=LARGEST),
         values=dict(running_cov=covariances),
         one_value='IterNorm needs more than one value per channel',

@@ -50,6 +50,7 @@ CASES = [
     Case(
         'PositionalNorm',
         oracle,
+        saves=3.2,
         wrong=(dict(unbiased=False), dict(inside=False), dict(whole=True)),
     )
 ]

@@ -100,6 +100,7 @@ def case(criterion: str, *wrong: dict[str, object]) -> Case:
         options=dict(criterion=criterion, step=STEPS[criterion]),
         values=dict(whitening=symmetric),
         one_value='StochasticWhiteningBN needs more than one value',
+        saves=3,
         keeps='channels are mixed',
     )
 

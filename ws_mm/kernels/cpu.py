@@ -252,7 +252,9 @@ def _moments_channels_last(
     return mean.view(1, -1), square.div_(size).view(1, -1)
 
 
-def _sums(grad: Tensor, rows: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+def row_sums(
+    grad: Tensor, rows: Tensor, mean: Tensor
+) -> tuple[Tensor, Tensor]:
     """Per row, sum(grad * (rows - mean)) and sum(grad), in one pass.
 
     Batch norm's backward returns them as the gradients of its scale and
@@ -450,7 +452,9 @@ class BatchChannelNorm(torch.autograd.Function):
             grad_rows = as_rows(grad.contiguous())
         else:
             grad_rows = grad.contiguous(memory_format=torch.channels_last)
-        t, s = (x.view(u.shape) for x in _sums(grad_rows, rows, m.flatten()))
+        t, s = (
+            x.view(u.shape) for x in row_sums(grad_rows, rows, m.flatten())
+        )
         size = input.shape[2:].numel()
 
         # sum(g * normalized), per i

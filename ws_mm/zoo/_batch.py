@@ -2,7 +2,6 @@
 
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -62,20 +61,3 @@ class BatchStatistics(RunningNorm):
         repeats = self.num_features // len(std)
         mean = self.running_mean.repeat_interleave(repeats)
         return fold(mean, std.repeat_interleave(repeats), weight, bias)
-
-
-def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each map, of shape (N, C, 1, ...)."""
-    if x.dim() == 2:
-        return x, torch.zeros_like(x)
-    dims = tuple(range(2, x.dim()))
-    var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
-    return mean, var
-
-
-def joined_moments(
-    mean: Tensor, var: Tensor, dim: int
-) -> tuple[Tensor, Tensor]:
-    """Those of the maps along one dimension together; nothing cancels."""
-    spread, joined = torch.var_mean(mean, dim, correction=0, keepdim=True)
-    return joined, var.mean(dim, keepdim=True) + spread

@@ -14,6 +14,7 @@ from ..running_statistics import (
     measured_moments,
 )
 from ..symbolic import recorded
+from ._maps import affine_of_maps
 
 
 class Norm(nn.GroupNorm):
@@ -133,6 +134,30 @@ class Norm(nn.GroupNorm):
         if self.bias is not None:
             x = x + per_channel(self.bias.to(x.dtype), x)
         return x
+
+    def scaled_maps(
+        self,
+        x: Tensor,
+        center: Tensor,
+        scale: Tensor,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        """((x - center) * scale + shift) * weight + bias, in one pass.
+
+        Args:
+            x: the input.
+            center: broadcasts to (N, C, 1, ...), as the next two.
+            scale: factors.
+            shift: what is added; None means 0.
+        """
+        if shift is None:
+            shift = torch.zeros_like(scale)
+        if self.weight is not None:
+            weight = per_channel(self.weight.to(x.dtype), x)
+            scale, shift = scale * weight, shift * weight
+        if self.bias is not None:
+            shift = shift + per_channel(self.bias.to(x.dtype), x)
+        return affine_of_maps(x, center, scale, shift)
 
     def extra_repr(self) -> str:
         """Constructor arguments."""

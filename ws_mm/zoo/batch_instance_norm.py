@@ -7,7 +7,8 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ._batch import BatchStatistics, instance_moments, joined_moments
+from ._batch import BatchStatistics
+from ._maps import joined_moments, moments_of_maps
 from ._norm import per_channel
 
 # A step of SGD on gate / ROOT moves the gate ROOT ** 2 = 10 times as far.
@@ -45,7 +46,7 @@ class BatchInstanceNorm(BatchStatistics):
     def normalize(self, x: Tensor) -> Tensor:
         """Both normalizations in one step, around the mean of each map."""
         moves = self.begin_forward(x)
-        map_mean, map_var = instance_moments(x)
+        map_mean, map_var = moments_of_maps(x)
         if self.training:
             self.check_values(x)
             mean, var = joined_moments(map_mean, map_var, 0)
@@ -65,7 +66,7 @@ class BatchInstanceNorm(BatchStatistics):
         of_batch_scale = gate * torch.rsqrt(var + self.eps)
         scale = of_batch_scale + (1 - gate) * torch.rsqrt(map_var + self.eps)
         shift = of_batch_scale * (map_mean - mean)
-        return self.scaled((x - map_mean) * scale + shift)
+        return self.scaled_maps(x, map_mean, scale, shift)
 
     def folded(self) -> None:
         """None: IN is no affine map."""

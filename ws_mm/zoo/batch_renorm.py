@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..arguments import check_count, check_number
 from ..kernels.settled import settle
 from ..running_statistics import measured_moments
-from ._norm import RunningNorm, fold, over_channels, per_channel
+from ._maps import joined_moments, moments_of_maps
+from ._norm import RunningNorm, fold, per_channel
 
 
 @MODELS.register_module()
@@ -94,24 +95,27 @@ class BatchRenorm(RunningNorm):
             return self.scaled((x - mean) / std)
         self.check_values(x)
         moves = self.begin_forward(x)
-        var, mean = torch.var_mean(x, over_channels(x), correction=0)
+        mean, var = joined_moments(*moments_of_maps(x), 0)
         std = (var + self.eps).sqrt()
         if moves:
             before = dict(
                 previous_mean=self.running_mean, previous_std=self.running_std
             )
             self.move_statistics(before, 1.0)
-            batch = dict(running_mean=mean, running_std=std)
+            batch = dict(
+                running_mean=mean.flatten(), running_std=std.flatten()
+            )
             self.move_statistics(batch, self.momentum)
             settle(self.num_forwards, self.num_forwards + 1)
         r, d = self._correction(mean.detach(), std.detach())
-        y = (x - per_channel(mean, x)) * per_channel(r / std, x)
-        return self.scaled(y + per_channel(d, x))
+        return self.scaled_maps(x, mean, r / std, d)
 
     def _correction(self, mean: Tensor, std: Tensor) -> tuple[Tensor, ...]:
         """The constants r and d of a batch that has been counted."""
-        center = self.previous_mean.to(std.dtype)
-        scale = self.previous_std.to(std.dtype)
+        center, scale = (
+            per_channel(values.to(std.dtype), std)
+            for values in (self.previous_mean, self.previous_std)
+        )
         forwards = self.num_forwards - 1
         done = (forwards // self.accumulative_counts - self.warmup).to(std)
         lengths = self.r_steps - self.warmup, self.d_steps - self.warmup

@@ -12,7 +12,8 @@ from ..arguments import check_count
 from ..functional import swap_channels
 from ..running_statistics import report_once, values_per_channel
 from ._batch import BatchStatistics
-from ._norm import over_channels, per_channel
+from ._maps import joined_moments, moments_of_maps
+from ._norm import per_channel
 
 # What may lie between a convolution and its norm: casts, copies, hooks.
 PASSED = ('ToCopyBackward0', 'CloneBackward0', 'BackwardHookFunctionBackward')
@@ -94,12 +95,13 @@ class CrossIterationBN(BatchStatistics):
             return self.batch_norm(x, self.weight, self.bias)
         self.check_values(x)
         mean, var = self._over_iterations(x)
-        std = (var + self.eps).sqrt()
-        return self.scaled((x - per_channel(mean, x)) / per_channel(std, x))
+        scale = per_channel((var + self.eps).rsqrt(), x)
+        return self.scaled_maps(x, per_channel(mean, x), scale)
 
     def _over_iterations(self, x: Tensor) -> tuple[Tensor, Tensor]:
         moves = self.begin_forward(x)
-        var, mean = torch.var_mean(x, over_channels(x), correction=0)
+        of_batch = joined_moments(*moments_of_maps(x), 0)
+        mean, var = (values.flatten() for values in of_batch)
         leaves, groups = weight_of(x)
         weight = rows(leaves, groups).to(x.dtype) if leaves else mean
         if moves:

@@ -11,7 +11,7 @@ from ..functional import check_group_size
 from ..kernels.plain import of_channels
 from ..norm import fit_num_groups
 from ..running_statistics import moments_of_both
-from ._batch import instance_moments, joined_moments
+from ._maps import affine_of_maps, joined_moments, moments_of_maps
 from ._norm import RunningNorm, per_channel
 
 
@@ -78,7 +78,7 @@ class EasedBCN(RunningNorm):
     def normalize(self, x: Tensor) -> Tensor:
         """Both steps as one scale and shift per channel of an image."""
         check_group_size(x, self.num_groups, 'EasedBCN')
-        means, variances = instance_moments(x)
+        means, variances = moments_of_maps(x)
         if self.begin_forward(x):
             new_mean, new_var = of_channels(
                 means.detach().flatten(1),
@@ -87,17 +87,17 @@ class EasedBCN(RunningNorm):
             )
             batch = dict(running_mean=new_mean, running_var=new_var)
             self.move_statistics(batch, self.momentum)
-        # z = scale * x + shift
+        # z = scale * (x - mean) + shift
         mean, var = self.running(x)
         scale = (var + self.eps).rsqrt()
+        shift = torch.zeros_like(scale)
         if self.weight is not None:
             scale = scale * per_channel(self.weight.to(x.dtype), x)
-        shift = -mean * scale
         if self.bias is not None:
             shift = shift + per_channel(self.bias.to(x.dtype), x)
         # y = factor * z + offset, of groups, then of their channels
         rows = 1, (self.num_groups, -1)
-        z_means = (scale * means + shift).unflatten(*rows)
+        z_means = (scale * (means - mean) + shift).unflatten(*rows)
         z_variances = (scale.square() * variances).unflatten(*rows)
         group_mean, group_var = joined_moments(z_means, z_variances, 2)
         factor = (group_var + self.eps).rsqrt()
@@ -110,7 +110,8 @@ class EasedBCN(RunningNorm):
         offset = offset.expand_as(z_means).flatten(1, 2)
         gate = per_channel(self.gate.to(x.dtype), x)
         factor = 1 + gate * (factor - 1)
-        return torch.addcmul(shift * factor + gate * offset, x, scale * factor)
+        shift = shift * factor + gate * offset
+        return affine_of_maps(x, mean, scale * factor, shift)
 
     @classmethod
     def from_norm(

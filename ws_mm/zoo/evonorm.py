@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ..functional import check_group_size
 from ..norm import fit_num_groups
 from ._activating import ActivatingNorm
-from ._batch import instance_moments
-from ._norm import RunningNorm, over_channels, per_channel
+from ._maps import affine_of_maps, joined_moments, moments_of_maps
+from ._norm import RunningNorm, per_channel
 
 
 class _EvoNorm(ActivatingNorm):
@@ -67,12 +67,14 @@ class EvoNormS0(_EvoNorm):
     def activated(self, x: Tensor, linear: Tensor | None = None) -> Tensor:
         """Apply the whole formula."""
         check_group_size(x, self.num_groups, 'EvoNormS0')
-        groups = x.unflatten(1, (self.num_groups, -1))
-        var = groups.var(tuple(range(2, groups.dim())), correction=0)
-        std = (var + self.eps).sqrt()
-        std = std.repeat_interleave(x.shape[1] // self.num_groups, 1)
+        mean, var = (
+            values.unflatten(1, (self.num_groups, -1))
+            for values in moments_of_maps(x)
+        )
+        std = (joined_moments(mean, var, 2)[1] + self.eps).sqrt()
+        std = std.expand_as(mean).flatten(1, 2)
         gate = torch.sigmoid(per_channel(self.v.to(x.dtype), x) * x)
-        return self.scaled(x * gate / per_channel(std, x))
+        return self.scaled_maps(x * gate, torch.zeros_like(std), 1 / std)
 
 
 @MODELS.register_module()
@@ -104,15 +106,17 @@ class EvoNormB0(RunningNorm, _EvoNorm):
 
     def activated(self, x: Tensor, linear: Tensor | None = None) -> Tensor:
         """Apply the whole formula, and move running_var."""
+        of_maps = moments_of_maps(x)
         (var,) = self.running(x)
         if self.training:
             self.check_values(x)
-            of_batch = x.var(over_channels(x), correction=0)
+            var = joined_moments(*of_maps, 0)[1]
             if self.begin_forward(x):
-                batch = dict(running_var=of_batch)
+                batch = dict(running_var=var.flatten())
                 self.move_statistics(batch, self.momentum)
-            var = per_channel(of_batch, x)
         deviation = (var + self.eps).sqrt()
-        image = (instance_moments(x)[1] + self.eps).sqrt()
-        image = per_channel(self.v.to(x.dtype), x) * x + image
-        return self.scaled(x / torch.maximum(deviation, image))
+        image = (of_maps[1] + self.eps).sqrt()
+        v = per_channel(self.v.to(x.dtype), x)
+        # The maximum as a ReLU, whose gradient is faster.
+        over = affine_of_maps(x, torch.zeros_like(image), v, image - deviation)
+        return self.scaled(x / (torch.relu(over) + deviation))

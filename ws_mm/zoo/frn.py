@@ -7,6 +7,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ._activating import ActivatingNorm
+from ._maps import moments_of_maps
 from ._norm import per_channel
 
 
@@ -46,15 +47,15 @@ class FRN(ActivatingNorm):
 
     def linear(self, x: Tensor) -> Tensor:
         """Divide by the root mean square, scale and shift."""
-        square, space = x.square(), tuple(range(2, x.dim()))
-        if space:
-            square = square.mean(space, keepdim=True)
-        square = square + self.eps + 0 * per_channel(self.tau, x)
+        mean, var = moments_of_maps(x)
+        square = var + mean.square() + self.eps + 0 * per_channel(self.tau, x)
         if self.learned_eps is not None:
             square = square + self.learned_eps.to(x.dtype).abs()
-        return self.scaled(x * square.rsqrt())
+        return self.scaled_maps(x, torch.zeros_like(mean), square.rsqrt())
 
     def activated(self, x: Tensor, linear: Tensor | None = None) -> Tensor:
         """Apply the TLU."""
         y = self.linear(x) if linear is None else linear
-        return torch.maximum(y, per_channel(self.tau.to(y.dtype), y))
+        # max(y, tau), whose own gradient is slow.
+        tau = per_channel(self.tau.to(y.dtype), y)
+        return torch.relu(y - tau) + tau

@@ -25,4 +25,8 @@ class GroupNorm1(Norm):
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize each image."""
         check_group_size(x, 1, 'GroupNorm1')
-        return self.scaled(F.group_norm(x, 1, eps=self.eps))
+        weight, bias = (
+            None if values is None else values.to(x.dtype)
+            for values in (self.weight, self.bias)
+        )
+        return F.group_norm(x, 1, weight, bias, self.eps)

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from ..arguments import check_count
 from ..kernels.plain import at_least_float32, moved
-from ._norm import RunningNorm, fold, over_channels, per_channel
+from ..running_statistics import values_per_channel
+from ._maps import joined_moments, moments_of_maps, sums_of_maps
+from ._norm import RunningNorm, fold, per_channel
 
 
 @MODELS.register_module()
@@ -103,10 +105,14 @@ class MABN(RunningNorm):
         begins = self.iterations <= self.renorm_iters
         ratio = torch.where(begins, 1.0, ratio.clamp(1 / 5, 5))
         scales = inverse.to(x.dtype), ratio.to(x.dtype)
-        normalized: Tensor = _MovingGradient.apply(
-            x, *scales, self._is_early(), self.gradients
+        output: Tensor = _MovingGradient.apply(
+            x,
+            *(self.weight, self.bias),
+            *(per_channel(values, x) for values in scales),
+            self._is_early(),
+            self.gradients,
         )
-        return self.scaled(normalized)
+        return output
 
     def _is_early(self) -> Tensor:
         least = max(self.squares.shape[1], self.warmup_iters - 1)
@@ -117,7 +123,7 @@ class MABN(RunningNorm):
 
     @torch.no_grad()
     def _move(self, x: Tensor) -> None:
-        newest = x.square().mean(over_channels(x))
+        newest = self.batch_statistics(x)['running_var']
         # At once, so that none moves in a channel that is not finite.
         at_once = {
             'squares': _appended(self.squares, newest),
@@ -131,7 +137,8 @@ class MABN(RunningNorm):
     def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
         """The mean square, which evaluation divides by."""
         x = at_least_float32(input.detach())
-        return dict(running_var=x.square().mean(over_channels(x)))
+        mean, var = joined_moments(*moments_of_maps(x), 0)
+        return dict(running_var=(var + mean.square()).flatten())
 
     def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
         """Fold all: evaluation is a scale and a shift."""
@@ -151,33 +158,56 @@ class MABN(RunningNorm):
 
 
 class _MovingGradient(torch.autograd.Function):
-    """ratio * inverse * x, whose backward moves a mean and subtracts it."""
+    """weight * ratio * z + bias, whose backward moves a mean of gradients.
+
+    With z = inverse * x and g = grad * weight * ratio:
+        dx = inverse * (g - z * mean)
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
         inverse: Tensor,
         ratio: Tensor,
         is_early: Tensor,
         gradients: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, inverse, ratio, is_early)
+        ctx.save_for_backward(x, weight, bias, inverse, ratio, is_early)
         ctx.gradients = gradients  # later calls move it, before the backward
-        return x * per_channel(inverse * ratio, x)
+        scale = inverse * ratio
+        if weight is not None:
+            scale = scale * per_channel(weight.to(x.dtype), x)
+        if bias is None:
+            return x * scale
+        return torch.addcmul(per_channel(bias.to(x.dtype), x), x, scale)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, inverse, ratio, is_early = ctx.saved_tensors
-        z = x * per_channel(inverse, x)
-        g = grad * per_channel(ratio, x)
-        newest = (g * z).mean(over_channels(x))
+        x, weight, bias, inverse, ratio, is_early = ctx.saved_tensors
+        shape = *x.shape[:2], *[1] * (x.dim() - 2)
+        center = x.new_zeros(()).expand(shape)
+        product, total = (
+            values.sum(0) for values in sums_of_maps(grad, x, center)
+        )
+        slope = inverse * ratio
+        dweight = (product * slope).flatten()
+        g_z = dweight
+        if weight is not None:
+            slope = slope * per_channel(weight.to(x.dtype), x)
+            g_z = g_z * weight
+        newest = g_z / values_per_channel(x)
         rows = ctx.gradients
         rows.copy_(moved([rows], [_appended(rows, newest)], 1.0)[0])
         mean = torch.where(is_early, newest, rows.mean(1).to(x.dtype))
-        dx = (g - z * per_channel(mean, x)) * per_channel(inverse, x)
-        return dx, None, None, None, None
+        along = per_channel(mean, x) * inverse.square()
+        dx = torch.addcmul(grad * slope, x, along, value=-1)
+        dweight = None if weight is None else dweight
+        dbias = None if bias is None else total.flatten()
+        return dx, dweight, dbias, *[None] * 4
 
 
 def _appended(rows: Tensor, newest: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from ..arguments import check_choice, check_number
 from ..kernels.plain import moved
 from ..running_statistics import moments_of_both
+from ._maps import affine_of_maps, moments_of_maps, sums_of_maps
 from ._norm import RunningNorm, fold, per_channel
 
 GUARDS = ('layer_scaling', 'clamp', 'none')
@@ -97,20 +98,30 @@ class OnlineNorm(RunningNorm):
         else:
             mean, var = self.running(x)[:2]
             y = (x - mean) / (var + self.eps).sqrt()
-        z = self.scaled(y)
         if self.guard == 'layer_scaling':
-            mean = z.square().mean(tuple(range(1, z.dim())), keepdim=True)
-            return z / (mean + 1e-5).sqrt()
+            return self._layer_scaled(y)
+        z = self.scaled(y)
         # A copy, as the backward needs y, and a ReLU may change the result.
         limit = self.limit if self.guard == 'clamp' else torch.inf
         return z.clamp(-limit, limit)
+
+    def _layer_scaled(self, y: Tensor) -> Tensor:
+        mean, var = moments_of_maps(y)
+        scale, shift = torch.ones_like(mean), torch.zeros_like(mean)
+        if self.weight is not None:
+            scale = scale * per_channel(self.weight.to(y.dtype), y)
+        if self.bias is not None:
+            shift = shift + per_channel(self.bias.to(y.dtype), y)
+        square = scale.square() * var + (scale * mean + shift).square()
+        factor = (square.mean(1, keepdim=True) + 1e-5).rsqrt()
+        zero = torch.zeros_like(mean)
+        return affine_of_maps(y, zero, scale * factor, shift * factor)
 
     # No compiler promises to keep what a backward moves.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _controlled(self, x: Tensor) -> Tensor:
         moves = self.begin_forward(x)
-        values = x.detach().reshape(*x.shape[:2], -1)
-        var, mean = torch.var_mean(values, 2, correction=0)
+        mean, var = (v.flatten(1) for v in moments_of_maps(x.detach()))
         if moves:
             self.previous_mean.copy_(self.running_mean)
             self.previous_var.copy_(self.running_var)
@@ -150,7 +161,7 @@ class _Controlled(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, mean: Tensor, std: Tensor, control: Any, q: float
     ) -> Tensor:
-        y = (x - mean) / std
+        y = torch.addcmul(-mean / std, x, 1 / std)
         ctx.save_for_backward(y, std)
         ctx.control, ctx.share = control, q
         return y
@@ -159,11 +170,11 @@ class _Controlled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         y, std = ctx.saved_tensors
-        # Sums over each image are enough to move the control.
-        of_g, of_y, of_gy, of_yy = (
-            v.flatten(2).mean(2) if v.dim() > 2 else v
-            for v in (g, y, g * y, y * y)
-        )
+        # Means over each map are enough to move the control.
+        of_y, var = (v.flatten(1) for v in moments_of_maps(y))
+        of_yy = var + of_y.square()
+        zero, size = torch.zeros_like(std), y.shape[2:].numel()
+        of_gy, of_g = (v.flatten(1) / size for v in sums_of_maps(g, y, zero))
         roots = std.flatten(1)
         scale, shift = ctx.control
         used = []
@@ -178,5 +189,5 @@ class _Controlled(torch.autograd.Function):
         for buffer, value in zip(ctx.control, (scale, shift), strict=True):
             buffer.copy_(value)
         scales, shifts = (ctx.share * torch.stack(used, 1)).to(g)
-        h = g - per_channel(scales, g) * y
-        return h / std - per_channel(shifts, g), *[None] * 4
+        dx = torch.addcmul(-per_channel(shifts, g), g, 1 / std)
+        return dx.addcmul_(y, -per_channel(scales, g) / std), *[None] * 4

@@ -7,7 +7,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..running_statistics import measured_moments
-from ._batch import BatchStatistics, instance_moments, joined_moments
+from ._batch import BatchStatistics
+from ._maps import joined_moments, moments_of_maps
 
 
 @MODELS.register_module()
@@ -51,7 +52,7 @@ class SwitchableNorm(BatchStatistics):
         """Mix the statistics and normalize by them."""
         moves = self.begin_forward(x)
         of_batch: tuple[Tensor, ...]
-        of_maps = instance_moments(x)
+        of_maps = moments_of_maps(x)
         if self.training:
             self.check_values(x, x.numel())
             of_batch = joined_moments(*of_maps, 0)
@@ -72,7 +73,7 @@ class SwitchableNorm(BatchStatistics):
         if self.using_bn:
             mean = mean + p[2] * moments[2][0]
             var = var + q[2] * moments[2][1]
-        return self.scaled((x - mean) * torch.rsqrt(var + self.eps))
+        return self.scaled_maps(x, mean, torch.rsqrt(var + self.eps))
 
     def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
         """Mean and biased variance."""

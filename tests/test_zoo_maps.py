@@ -1,0 +1,37 @@
+"""The passes of norms that are an affine of each map."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from ws_mm.zoo import _maps
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def random(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    values = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return values.requires_grad_()
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('images', [1, 2])
+def test_gradients_of_both_orders(images, layout):
+    x = random(images, 3, 3, 2).detach().to(memory_format=layout)
+    x.requires_grad_()
+    numbers = [random(1, 3, 1, 1), random(images, 3, 1, 1), random(3, 1, 1)]
+    for check in (gradcheck, gradgradcheck):
+        assert check(_maps.moments_of_maps, (x,))
+        assert check(_maps.affine_of_maps, (x, *numbers))
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_moments_far_from_zero(layout):
+    x = (random(1, 5, 40, 30).detach() + 1000).float()
+    x = x.to(memory_format=layout)
+    mean, var = _maps.moments_of_maps(x)
+    right = torch.var_mean(x.double(), (2, 3), correction=0, keepdim=True)
+    assert torch.allclose(var.double(), right[0], rtol=1e-4)
+    assert torch.allclose(mean.double(), right[1], rtol=1e-6)
