@@ -23,6 +23,7 @@ DIVERGED = 'diverged.json'
 IMPOSSIBLE = re.compile(
     '.*more than (?:1|one) value per (?:channel|statistic).*'
     '|a group of one value cannot be normalized.*'
+    '|.*more than one image in training.*'
 )
 Batch = Any
 

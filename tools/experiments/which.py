@@ -1,6 +1,7 @@
 """One table of all norms and filters: which at which batch size."""
 
 import json
+from math import inf
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -11,11 +12,12 @@ from experiments.tables import Records, of_task
 COST_CASE = 'layer1 1x64x200x336'
 
 
-def best(found: Records) -> str:
-    """Final metric at the best learning rate, or why there is none.
+def best(found: Records) -> tuple[str, float]:
+    """Final metric at the best learning rate, in words and as a number.
 
-    Behind it the spread over seeds and the factor of the learning rate. Of
-    rates with more seeds than others, one was chosen before.
+    In words also the spread over seeds and the factor of the learning rate,
+    or why there is no figure. Of rates with more seeds than others, one was
+    chosen before.
     """
     groups: dict[float, list[float]] = {}
     for record in found:
@@ -23,18 +25,18 @@ def best(found: Records) -> str:
             factor = record['cell']['lr_factor']
             groups.setdefault(factor, []).append(record['metric'])
     if not groups:
-        return str(found[0]['status']) if found else '-'
+        return str(found[0]['status']) if found else '-', -inf
     factor = max(groups, key=lambda f: (len(groups[f]), mean(groups[f])))
     values = groups[factor]
     digits = 1 if max(values) > 1 else 3  # percent, or AP
     words = f'{mean(values):.{digits}f}'
     if len(values) > 1:
         words += f' ± {stdev(values):.{digits}f} (n={len(values)})'
-    return f'{words} x{factor:g}'
+    return f'{words} x{factor:g}', mean(values)
 
 
 def which_table(found: Records, cost: Path) -> str:
-    """The Markdown table.
+    """The Markdown table; the best figure of a column is bold.
 
     Args:
         found: records of several tasks.
@@ -55,17 +57,28 @@ def which_table(found: Records, cost: Path) -> str:
         f'| norm | {" | ".join(heads)} | time | memory | published |',
         '|---' * (len(heads) + 4) + '|',
     ]
-    for label in dict.fromkeys(cell['label'] for cell in cells):
-        own = [r for r in found if r['cell']['label'] == label]
-        words = [
+    labels = list(dict.fromkeys(cell['label'] for cell in cells))
+    rows = [
+        [
             best(
                 [
                     record
-                    for record in of_task(own, tasks[task])
-                    if record['cell']['images'] == images
+                    for record in of_task(found, tasks[task])
+                    if record['cell']['label'] == label
+                    and record['cell']['images'] == images
                 ]
             )
             for task, images in columns
+        ]
+        for label in labels
+    ]
+    tops = [
+        max(value for _, value in column) for column in zip(*rows, strict=True)
+    ]
+    for label, row in zip(labels, rows, strict=True):
+        words = [
+            f'**{word}**' if value == top > -inf else word
+            for (word, value), top in zip(row, tops, strict=True)
         ]
         words += [ratio(costs, label, key) for key in ('ms', 'saved_bytes')]
         words.append(PUBLISHED.get(label, '-'))
