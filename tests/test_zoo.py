@@ -183,7 +183,9 @@ def compare(case: Case, **wrong: Any) -> dict[str, float]:
 
 
 @norms
-def test_norm_is_its_formula(case):
+@pytest.mark.parametrize('kernels', ['plain', 'fused'])
+def test_norm_is_its_formula(case, kernels, monkeypatch):
+    monkeypatch.setenv('WS_MM_KERNELS', kernels)
     errors = compare(case)
     assert not {k: e for k, e in errors.items() if not e <= EXACT}
 
@@ -426,7 +428,8 @@ def test_without_affine(case):
 
 
 @norms
-def test_saves_what_it_says(case):
+def test_saves_what_it_says(case, monkeypatch):
+    monkeypatch.setenv('WS_MM_KERNELS', 'fused')
     layer = new(case)
     x = torch.randn(2, case.channels, 64, 64, requires_grad=True)
     layer(x)  # what a first forward makes

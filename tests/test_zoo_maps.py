@@ -7,6 +7,12 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from ws_mm.zoo import _maps
 
+
+@pytest.fixture(autouse=True)
+def fused(monkeypatch):
+    monkeypatch.setenv('WS_MM_KERNELS', 'fused')
+
+
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 

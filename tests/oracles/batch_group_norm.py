@@ -66,5 +66,6 @@ CASES = [
             dict(each_image=True),
             dict(unbiased=False),
         ),
+        saves=2,
     )
 ]

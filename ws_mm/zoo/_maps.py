@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import compat
-from ..kernels import choose, cpu, plain
+from ..kernels import cpu, for_activations, plain
 
 
 def moments_of_maps(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,9 +27,9 @@ def moments_of_maps(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def joined_moments(
-    mean: Tensor, var: Tensor, dim: int | tuple[int, ...]
+    mean: Tensor, var: Tensor, dim: int
 ) -> tuple[Tensor, Tensor]:
-    """Those of the maps along dimensions together; nothing cancels."""
+    """Those of the maps along one dimension together; nothing cancels."""
     spread, joined = torch.var_mean(mean, dim, correction=0, keepdim=True)
     return joined, var.mean(dim, keepdim=True) + spread
 
@@ -126,8 +126,8 @@ class _Affine(torch.autograd.Function):
 
 
 def _is_composed(x: Tensor) -> bool:
-    """Return whether compilers or transforms see each operation."""
-    return compat.is_recording() or choose(x) is plain
+    """Return whether eager operations run, for compilers or small maps."""
+    return compat.is_recording() or for_activations(x) is plain
 
 
 def _has_rows(x: Tensor) -> bool:

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from ..functional import largest_group_count
 from ._batch import BatchStatistics
-from ._maps import joined_moments, moments_of_maps
-from ._norm import per_channel
 
 
 @MODELS.register_module()
@@ -57,32 +55,14 @@ class BatchGroupNorm(BatchStatistics):
         # That of nn.GroupNorm, too, which is otherwise not used here.
         self.num_groups = num_groups
 
+    def _groups(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], self.num_groups, -1)
+
     def normalize(self, x: Tensor) -> Tensor:
         """BN of the groups, affine of the channels."""
-        moves = self.begin_forward(x)
-        if self.training:
-            count = x.numel() // self.num_groups
-            self.check_values(x, count)
-            mean, var = (
-                values.unflatten(1, (self.num_groups, -1))
-                for values in moments_of_maps(x)
-            )
-            mean, var = joined_moments(mean, var, (0, 2))
-            mean, var = mean.flatten(), var.flatten()
-            if moves:
-                unbiased = var * (count / (count - 1))
-                batch = dict(running_mean=mean, running_var=unbiased)
-                self.move_statistics(batch, self.momentum)
-        else:
-            mean, var = (values.flatten() for values in self.running(x))
-        size = self.num_features // self.num_groups
-        mean, var = (
-            per_channel(values.repeat_interleave(size), x)
-            for values in (mean, var)
-        )
-        return self.scaled_maps(x, mean, (var + self.eps).rsqrt())
+        y = self.batch_norm(self._groups(x), None, None)
+        return self.scaled(y.reshape(x.shape))
 
     def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
         """Mean and unbiased variance of each group."""
-        groups = input.reshape(input.shape[0], self.num_groups, -1)
-        return super().batch_statistics(groups)
+        return super().batch_statistics(self._groups(input))
