@@ -105,7 +105,7 @@ def finished(images, tmp_path_factory):
             # A stage of one pixel at one image: no batch statistics.
             dict(
                 task='vgg',
-                norm='BN',
+                norm=['BN', 'mean-only BN'],
                 options={
                     **own,
                     'model.stages': [1, 1, 1, 1, 1, 1],
@@ -121,7 +121,7 @@ def test_every_end_has_its_record(finished):
     found, bad = records.read_all(folder / 'out/records')
     assert not bad
     ends = {record['cell']['norm']: record for record in found}
-    assert set(ends) == {'BCN+WS', 'GN', 'BN'}, done.stdout
+    assert set(ends) == {'BCN+WS', 'GN', 'BN', 'mean-only BN'}, done.stdout
     good = ends['BCN+WS']
     assert good['status'] == 'done'
     assert good['metrics'][-1]['step'] == 12
@@ -143,8 +143,10 @@ def test_every_end_has_its_record(finished):
     assert 'at iteration' in ends['GN']['reason']
     assert ends['BN']['status'] == 'impossible'
     assert 'more than 1 value per channel' in ends['BN']['reason']
+    assert ends['mean-only BN']['status'] == 'impossible'
+    assert 'more than one value per' in ends['mean-only BN']['reason']
     assert done.returncode == 0
-    assert '[3/3]' in done.stdout
+    assert '[4/4]' in done.stdout
     assert 'left' in done.stdout
 
 

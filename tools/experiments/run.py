@@ -39,9 +39,9 @@ from support.files import read_scalars, write_text  # noqa: E402
 
 from ws_mm.singularities import FILE as SINGULARITIES  # noqa: E402
 
-# In a traceback, or in the message of train.py, which knows the error.
+# In a traceback, or in a message of train.py.
 FAILURE = re.compile(
-    rf'(?:ValueError: |Training stopped \()({IMPOSSIBLE.pattern})'
+    rf'(?:ValueError: |error: |Training stopped \()({IMPOSSIBLE.pattern})'
 )
 
 
