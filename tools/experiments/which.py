@@ -12,12 +12,10 @@ from experiments.tables import Records, of_task
 COST_CASE = 'layer1 1x64x200x336'
 
 
-def best(found: Records) -> tuple[str, float]:
-    """Final metric at the best learning rate, in words and as a number.
+def chosen(found: Records) -> tuple[float, list[float]]:
+    """The factor of the best learning rate, and what each seed reached.
 
-    In words also the spread over seeds and the factor of the learning rate,
-    or why there is no figure. Of rates with more seeds than others, one was
-    chosen before.
+    Of rates with more seeds than others, one was chosen before.
     """
     groups: dict[float, list[float]] = {}
     for record in found:
@@ -25,14 +23,24 @@ def best(found: Records) -> tuple[str, float]:
             factor = record['cell']['lr_factor']
             groups.setdefault(factor, []).append(record['metric'])
     if not groups:
-        return str(found[0]['status']) if found else '-', -inf
+        return 1.0, []
     factor = max(groups, key=lambda f: (len(groups[f]), mean(groups[f])))
-    values = groups[factor]
+    return factor, groups[factor]
+
+
+def best(found: Records) -> str:
+    """Final metric at the best learning rate, or why there is none.
+
+    Behind it the spread over seeds and the factor of the learning rate.
+    """
+    factor, values = chosen(found)
+    if not values:
+        return str(found[0]['status']) if found else '-'
     digits = 1 if max(values) > 1 else 3  # percent, or AP
     words = f'{mean(values):.{digits}f}'
     if len(values) > 1:
         words += f' ± {stdev(values):.{digits}f} (n={len(values)})'
-    return f'{words} x{factor:g}', mean(values)
+    return f'{words} x{factor:g}'
 
 
 def which_table(found: Records, cost: Path) -> str:
@@ -60,25 +68,26 @@ def which_table(found: Records, cost: Path) -> str:
     labels = list(dict.fromkeys(cell['label'] for cell in cells))
     rows = [
         [
-            best(
-                [
-                    record
-                    for record in of_task(found, tasks[task])
-                    if record['cell']['label'] == label
-                    and record['cell']['images'] == images
-                ]
-            )
+            [
+                record
+                for record in of_task(found, tasks[task])
+                if record['cell']['label'] == label
+                and record['cell']['images'] == images
+            ]
             for task, images in columns
         ]
         for label in labels
     ]
-    tops = [
-        max(value for _, value in column) for column in zip(*rows, strict=True)
-    ]
+
+    def figure(cell: Records) -> float:
+        values = chosen(cell)[1]
+        return mean(values) if values else -inf
+
+    tops = [max(map(figure, column)) for column in zip(*rows, strict=True)]
     for label, row in zip(labels, rows, strict=True):
         words = [
-            f'**{word}**' if value == top > -inf else word
-            for (word, value), top in zip(row, tops, strict=True)
+            f'**{best(cell)}**' if figure(cell) == top > -inf else best(cell)
+            for cell, top in zip(row, tops, strict=True)
         ]
         words += [ratio(costs, label, key) for key in ('ms', 'saved_bytes')]
         words.append(PUBLISHED.get(label, '-'))
