@@ -33,6 +33,22 @@ def test_gradients_of_both_orders(images, layout):
         assert check(_maps.affine_of_maps, (x, *numbers))
 
 
+@pytest.mark.parametrize('size', [(), (1, 1), (3, 2)])
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_sums_around_one_center_of_all_maps(layout, size):
+    x, grad = random(1, 8, *size).detach(), random(1, 8, *size).detach() + 1
+    if size:
+        x = x.to(memory_format=layout)
+    center = torch.tensor(3.0, dtype=x.dtype)
+    with torch.no_grad():
+        found = _maps.sums_of_maps(
+            grad, x, center.expand(1, 8, *[1] * len(size))
+        )
+    for sums, values in zip(found, (grad * (x - 3), grad), strict=True):
+        right = values.reshape(1, 8, -1).sum(2)
+        assert torch.allclose(sums.view(1, 8), right)
+
+
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_moments_far_from_zero(layout):
     x = (random(1, 5, 40, 30).detach() + 1000).float()

@@ -68,7 +68,9 @@ def sums_of_maps(
         if not x.is_contiguous():
             layout = torch.channels_last
         rows = cpu.as_rows(grad.contiguous(memory_format=layout))
-        sums = cpu.row_sums(rows, cpu.as_rows(x), center.flatten())
+        # The kernel does not look at strides, such as those of an expand.
+        middle = center.flatten().contiguous()
+        sums = cpu.row_sums(rows, cpu.as_rows(x), middle)
         return sums[0].view(center.shape), sums[1].view(center.shape)
     product = grad * (x - center)
     if x.dim() == 2:
