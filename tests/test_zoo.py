@@ -428,6 +428,9 @@ def test_without_affine(case):
 
 
 @norms
+@pytest.mark.skipif(
+    not oracles.RECENT_COMPILER, reason='older versions of torch save more'
+)
 def test_saves_what_it_says(case, monkeypatch):
     monkeypatch.setenv('WS_MM_KERNELS', 'fused')
     layer = new(case)

@@ -112,10 +112,8 @@ class BatchRenorm(RunningNorm):
 
     def _correction(self, mean: Tensor, std: Tensor) -> tuple[Tensor, ...]:
         """The constants r and d of a batch that has been counted."""
-        center, scale = (
-            per_channel(values.to(std.dtype), std)
-            for values in (self.previous_mean, self.previous_std)
-        )
+        center = per_channel(self.previous_mean.to(std.dtype), std)
+        scale = per_channel(self.previous_std.to(std.dtype), std)
         forwards = self.num_forwards - 1
         done = (forwards // self.accumulative_counts - self.warmup).to(std)
         lengths = self.r_steps - self.warmup, self.d_steps - self.warmup

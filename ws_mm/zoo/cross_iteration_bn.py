@@ -100,8 +100,8 @@ class CrossIterationBN(BatchStatistics):
 
     def _over_iterations(self, x: Tensor) -> tuple[Tensor, Tensor]:
         moves = self.begin_forward(x)
-        of_batch = joined_moments(*moments_of_maps(x), 0)
-        mean, var = (values.flatten() for values in of_batch)
+        mean, var = joined_moments(*moments_of_maps(x), 0)
+        mean, var = mean.flatten(), var.flatten()
         leaves, groups = weight_of(x)
         weight = rows(leaves, groups).to(x.dtype) if leaves else mean
         if moves:

@@ -67,10 +67,9 @@ class EvoNormS0(_EvoNorm):
     def activated(self, x: Tensor, linear: Tensor | None = None) -> Tensor:
         """Apply the whole formula."""
         check_group_size(x, self.num_groups, 'EvoNormS0')
-        mean, var = (
-            values.unflatten(1, (self.num_groups, -1))
-            for values in moments_of_maps(x)
-        )
+        groups = 1, (self.num_groups, -1)
+        mean, var = moments_of_maps(x)
+        mean, var = mean.unflatten(*groups), var.unflatten(*groups)
         std = (joined_moments(mean, var, 2)[1] + self.eps).sqrt()
         std = std.expand_as(mean).flatten(1, 2)
         gate = torch.sigmoid(per_channel(self.v.to(x.dtype), x) * x)

@@ -25,8 +25,8 @@ class GroupNorm1(Norm):
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize each image."""
         check_group_size(x, 1, 'GroupNorm1')
-        weight, bias = (
-            None if values is None else values.to(x.dtype)
-            for values in (self.weight, self.bias)
-        )
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        if weight is not None and bias is not None:
+            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         return F.group_norm(x, 1, weight, bias, self.eps)

@@ -104,11 +104,11 @@ class MABN(RunningNorm):
         ratio = (self.previous_var + self.eps).rsqrt() / inverse
         begins = self.iterations <= self.renorm_iters
         ratio = torch.where(begins, 1.0, ratio.clamp(1 / 5, 5))
-        scales = inverse.to(x.dtype), ratio.to(x.dtype)
         output: Tensor = _MovingGradient.apply(
             x,
             *(self.weight, self.bias),
-            *(per_channel(values, x) for values in scales),
+            per_channel(inverse.to(x.dtype), x),
+            per_channel(ratio.to(x.dtype), x),
             self._is_early(),
             self.gradients,
         )
