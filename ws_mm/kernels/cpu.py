@@ -260,6 +260,8 @@ def row_sums(
     Batch norm's backward returns them as the gradients of its scale and
     shift when the reciprocal standard deviation is 1.
     """
+    # The kernel does not look at strides, such as those of an expand.
+    mean = mean.contiguous()
     one = torch.ones_like(mean)
     _, product, total = aten.native_batch_norm_backward(
         grad,

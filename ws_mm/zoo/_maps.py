@@ -14,6 +14,11 @@ from .. import compat
 from ..kernels import cpu, for_activations, plain
 
 
+def shape_per_map(x: Tensor) -> tuple[int, ...]:
+    """The shape (N, C, 1, ...) of one number per map."""
+    return *x.shape[:2], *[1] * (x.dim() - 2)
+
+
 def moments_of_maps(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each map, of shape (N, C, 1, ...)."""
     if x.dim() == 2:
@@ -47,7 +52,7 @@ def affine_of_maps(
     """
     if _is_composed(x):
         return (x - center) * scale + shift
-    shape = *x.shape[:2], *[1] * (x.dim() - 2)
+    shape = shape_per_map(x)
     numbers = (values.expand(shape) for values in (center, scale, shift))
     output: Tensor = _Affine.apply(x, *numbers)
     return output
@@ -68,9 +73,7 @@ def sums_of_maps(
         if not x.is_contiguous():
             layout = torch.channels_last
         rows = cpu.as_rows(grad.contiguous(memory_format=layout))
-        # The kernel does not look at strides, such as those of an expand.
-        middle = center.flatten().contiguous()
-        sums = cpu.row_sums(rows, cpu.as_rows(x), middle)
+        sums = cpu.row_sums(rows, cpu.as_rows(x), center.flatten())
         return sums[0].view(center.shape), sums[1].view(center.shape)
     product = grad * (x - center)
     if x.dim() == 2:
@@ -84,7 +87,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        shape = *x.shape[:2], *[1] * (x.dim() - 2)
+        shape = shape_per_map(x)
         if _has_rows(x):
             mean, var, _ = cpu.instance_moments(x)
         else:

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from ..arguments import check_count
 from ..kernels.plain import at_least_float32, moved
 from ..running_statistics import values_per_channel
-from ._maps import joined_moments, moments_of_maps, sums_of_maps
+from ._maps import (
+    joined_moments,
+    moments_of_maps,
+    shape_per_map,
+    sums_of_maps,
+)
 from ._norm import RunningNorm, fold, per_channel
 
 
@@ -188,8 +193,7 @@ class _MovingGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, inverse, ratio, is_early = ctx.saved_tensors
-        shape = *x.shape[:2], *[1] * (x.dim() - 2)
-        center = x.new_zeros(()).expand(shape)
+        center = x.new_zeros(shape_per_map(x))
         product, total = (
             values.sum(0) for values in sums_of_maps(grad, x, center)
         )
