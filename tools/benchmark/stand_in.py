@@ -23,6 +23,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import GPUDriver
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -130,7 +131,7 @@ def needs(kernel: Any) -> Needs:
     """Registers, spilled bytes, share of threads that fit, vector width."""
     assembly = kernel.asm['ptx']
     target = re.search(r'\.target (\w+)', assembly).group(1)
-    ptxas = Path(triton.__file__).parent / 'backends/nvidia/bin/ptxas'
+    ptxas = get_ptxas(kernel.metadata.target.arch).path
     with tempfile.NamedTemporaryFile('w', suffix='.ptx') as file:
         file.write(assembly)
         file.flush()
