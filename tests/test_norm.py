@@ -121,6 +121,28 @@ def test_activation_checkpointing_moves_the_estimates_once(
         assert torch.equal(values, twin.get_buffer(name))
 
 
+@pytest.mark.parametrize('use_reentrant', [False, True])
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+def test_several_calls_in_one_checkpointed_backward_warn(
+    mode, use_reentrant, monkeypatch
+):
+    monkeypatch.setattr(running_statistics, '_reported', [])
+    layer = randomized(12, 4, mode=mode)
+    for calls in (1, 1, 2):
+        assert not running_statistics._reported
+        outputs = [
+            checkpoint(
+                layer,
+                make_input().requires_grad_(),
+                use_reentrant=use_reentrant,
+            )
+            for _ in range(calls)
+        ]
+        sum(outputs).backward(make_input())
+    told = ''.join(running_statistics._reported)
+    assert ('with_cp=False' in told) == (mode == 'estimate')
+
+
 def test_half_keeps_the_estimates_in_float32():
     layer = BCN(12, 4)
     layer.running_mean.uniform_()

@@ -79,6 +79,8 @@ class RunningStatistics(nn.Module):
     # Values per channel that moved the statistics in this iteration, if
     # SyncEstimatesHook asks for them.
     values_seen: ValueCount | None = None
+    # Forwards that moved the statistics since the last recomputed one.
+    _moves = 0
 
     # Their names: the compiler of torch 2.1 reads no dict of a class.
     _names: ClassVar[tuple[str, ...]] = ()
@@ -146,8 +148,15 @@ class RunningStatistics(nn.Module):
         # Activation checkpointing repeats the forward inside the backward.
         # A compiler decides itself what it recomputes, and keeps updates out.
         recomputed = not compat.is_compiling() and compat.is_backward()
-        if not self.training or recomputed:
+        if not self.training:
             return False
+        if recomputed:
+            if self.estimating and self._moves > 1:
+                _report_moved_again(type(self).__name__)
+            self._moves = 0
+            return False
+        if not compat.is_compiling():  # a compiler takes it for a constant
+            self._moves += 1
         if self.estimating:
             if self.values_seen is None:
                 _report_unsynchronized(type(self).__name__)
@@ -380,6 +389,16 @@ def report_once(message: str) -> bool:
     _reported.append(message)
     print_log(message, logger='current', level=logging.WARNING)
     return True
+
+
+def _report_moved_again(kind: str) -> None:
+    report_once(
+        f'A {kind} layer was called several times before a backward that '
+        'computes it again (activation checkpointing). Its estimates moved '
+        'with each call. If the loss has more than the last one, as in '
+        'semi-supervised training, gradients are not exact. Set '
+        'with_cp=False in this part, and no activation_checkpointing'
+    )
 
 
 # While it traces, a compiler runs this and puts nothing into its graph.
