@@ -14,7 +14,6 @@ from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
 
-import ws_mm
 from ws_mm.config_layers import has_same_weights
 
 KEEPING = ['WNConv2d', 'AdaptiveWSConv2d']
@@ -104,12 +103,41 @@ def test_a_layer_keeps_the_gradient_of_plain_filters(name):
         assert torch.allclose(layer.weight.grad[0], plain.weight.grad[0])
 
 
+@pytest.mark.parametrize('old', ['WSConv2d', 'CenteredConv2d'])
 @pytest.mark.parametrize('name', KEEPING)
-def test_checkpoints_of_standardized_filters_keep_their_function(name):
-    old = ws_mm.WSConv2d(6, 8, 3).double()
-    layer = build(name)
-    layer.load_state_dict(old.state_dict())
+def test_checkpoints_of_other_filters_keep_their_function(name, old, said):
+    old, layer = build(old), build(name)
+    old.weight.data += 1
+    state = old.state_dict()
+    layer.load_state_dict(state)
     assert relative_error(layer(image()), old(image())) <= EXACT
+    assert not said
+    # As mmengine hands on the part of a checkpoint that has a prefix.
+    layer.load_state_dict({**state})
+    assert 'without a prefix' in said[0]
+
+
+@pytest.mark.parametrize(
+    ('old', 'new', 'text'),
+    [
+        ('CenteredConv2d', 'WSConv2d', 'trained standardized'),
+        ('WSConv2d', 'CenteredConv2d', 'trained centered'),
+        ('Conv2d', 'CenteredConv2d', 'trained centered'),
+        ('CenteredConv2d', 'CenteredConv2d', None),
+    ],
+)
+def test_filters_of_another_kind_warn(old, new, text, said):
+    old = filters() if old == 'Conv2d' else build(old)
+    build(new).load_state_dict(old.state_dict())
+    assert [text in line for line in said] == ([True] if text else [])
+
+
+def test_centered_filters_may_be_scaled():
+    layer = build('CenteredConv2d')
+    before = layer(image()) - layer.bias.view(-1, 1, 1)
+    layer.weight = nn.Parameter(2 * layer.weight.detach())
+    after = layer(image()) - layer.bias.view(-1, 1, 1)
+    assert relative_error(after, 2 * before) <= EXACT
 
 
 def test_scaled_ws_reports_what_a_checkpoint_lacks(said):

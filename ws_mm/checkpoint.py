@@ -21,6 +21,8 @@ CONVERTER = (
 # Version of the state of a standardized convolution. torch writes it into
 # every state dict, so that its filters can be told from plain ones.
 STANDARDIZED = 2
+# Version of the state of a centered one; deformable ones have 3.
+CENTERED = 4
 
 
 @CheckpointLoader.register_scheme(  # type: ignore[untyped-decorator]

@@ -20,7 +20,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from .arguments import check_choice, check_eps, reject_unknown
-from .checkpoint import STANDARDIZED
+from .checkpoint import CENTERED, STANDARDIZED
 from .compat import autocast_dtype
 from .functional import (
     EPS_MODES,
@@ -37,6 +37,15 @@ class _WeightStandardized(nn.modules.conv._ConvNd):
     """Base of all classes; each also names its torch base."""
 
     _version = STANDARDIZED
+    _unknown_filters = (
+        'the checkpoint does not say that its filters were trained '
+        'standardized, as those of ws_mm do. A plain BN or GN network '
+        'computes something else under WS, and its names and shapes cannot '
+        'show it. Right are BN+WS, GN+WS and BCN+WS networks, such as '
+        'open-mmlab://jhu/resnet50_gn_ws; of a plain ResNet, a start for '
+        'training is made by: python '
+        'tools/model_converters/convert_checkpoint.py OLD NEW --approximate'
+    )
     _loading = False
     # Whether plain filters that are loaded compute here what they did.
     keeps_plain = False
@@ -141,21 +150,24 @@ class _WeightStandardized(nn.modules.conv._ConvNd):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, *args: Any
     ) -> None:
-        version = metadata.get('version') or 1
         # What no plain convolution has: these filters are of such a layer.
         own = {*self._parameters, *self._buffers} - {'weight', 'bias'}
         if (
             f'{prefix}weight' in state_dict
-            and version < STANDARDIZED
+            and not self._fits(metadata.get('version') or 1)
             and not any(f'{prefix}{name}' in state_dict for name in own)
         ):
-            _report_unknown_filters(prefix[:-1], args[-1])
+            report_filters(self._unknown_filters, prefix[:-1], args[-1])
         # load_state_dict(assign=True) may assign any values.
         self._loading = True
         try:
             super()._load_from_state_dict(state_dict, prefix, metadata, *args)
         finally:
             del self._loading
+
+    def _fits(self, version: int) -> bool:
+        """Return whether filters of this version mean the same here."""
+        return STANDARDIZED <= version < CENTERED
 
     @torch.no_grad()
     def _is_scaled(self, before: Tensor | None, after: Tensor) -> bool:
@@ -312,19 +324,19 @@ class WSConvTranspose3d(_TransposedWeightStandardized, nn.ConvTranspose3d):
 _reported: list[list[str]] = []
 
 
-def _report_unknown_filters(name: str, errors: list[str]) -> None:
-    """Warn once per checkpoint; each load has its own list of errors."""
+def report_filters(
+    text: str, name: str, errors: list[str], level: int = logging.WARNING
+) -> None:
+    """Say it once per checkpoint; each load has its own list of errors.
+
+    Args:
+        text: what the filters are.
+        name: name of the first such layer.
+        errors: the list of this load.
+        level: level of the message.
+    """
     if _reported and _reported[0] is errors:
         return
     _reported[:] = [errors]
-    print_log(
-        f'{name or "this convolution"}: the checkpoint does not say that its '
-        'filters were trained standardized, as those of ws_mm do. A plain BN '
-        'or GN network computes something else under WS, and its names and '
-        'shapes cannot show it. Right are BN+WS, GN+WS and BCN+WS networks, '
-        'such as open-mmlab://jhu/resnet50_gn_ws; of a plain ResNet, a start '
-        'for training is made by: python '
-        'tools/model_converters/convert_checkpoint.py OLD NEW --approximate',
-        logger='current',
-        level=logging.WARNING,
-    )
+    name = name or 'this convolution'
+    print_log(f'{name}: {text}', logger='current', level=level)

@@ -1,6 +1,7 @@
 """The base of filters that keep the function of plain ones."""
 
 import inspect
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import reject_unknown
-from ..checkpoint import STANDARDIZED
-from ..conv import WSConv2d
+from ..checkpoint import CENTERED
+from ..conv import WSConv2d, report_filters
 from ..functional import standardize_weight
 
 
@@ -22,10 +23,17 @@ class Filters(WSConv2d):
 
     State: a checkpoint with ``weight`` alone is given these values when it
         is loaded. One of a WS network is standardized first, with the default
-        eps: the function stays.
+        eps, one of centered filters centered: the function stays. If it has
+        no versions of its layers, it counts as plain, with a message.
     """
 
     keeps_plain = True
+    _of_no_version = (
+        'the checkpoint has no versions of its layers (a prefix in init_cfg '
+        'drops them), and its filters are taken for plain ones. If they were '
+        'trained standardized, they compute something else here: load such a '
+        'checkpoint without a prefix'
+    )
 
     def values_of(self, weight: Tensor) -> dict[str, Tensor]:
         """The own values with which the layer computes these filters."""
@@ -40,9 +48,16 @@ class Filters(WSConv2d):
         if weight is not None and not any(
             f'{prefix}{name}' in state_dict for name in own
         ):
-            if (metadata.get('version') or 1) >= STANDARDIZED:
+            version = metadata.get('version')
+            if version is None:
+                report_filters(
+                    self._of_no_version, prefix[:-1], args[-1], logging.INFO
+                )
+            elif version == CENTERED:
+                weight = weight - weight.mean((1, 2, 3), keepdim=True)
+            elif self._fits(version):
                 weight = standardize_weight(weight)
-                state_dict[f'{prefix}weight'] = weight
+            state_dict[f'{prefix}weight'] = weight
             for name, values in self.values_of(weight).items():
                 state_dict[f'{prefix}{name}'] = values
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)

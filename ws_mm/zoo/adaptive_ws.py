@@ -31,7 +31,7 @@ class AdaptiveWSConv2d(Filters, nn.Conv2d):
         behind it takes the scale out.
     State: as ``nn.Conv2d``, and buffers ``weight_gamma``, ``weight_beta`` of
         shape (out_channels, 1, 1, 1), which ``half()`` does not round. A
-        checkpoint without them, plain or standardized, keeps its function.
+        checkpoint without them keeps its function, see ``Filters``.
 
     Args: those of :class:`~ws_mm.conv.WSConv2d`; ``eps_mode`` is 'inside'.
 

@@ -6,6 +6,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from ..checkpoint import CENTERED
 from ..conv import WSConv2d
 from ..kernels.plain import at_least_float32
 from ._filters import reject_others
@@ -20,10 +21,16 @@ class CenteredConv2d(WSConv2d):
 
     Convention: a ``nn.Conv2d`` in arguments, initial values and state, where
         the authors' has bias=False. The scale of the filters counts: those of
-        a WS network mean something else here.
+        a WS network mean something else here, and loading them warns.
 
     Source: arXiv 2001.06838; github.com/megvii-model/MABN, ``CenConv2d``.
     """
+
+    _version = CENTERED
+    _unknown_filters = (
+        'the checkpoint does not say that its filters were trained centered. '
+        'Those of a plain or a WS network compute something else here'
+    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         reject_others(CenteredConv2d, kwargs)
@@ -34,6 +41,12 @@ class CenteredConv2d(WSConv2d):
         weight = at_least_float32(self.weight)
         centered = weight - weight.mean((1, 2, 3), keepdim=True)
         return centered.to(dtype or self.weight.dtype)
+
+    def _fits(self, version: int) -> bool:
+        return version == CENTERED
+
+    def _is_scaled(self, before: Tensor | None, after: Tensor) -> bool:
+        return False  # a scale stays one
 
     def extra_repr(self) -> str:
         """Constructor arguments."""
