@@ -144,7 +144,8 @@ def test_a_batch_norm_of_one_value(examined) -> None:
 @pytest.mark.parametrize(
     ('norm', 'said'),
     [
-        ('GN', 'do not train, and are as they were built'),
+        ('GN', 'GroupNorm layers do not train, and are as they were built'),
+        ('ws_mm.FRN', 'FRN layers do not train, and are as they were built'),
         ('ws_mm.BCN', 'These BCN layers are in eval mode'),
     ],
 )

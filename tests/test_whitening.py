@@ -72,3 +72,13 @@ def test_wrong_arguments_are_named_with_the_key(name, wrong):
         ValueError, match=rf'{argument}={value!r} must.*norm_cfg'
     ):
         getattr(ws_mm.zoo, name)(8, **wrong)
+
+
+def test_iter_norm_is_measured_exactly_under_autocast():
+    torch.manual_seed(0)
+    x = 1.5 * torch.randn(1, 8, 200, 200)
+    layer = ws_mm.zoo.IterNorm(8)
+    expected = layer.batch_statistics(x)
+    with torch.autocast('cpu', torch.bfloat16):
+        found = layer.batch_statistics(x)
+    assert torch.equal(found['running_cov'], expected['running_cov'])

@@ -188,6 +188,16 @@ def test_decay_of_gains_is_set_by_their_name(name):
         assert decay[id(parameter)] == (0 if key == 'gain' else 0.5), key
 
 
+def test_weight_norm_of_zeros_learns_as_plain_filters():
+    plain, layer = filters(), build('WNConv2d')
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(plain.weight)
+    direction = image(8, 5)
+    for conv in (plain, layer):
+        conv(image()).backward(direction)
+    assert relative_error(layer.weight.grad, plain.weight.grad) <= EXACT
+
+
 def test_weight_norm_starts_as_he_whatever_fills_the_weight():
     layer = build('WNConv2d')
     nn.init.normal_(layer.weight, std=7)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comparison import HALF_ON_CPU, disagreements, relative_error
+from mmengine.runner.checkpoint import load_state_dict
 from oracles import RECENT_COMPILER
 from oracles.cross_iteration_bn import MOMENTUM, oracle, within
 from torch import Tensor, nn
@@ -199,11 +200,28 @@ def test_without_a_weight_it_is_batch_norm_and_says_so(run, monkeypatch):
         y.backward(direction)
         expected.backward(direction)
         assert relative_error(x.grad, twin.grad) < EXACT
-    assert layer._window == []
+    # Without gradients, as update_estimates runs it, all goes on.
+    assert len(layer._window) == (run is without)
     for _ in range(2):
-        run(conv, layer, x)
-    (line,) = lines
-    assert 'plain BN' in line
+        y = run(conv, layer, x)
+        if y.requires_grad:
+            y.backward(direction)
+    assert ['plain BN' in line for line in lines] == (run is not without) * [
+        True
+    ]
+
+
+def test_a_loaded_state_begins_a_new_window():
+    torch.manual_seed(0)
+    conv, layer = nn.Conv2d(C, C, 1, bias=False).double(), cross()
+    state = layer.state_dict()
+    layer(conv(images()))
+    layer.load_state_dict(state)
+    layer(conv(images(seed=1)))
+    assert len(layer._window) == 1
+    conv, layer = conv.float(), layer.float()
+    layer(conv(images(seed=2).float()))  # none of another dtype
+    assert len(layer._window) == 1
 
 
 def test_schedule_of_the_paper():
@@ -236,6 +254,30 @@ def test_batch_renorm_takes_the_place_of_a_batch_norm():
     new = ws_mm.convert(model, norm=dict(type='ws_mm.BatchRenorm'))
     assert type(new[1]) is BatchRenorm
     assert relative_error(new(images()), model(images())) < EXACT
+
+
+# How far it may evaluate from the batch norm; five Newton iterations end
+# before the root.
+@pytest.mark.parametrize(
+    ('name', 'within'), [('BatchRenorm', EXACT), ('IterNorm', 0.05)]
+)
+@pytest.mark.parametrize('load', [load_state_dict, nn.Module.load_state_dict])
+def test_the_checkpoint_of_a_batch_norm_keeps_its_function(name, within, load):
+    torch.manual_seed(0)
+    old = nn.Sequential(nn.BatchNorm2d(C)).double()
+    nn.init.uniform_(old[0].weight)
+    for number in range(30):
+        old(0.2 * images(seed=number) + 1)
+    new = nn.Sequential(getattr(ws_mm.zoo, name)(C)).double()
+    state = old.state_dict()
+    load(new, state, strict=False)
+    assert 'running_var' in ''.join(state)
+    x = 0.2 * images() + 1
+    assert relative_error(new.eval()(x), old.eval()(x)) < within
+    # Its own is not taken for one.
+    own = {k: 1.5 * v for k, v in new.state_dict().items()}
+    new.load_state_dict(own)
+    assert all(torch.equal(v, own[k]) for k, v in new.state_dict().items())
 
 
 def online(**options) -> OnlineNorm:

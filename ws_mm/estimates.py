@@ -69,8 +69,9 @@ def update_estimates(
         forward: function that runs the model, ``forward(model, batch)``.
 
     Raises:
-        ValueError: the loader gave no batch, or none reached a layer. As
-            after any other error, nothing has changed then.
+        ValueError: the loader gave no batch, none reached a layer, or no
+            value was finite. As after any other error, nothing has changed
+            then.
     """
     measured = measure(
         model, loader, device, num_batches=num_batches, forward=forward
@@ -125,6 +126,13 @@ def measure(
         for layer, each in running.items()
         if each.count.any()
     }
+    if not found and any(each.calls for each in running.values()):
+        raise ValueError(
+            f'no layer with running statistics saw a finite value in {taken} '
+            'batches: inputs of the layers are empty, infinite or NaN. The '
+            'statistics are as they were. Check the images and the weights of '
+            'the model; under autocast with float16, values overflow at 65504'
+        )
     if not found:
         raise ValueError(
             f'the loader gave {taken} batches, and none reached a layer with '

@@ -214,7 +214,7 @@ def frozen_problems(model: nn.Module) -> list[str]:
     inner: Any = model.module if is_model_wrapper(model) else model
     names: dict[str, list[str]] = {}
     untrained: dict[str, list[str]] = {}
-    groups = []
+    groups: dict[str, list[str]] = {}
     for name, module in inner.named_modules():
         if isinstance(module, RunningStatistics):
             if module.training and not module.continues_batch_norm:
@@ -223,7 +223,7 @@ def frozen_problems(model: nn.Module) -> list[str]:
                 found = untrained if module.training else names
                 found.setdefault(type(module).__name__, []).append(name)
         elif isinstance(module, nn.GroupNorm) and _is_frozen_as_built(module):
-            groups.append(name)
+            groups.setdefault(type(module).__name__, []).append(name)
     problems = [
         f'These {kind} layers are in eval mode while the model trains, '
         f'and have never learned any estimates: {", ".join(found)}. They '
@@ -240,14 +240,13 @@ def frozen_problems(model: nn.Module) -> list[str]:
         "such as dict(type='GN', num_groups=32)"
         for kind, found in untrained.items()
     ]
-    if groups:
-        problems.append(
-            f'These {len(groups)} GroupNorm layers do not train, and are as '
-            f'they were built: {first_names(groups)}. So the '
-            'convolutions before them may stay random. Set frozen_stages=-1 '
-            'in the config of this part, or start it from a checkpoint '
-            '(init_cfg)'
-        )
+    problems += [
+        f'These {len(found)} {kind} layers do not train, and are as they were '
+        f'built: {first_names(found)}. So the convolutions before them may '
+        'stay random. Set frozen_stages=-1 in the config of this part, or '
+        'start it from a checkpoint (init_cfg)'
+        for kind, found in groups.items()
+    ]
     return problems
 
 

@@ -1,6 +1,7 @@
 """The bases of the norms in this folder."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -212,6 +213,36 @@ class RunningNorm(RunningStatistics, Norm):
             self.reset_running_stats()
         if 'num_forwards' in self._buffers:
             self.get_buffer('num_forwards').zero_()
+
+    def of_batch_norm(self, mean: Tensor, var: Tensor) -> dict[str, Tensor]:
+        """Own statistics that evaluate as those of a batch norm, if any."""
+        return {}
+
+    @classmethod
+    def from_norm(
+        cls, norm: Any, arguments: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Make a layer for the place of a norm; see the base."""
+        layer, values = super().from_norm(norm, arguments)
+        if getattr(norm, 'running_var', None) is not None:
+            moments = norm.running_mean, norm.running_var
+            values |= layer.of_batch_norm(*moments)
+        return layer, values
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, *args: Any
+    ) -> None:
+        # Whose statistics are not all there, it is a batch norm's.
+        names = [f'{prefix}running_{name}' for name in ('mean', 'var')]
+        if any(f'{prefix}{name}' not in state_dict for name in self._names):
+            moments = [state_dict[k] for k in names if k in state_dict]
+            if [v.shape for v in moments] == 2 * [(self.num_features,)]:
+                own = self.of_batch_norm(*moments)
+                if own and 'running_var' not in self._names:
+                    del state_dict[names[1]]
+                for name, values in own.items():
+                    state_dict[f'{prefix}{name}'] = values
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def running(self, x: Tensor) -> tuple[Tensor, ...]:
         """Copies of the statistics, in their order, per channel of x.

@@ -1,6 +1,5 @@
 """Batch Renormalization (arXiv 1702.03275)."""
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -31,8 +30,8 @@ class BatchRenorm(RunningNorm):
         y = weight * (x - running_mean) / running_std + bias
 
     Convention: algorithm 1 of the paper, and its schedule. The variance is
-        biased, and running_std contains eps. A BatchNorm that it replaces
-        gives running_std its sqrt(running_var + eps).
+        biased, and running_std contains eps. A BatchNorm that it replaces,
+        or whose checkpoint it loads, gives sqrt(running_var + eps).
     State: as its base, ``running_mean``, ``running_std``, both before their
         last move as ``previous_mean`` and ``previous_std``, for a recomputed
         forward, and ``num_forwards``, the number of training forwards.
@@ -130,16 +129,9 @@ class BatchRenorm(RunningNorm):
         std = (found['running_var'] + self.eps).sqrt()
         return dict(running_mean=found['running_mean'], running_std=std)
 
-    @classmethod
-    def from_norm(
-        cls, norm: nn.Module, arguments: Mapping[str, Any]
-    ) -> 'tuple[BatchRenorm, dict[str, Tensor]]':
-        """Make one for the place of a norm; see Convention."""
-        layer, values = super().from_norm(norm, arguments)
-        var: Any = getattr(norm, 'running_var', None)
-        if var is not None:
-            values['running_std'] = (var + layer.eps).sqrt()
-        return layer, values
+    def of_batch_norm(self, mean: Tensor, var: Tensor) -> dict[str, Tensor]:
+        """Take the root, which contains eps here."""
+        return dict(running_mean=mean, running_std=(var + self.eps).sqrt())
 
     def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
         """Scale and shift of evaluation."""

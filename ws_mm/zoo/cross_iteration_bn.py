@@ -53,14 +53,15 @@ class CrossIterationBN(BatchStatistics):
         gives w, the parameter of a plain or standardized convolution.
         Only a cast may lie between the two layers.
     No weight: it is plain BN, after one warning, and the window begins anew:
-        without gradients, after another layer or a frozen convolution, in
-        ``torch.compile`` and in reentrant checkpoints (``with_cp``).
+        after another layer or a frozen convolution, in ``torch.compile`` and
+        in reentrant checkpoints (``with_cp``). Without gradients it is plain
+        BN, too, and the window stays.
     Iterations: each training forward is one, also under gradient
         accumulation. A head that pyramid levels share would mix their
         statistics: use GN there.
     State: as its base, and ``num_forwards``. The window, twice the size of w
-        for each iteration, is not in the state dict: after a resume it fills
-        again. Each training forward costs two more gradients of w.
+        for each iteration, is not in the state dict: after loading one it
+        fills again. Each training forward costs two more gradients of w.
 
     Args: those of :class:`~ws_mm.zoo._batch.BatchStatistics`, and
         window: number of iterations, this one included.
@@ -86,6 +87,7 @@ class CrossIterationBN(BatchStatistics):
         super().reset_parameters()
         # The first is that of the last forward, which may be recomputed.
         self._window: list[Past] = []
+        self._is_plain = False
         # num_forwards: to read it from a device waits for the device.
         self._count: int | None = None
 
@@ -109,6 +111,9 @@ class CrossIterationBN(BatchStatistics):
             unbiased = var * (count / (count - 1))
             batch = dict(running_mean=mean, running_var=unbiased)
             self.move_statistics(batch, self.momentum)
+            self._is_plain = not torch.is_grad_enabled()
+            if self._is_plain:
+                return mean, var
             if not leaves:
                 _report_no_weight()
             elif not self._burns_in():
@@ -121,12 +126,15 @@ class CrossIterationBN(BatchStatistics):
                     slopes.append(rows(slope, groups) / count**0.5)
                     past.append(v.detach() - (slopes[-1] * weight).sum(1))
                 self._window.insert(0, Past(*past, *slopes))
-            like = weight.shape, weight.device  # none is, without a weight
+            like = _kind(weight)  # none is, without a weight
             self._window = [
                 past
                 for past in self._window[: self.window]
-                if (past.dmean.shape, past.dmean.device) == like
+                if _kind(past.dmean) == like
             ]
+        elif self._is_plain:  # so was the forward that is recomputed
+            _report_no_weight()
+            self._window = []
         return averaged(mean, var, self._window[1:], weight)
 
     def _burns_in(self) -> bool:
@@ -139,7 +147,7 @@ class CrossIterationBN(BatchStatistics):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._count = None
+        self._window, self._count = [], None
 
 
 def averaged(
@@ -196,6 +204,10 @@ def rows(weights: Sequence[Tensor], groups: int) -> Tensor:
     return torch.cat([v.reshape(len(v), -1) for v in filters], 1)
 
 
+def _kind(v: Tensor) -> tuple[object, ...]:
+    return v.shape, v.device, v.dtype
+
+
 def _filters(weight: Tensor, groups: int) -> Tensor:
     return swap_channels(weight, groups) if groups else weight
 
@@ -204,7 +216,7 @@ def _filters(weight: Tensor, groups: int) -> Tensor:
 def _report_no_weight() -> bool:
     return report_once(
         'CrossIterationBN found no trained weight of a convolution right '
-        'before it, and is plain BN there: without gradients, in '
-        'torch.compile, in a reentrant activation checkpoint (with_cp=True), '
-        'after another layer or a frozen convolution'
+        'before it, and is plain BN there: in torch.compile, in a reentrant '
+        'activation checkpoint (with_cp=True), after another layer or a '
+        'frozen convolution'
     )

@@ -36,8 +36,8 @@ class IterNorm(RunningNorm):
     Convention: the authors' code averages the whitening matrix; here it is
         the covariance. It is linear in the values, so that weighted means
         over batches (``update_estimates``) have a meaning, and the authors
-        report it to be more stable (arXiv 2003.12327). Groups differ by one
-        channel at most: 80 channels are 40 and 40, in the authors' two
+        report it to be more stable (arXiv 2003.12327). All groups but the
+        last are equally wide: 80 channels are 40 and 40, in the authors' two
         versions 5 of 16, and 64 and 16.
     State: affine per channel; ``running_mean`` (C,), ``running_cov``
         (C, width of a group): covariances with the channels of the group.
@@ -45,6 +45,9 @@ class IterNorm(RunningNorm):
         from evaluation: of correlated normal values in 64 channels, 16 came
         out with a mean square of 0.21, 2048 with 0.47. Use a smaller
         ``channels_per_group`` there.
+    From a batch norm: its variances, without correlations. Five iterations
+        do not reach the inverse root of a wide group, so the function changes
+        and such a layer should not stay frozen.
     Baked: it mixes channels, so ``bake`` does not fold it.
 
     Args: those of :class:`~ws_mm.zoo._norm.RunningNorm`, and
@@ -97,8 +100,14 @@ class IterNorm(RunningNorm):
 
     def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
         """Mean, and biased covariance within the groups."""
-        mean, cov, _ = self._moments(at_least_float32(input.detach()))
+        with exact_products(input):
+            mean, cov, _ = self._moments(at_least_float32(input.detach()))
         return dict(running_mean=mean, running_cov=cov)
+
+    def of_batch_norm(self, mean: Tensor, var: Tensor) -> dict[str, Tensor]:
+        """Take channels that do not correlate."""
+        rows = unit_rows(var.new_empty(self.running_cov.shape))
+        return dict(running_mean=mean, running_cov=rows * var[:, None])
 
     def _groups(self, rows: Tensor) -> Tensor:
         """Rows of channels as (groups, width, *); zeros fill the last."""

@@ -1,6 +1,5 @@
 """Moving Average Batch Normalization, forward and backward."""
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -150,16 +149,9 @@ class MABN(RunningNorm):
         std = (self.running_var.double() + self.eps).sqrt()
         return fold(torch.zeros_like(std), std, self.weight, self.bias)
 
-    @classmethod
-    def from_norm(
-        cls, norm: Any, arguments: Mapping[str, Any]
-    ) -> 'tuple[MABN, dict[str, Tensor]]':
-        """Take the mean square of a BatchNorm's input: variance + mean^2."""
-        layer, sources = super().from_norm(norm, arguments)
-        if 'running_var' in sources:
-            square = norm.running_mean.square()
-            sources['running_var'] = norm.running_var + square
-        return layer, sources
+    def of_batch_norm(self, mean: Tensor, var: Tensor) -> dict[str, Tensor]:
+        """Take the mean square of its input."""
+        return dict(running_var=var + mean.square())
 
 
 class _MovingGradient(torch.autograd.Function):

@@ -39,6 +39,9 @@ class OnlineNorm(RunningNorm):
     Convention: as the official kernels, whose alpha_fwd is 1 - momentum and
         alpha_bkw 1 - control_momentum. The default guard is that of their
         experiments and of the paper's figures; their layer has the clamp.
+        The default guard scales a weight near 0 up: with the host's
+        ``zero_init_residual=True``, a branch jumps from 0 to full size in
+        the first step. Set it to False, or take another guard.
     State: as its base, ``running_mean`` and ``running_var``, moved by the
         forward (before it: ``previous_mean`` and ``previous_var``, for a
         recomputed forward), and ``control_scale`` and ``control_shift``,

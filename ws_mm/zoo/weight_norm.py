@@ -52,7 +52,8 @@ class WNConv2d(Filters, nn.Conv2d):
     def standardized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The filters, of norm gain."""
         weight = at_least_float32(self.weight)
-        scale = self.gain.to(weight.dtype) / _norms(weight)
+        norms, gain = _norms(weight), self.gain.to(weight.dtype)
+        scale = torch.where(norms > LEAST_NORM, gain / norms, 1.0)
         filters = weight * scale.view(-1, 1, 1, 1)
         return filters.to(dtype or self.weight.dtype)
 
