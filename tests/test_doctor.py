@@ -145,7 +145,10 @@ def test_a_batch_norm_of_one_value(examined) -> None:
     ('norm', 'said'),
     [
         ('GN', 'GroupNorm layers do not train, and are as they were built'),
-        ('ws_mm.FRN', 'FRN layers do not train, and are as they were built'),
+        (
+            'ws_mm.EvoNormS0',
+            'EvoNormS0 layers do not train, and are as they were built',
+        ),
         ('ws_mm.BCN', 'These BCN layers are in eval mode'),
     ],
 )

@@ -210,8 +210,8 @@ def test_error_restores_the_model():
         ws_mm.update_estimates(
             model, make_batches(1, 1, 1), forward=lambda model, batch: None
         )
+    nothing_finite = [b * torch.nan for b in make_batches(1, 1)]
     with pytest.raises(ValueError, match='finite value in 2 batches'):
-        nothing_finite = [b * torch.nan for b in make_batches(1, 1)]
         ws_mm.update_estimates(model, nothing_finite)
     torch.testing.assert_close(state(model), before)
     assert not model[0].training
