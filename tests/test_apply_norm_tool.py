@@ -298,6 +298,14 @@ def test_a_base_that_hosts_do_not_find_is_named(script, tmp_path, capsys):
             ['CONFIG', 'OUT', '--norm', 'GN', '--remaining'],
             '--remaining goes with --norm BCN',
         ),
+        (
+            ['CONFIG', 'OUT', '--norm-options', 'num_groups=7'],
+            'fit no part.*num_groups=N',
+        ),
+        (
+            ['CONFIG', 'OUT', '--norm', 'OutputBN'],
+            "the type 'ws_mm.WithOutputBN'",
+        ),
         (['CONFIG', 'CONFIG'], 'exists. Give another name'),
         (['CONFIG', 'CONFIG', '--overwrite'], 'inherit from itself'),
         (['CONFIG', 'out.txt'], 'is called NAME.py'),
@@ -332,6 +340,16 @@ def test_bad_configs_write_nothing(extra, message, refuses, tmp_path):
     config = write_config(tmp_path, without_ws(SEG), extra + '\n')
     refuses(message, 'apply_norm', config, tmp_path / 'out.py')
     assert [path.name for path in tmp_path.iterdir()] == ['tiny.py']
+
+
+def test_paths_that_are_no_text_are_named(refuses, tmp_path):
+    config = write_config(tmp_path, without_ws(SEG))
+    folder, binary = tmp_path / 'folder.py', tmp_path / 'binary.py'
+    folder.mkdir()
+    refuses('is a folder', 'apply_norm', config, folder, '--overwrite')
+    binary.write_bytes(b'\xff\xfe')
+    refuses('no text in UTF-8', 'apply_norm', binary, tmp_path / 'out.py')
+    assert not [*folder.iterdir()]
 
 
 def test_an_unwritten_config_leaves_no_traces(monkeypatch, tmp_path):

@@ -131,7 +131,10 @@ def _keeps_weights(part: Part) -> bool:
 
 def _drop_weights(draft: Draft, changed: list[Part]) -> None:
     """Remove pretrained weights of changed parts, and freezing at them."""
-    why = 'of other layers; see tools/model_converters/convert_checkpoint.py'
+    why = (
+        'for the layers that were replaced; set it again if it is one of the '
+        'new layers (tools/model_converters/convert_checkpoint.py makes it)'
+    )
     keys = [part.key for part in changed]
     for key, value, _ in [*iter_dicts(draft.content['model'], ('model',))]:
         # A segmentor's own is the checkpoint of its backbone.

@@ -138,6 +138,11 @@ def asked_layer(asked: Layer, kind: str, scope: str) -> Cfg | None:
             f'type of another {kind} of maps (--{kind})'
             f'{_did_you_mean(cfg.get("type"))}'
         )
+    if hasattr(layer, 'wrapper'):
+        raise ConfigError(
+            f'{kind}={asked!r} is for the last layer of a head alone: give '
+            f"this head the type '{layer.wrapper}' (docs/zoo.md)"
+        )
     if type(layer).__module__.startswith('ws_mm.'):
         cfg['type'] = f'ws_mm.{type(layer).__name__}'
     return cfg

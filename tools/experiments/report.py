@@ -118,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 + (', '.join(sorted(known)) or 'none at all')
             )
     value = average if options.average else last
+    if options.which and not options.which.is_file():
+        parser.error(f'--which={options.which}: no such file')
     if options.which:
         print(f'{which_table(found, options.which)}\n')
     for task in [] if options.which else tasks:

@@ -157,7 +157,13 @@ def read_config(name: str) -> Config:
         SetupError: there is none, or it cannot be loaded.
     """
     path = find_config(name)
-    if 'read_base(' in path.read_text(encoding='utf-8'):
+    try:
+        text = path.read_text(encoding='utf-8')
+    except UnicodeDecodeError as error:
+        raise SetupError(
+            f'{name} is no text in UTF-8 ({error}). Save it as UTF-8.'
+        ) from error
+    if 'read_base(' in text:
         raise SetupError(
             f'{name} is a pure Python config (read_base), from which no text '
             'config can inherit. Give the one with _base_ of the same model, '
@@ -419,6 +425,8 @@ def main() -> None:
     out = Path(args.out)
     if out.suffix != '.py':
         raise SetupError(f'OUT {out}: a config file is called NAME.py.')
+    if out.is_dir():
+        raise SetupError(f'OUT {out} is a folder. Give a name for the file.')
     if out.exists() and not args.overwrite:
         raise SetupError(
             f'{out} exists. Give another name, or replace it with --overwrite.'
@@ -435,6 +443,12 @@ def main() -> None:
         print('\nleft alone:')
     for one in left:
         print(f'  {one}')
+    if not changes and any('stay as they are' in one.why for one in left):
+        raise SetupError(
+            'these layers fit no part, for the reasons above; no file was '
+            'written. Set --conv, --norm or their options (--norm-options '
+            'num_groups=N must divide all channels).'
+        )
     if not changes:
         print('\nNothing to change: it is so already. No file was written.')
         return

@@ -30,6 +30,8 @@ class OutputBN(BatchStatistics):
     Source: arXiv 2103.11642; github.com/matthewbehrend/BNC.
     """
 
+    wrapper = 'ws_mm.WithOutputBN'  # builds the head that has it
+
     def __init__(
         self,
         num_features: int,
