@@ -54,8 +54,12 @@ def test_it_prints_a_command_that_works(
     assert re.search('frozen BN 1548, .*BCN[+]WS 2135', said)
     command = re.search('apply_norm.py CONFIG NEW.py (.*)', said)[1]
     config = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
-    options = command.split(' (')[0].split()
-    assert script('apply_norm', config, tmp_path / 'new.py', *options) == 0
+    new = tmp_path / 'new.py'
+    assert script('apply_norm', config, new, *command.split()) == 0
+    # Random weights leave no frozen batch norm.
+    text = new.read_text()
+    assert ('init_cfg=None' in text) == (start != 'bn')
+    assert 'train_dataloader.batch_size=1 in NEW.py' in said
 
 
 def test_mistakes_are_named(

@@ -56,14 +56,16 @@ class Advice:
 
 
 LINEAR = "your config's, scaled to the images of a step (--images-per-step)"
+SMALL = f'{LINEAR}; 3 to 10 times that was better in our small models'
 FROZEN = Advice(
     use='the backbone as it is, its BN frozen; GN+WS in neck and heads. '
     'Compare EasedBCN in the backbone (--backbone ease)',
     options='',
-    rate=f'{LINEAR}; a third of that was better in both of our tasks',
+    rate=f'{LINEAR}; a third of that was better on one of our two tasks',
     why='Few images spoil pretrained statistics, and other norms or '
     'standardized filters compute another function than was pretrained. '
-    'BCN that is eased in was ahead on one of our two tasks.',
+    'BCN that is eased in was ahead on one of our two tasks. We measured '
+    'one image per step only.',
     page='docs/results/pretrained.md',
     compared=[
         (
@@ -83,30 +85,40 @@ FROZEN = Advice(
 )
 WS = Advice(
     use='the layers of the checkpoint in backbone, neck and heads',
-    options='--backbone convert --norm GN (BCN for a BCN+WS checkpoint)',
+    options='--backbone convert --norm GN',
     rate=LINEAR,
-    why='Layers must be those that were pretrained. We have not compared '
-    'such starts; the authors did.',
+    why='Layers must be those that were pretrained: --norm BCN for a BCN+WS '
+    'checkpoint. The tool removes the old checkpoint, so set yours in '
+    'NEW.py: model.backbone.init_cfg=dict(type="Pretrained", '
+    'checkpoint=...). We have not compared such starts; the authors did.',
     page='configs/README.md',
     compared=[],
 )
 FEW = Advice(
     use='GN+WS everywhere',
-    options='',
-    rate=f'{LINEAR}; 3 to 10 times that was better in our small models',
-    why='It was never far behind the best, and computes the same in '
-    'training and testing. BCN+WS (--norm BCN) equals it on images of '
-    'similar brightness.',
-    page='docs/results.md',
+    options='--backbone convert',
+    rate=SMALL,
+    why='It computes the same in training and testing. With one image it '
+    'was about five points behind the best of all norms, which is another '
+    'one on each task. With 2 to 15 images we have short runs of one seed '
+    'only.',
+    page='docs/results.md and docs/zoo.md',
     compared=[
         ('cifar_resnet8', 1, ('BN', 'GN', 'GN+WS', 'BCN+WS')),
         ('nuclei_masks', 1, ('GN', 'GN+WS', 'BCN+WS')),
+        *(
+            (task, images, ('BN', 'GN+WS', 'BCN+WS', 'MABN'))
+            for images in (2, 4)
+            for task in ('cifar_resnet8_short', 'nuclei_masks_short')
+        ),
     ],
 )
 MANY = Advice(
-    use='BCN+WS in batch mode everywhere, or BN',
-    options='--norm BCN --norm-options mode=sync_batch momentum=0.1',
-    rate=LINEAR,
+    use='BCN+WS in batch mode everywhere, or BN, on several GPUs SyncBN '
+    '(--norm SyncBN --conv keep)',
+    options='--backbone convert --norm BCN --norm-options mode=sync_batch '
+    'momentum=0.1',
+    rate=SMALL,
     why='With so many images the statistics of the batch are good.',
     page='docs/results.md',
     compared=[('cifar_resnet8', 16, ('BCN+WS batch', 'BN', 'GN+WS'))],
@@ -128,21 +140,25 @@ def advise(start: str, images: int, processes: int) -> Advice:
     return MANY if images * processes >= ENOUGH else FEW
 
 
-def evidence(advice: Advice) -> list[str]:
-    """One line for each task: the metric of each row, at its best rate.
+def from_checkout(path: Path) -> Path:
+    """Return a file of the repository.
 
     Raises:
-        SetupError: there are no records.
+        SetupError: it is not there.
     """
+    if not (ROOT / path).is_file():
+        raise SetupError(
+            f'{ROOT / path} is not there: the figures are in the checkout, '
+            'not in an installed ws_mm. Run this tool from there.'
+        )
+    return ROOT / path
+
+
+def evidence(advice: Advice) -> list[str]:
+    """One line for each task: the metric of each row, at its best rate."""
     if not advice.compared:
         return []
-    path = ROOT / RECORDS
-    if not path.is_file():
-        raise SetupError(
-            f'{path} is not there: the figures are in the checkout, not in '
-            'an installed ws_mm. Run this tool from there.'
-        )
-    found, _ = records.read_all(path)
+    found, _ = records.read_all(from_checkout(RECORDS))
     lines = []
     for task, images, names in advice.compared:
         words = []
@@ -163,9 +179,8 @@ def evidence(advice: Advice) -> list[str]:
 
 def memory() -> dict[str, float]:
     """MiB that one image keeps for the backward, R50 Mask R-CNN, by norm."""
-    cases: list[dict[str, Any]] = json.loads((ROOT / MEMORY).read_text())[
-        'cases'
-    ]
+    text = from_checkout(MEMORY).read_text()
+    cases: list[dict[str, Any]] = json.loads(text)['cases']
     (case,) = (one for one in cases if one['name'] == MEMORY_CASE)
     return {
         row['contender']: row['saved_bytes'] / 2**20
@@ -200,22 +215,29 @@ def main() -> None:
     args = parse_args()
     advice = advise(args.start, args.images, args.processes)
     total = args.images * args.processes
-    print(f'From {STARTS[args.start]}, {total} images per step:')
+    measured, kept = evidence(advice), memory()
+    plural = 's' if total > 1 else ''
+    print(f'From {STARTS[args.start]}, {total} image{plural} per step:')
     print(f'  use      {advice.use}')
     options = f' {advice.options}' if advice.options else ''
     print(
         '  edit     python tools/model_converters/apply_norm.py CONFIG NEW.py '
         f'--images-per-step {total}{options}'
     )
+    print(
+        f'  batch    train_dataloader.batch_size={args.images} in NEW.py, '
+        f'on {args.processes} process{"es" if args.processes > 1 else ""}'
+    )
     print(f'  rate     {advice.rate}')
     print(f'  because  {advice.why}')
-    for line in evidence(advice):
+    for line in measured:
         print(f'  measured {line}')
     print(f'  tables   {advice.page}')
-    kept = [f'{name} {size:.0f}' for name, size in memory().items()]
+    sizes = ', '.join(f'{name} {size:.0f}' for name, size in kept.items())
     print(
         '  memory   MiB that an image of 800x1344 keeps in Mask R-CNN R50: '
-        f'{", ".join(kept)}. Of your config: doctor.py NEW.py --memory'
+        f'{sizes} (frozen BN: heads without norm). Of your config: '
+        'doctor.py NEW.py --memory'
     )
 
 
