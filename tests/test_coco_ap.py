@@ -100,11 +100,31 @@ def test_the_figures_are_those_of_mmdet(kind, metric, annotations, tmp_path):
 
 
 @pytest.mark.usefixtures('metric')
+def test_classes_of_the_model_alone(annotations, refuses, tmp_path):
+    found = tmp_path / 'found.bbox.json'
+    average = load('coco_ap').average_precision
+    before = average(str(annotations), str(found))
+    truth = json.loads(annotations.read_text())
+    names = [one['name'] for one in truth['categories']]
+    truth['categories'].append(dict(id=99, name='unseen'))
+    truth['annotations'].append(
+        {**truth['annotations'][0], 'id': 10**6, 'category_id': 99}
+    )
+    annotations.write_text(json.dumps(truth))
+    assert average(str(annotations), str(found))[0] < before[0]
+    assert average(str(annotations), str(found), names) == before
+    arguments = annotations, found, '--classes', 'unseen', 'cow'
+    refuses('--classes cow: the categories', 'coco_ap', *arguments)
+
+
+@pytest.mark.usefixtures('metric')
 def test_bad_files_are_named(annotations, refuses, tmp_path):
     found = tmp_path / 'found.bbox.json'
     refuses('must end with .bbox.json', 'coco_ap', annotations, annotations)
     other = tmp_path / 'no.segm.json'
     refuses('No file .*no.segm.json', 'coco_ap', annotations, other)
+    other.write_text('[]')
+    refuses('nothing was detected', 'coco_ap', annotations, other)
     other.write_text('[{"half')
     refuses('cannot be read as JSON', 'coco_ap', annotations, other)
     refuses('No file .*none.json', 'coco_ap', tmp_path / 'none.json', found)

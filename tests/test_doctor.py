@@ -159,14 +159,18 @@ def test_norms_that_stay_as_built(norm: str, said: str, examined) -> None:
     assert 'Set frozen_stages=-1' in found.text
 
 
-def test_a_warm_up_that_never_ends(examined) -> None:
+@pytest.mark.parametrize(
+    ('schedule', 'name'),
+    [('[{}]', 'param_scheduler.0'), ('{}', 'param_scheduler')],
+)
+def test_a_warm_up_that_never_ends(schedule: str, name: str, examined) -> None:
     warm_up = "dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=9)"
-    extra = f'{MEANT}param_scheduler = [{warm_up}]\n'
+    extra = f'{MEANT}param_scheduler = {schedule.format(warm_up)}\n'
     (found,) = not_ok(examined(SEG, extra))
     assert found.level == 'warning'
-    said = 'param_scheduler[0], a warm-up, ends at iteration 9, and'
+    said = f'{name}, a warm-up, ends at iteration 9, and'
     assert found.text.startswith(said)
-    assert '--cfg-options param_scheduler.0.end=1' in found.fix
+    assert f'--cfg-options {name}.end=1' in found.fix
 
 
 def test_weights_that_do_not_fit(examined, tmp_path: Path) -> None:

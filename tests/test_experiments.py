@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from experiments import (  # noqa: E402
     report,
     run,
     tables,
+    which,
 )
 
 GRIDS = sorted((ROOT / 'tools/experiments/grids').glob('*.py'))
@@ -306,15 +309,69 @@ def test_a_failure_leaves_no_record_and_the_exit_code_says_so(
         dict(
             task='tiny',
             norm='GN',
-            options=options(images, **{'model.widht': 3}),
+            options=options(images, **{'model.unheard_of': 3}),
         )
     ]
     path = write_grid(tmp_path / 'grid.py', cells)
     done = call(path, tmp_path / 'out')
     assert done.returncode == 1
-    assert 'widht' in done.stdout
+    assert 'unheard_of' in done.stdout
     assert '1 of 1 runs failed' in done.stderr
     assert not list((tmp_path / 'out').glob('records/*'))
+    # What it has trained is not taken for another task's.
+    path = write_grid(tmp_path / 'grid.py', cells, images=48)
+    done = call(path, tmp_path / 'out')
+    assert done.returncode == 1
+    assert 'was begun as tasks.tiny=' in done.stderr
+
+
+def test_a_misspelt_option_is_refused_before_any_run(images, tmp_path):
+    cell = dict(task='tiny', norm='GN')
+    wrong = options(images, **{'optim_wraper.optimizer.lr': 3})
+    cells = [cell, dict(cell, name='wide', options=wrong)]
+    path = write_grid(tmp_path / 'grid.py', cells)
+    done = call(path, tmp_path / 'out')
+    assert done.returncode == 1
+    assert "options of 'wide': " in done.stderr
+    assert "'optim_wrapper'" in done.stderr
+    assert not list((tmp_path / 'out/runs').glob('*/*.log'))
+
+
+def test_a_training_that_outlives_its_runner_keeps_the_folder(
+    images, tmp_path
+):
+    cells = [dict(task='tiny', norm='GN', options=options(images))]
+    path = write_grid(tmp_path / 'grid.py', cells, images=100000)
+    command = [sys.executable, run.__file__, path, tmp_path / 'out']
+    with subprocess.Popen(command) as runner:
+        log = tmp_path / 'out/runs'
+        while not [*log.glob('*/output.log')]:
+            time.sleep(0.1)
+        time.sleep(1)
+        runner.kill()
+    try:
+        done = call(path, tmp_path / 'out')
+        assert 'a training that a killed' in done.stderr
+    finally:
+        subprocess.run(['pkill', '-f', str(tmp_path / 'out/configs')])
+
+
+def test_a_detector_that_finds_nothing_has_0(tmp_path):
+    log = 'Iter(train)\nThe testing results of the whole dataset is empty.\n'
+    (tmp_path / 'output.log').write_text(log)
+    (tmp_path / 'attempts.jsonl').write_text(
+        '{"started": 0, "seconds": 1, "peak_bytes": 1}\n'
+    )
+    entries = dict(step=1, loss=2.0), dict(step=1, time=1.0)
+    scalars = tmp_path / 'a/vis_data/scalars.json'
+    scalars.parent.mkdir(parents=True)
+    scalars.write_text(''.join(json.dumps(e) + '\n' for e in entries))
+    task = dict(metric='coco/segm_mAP')
+    found = run.outcome(grid.Cell('t', 'GN'), task, tmp_path, 0)
+    assert (found['status'], found['metric']) == ('done', 0)
+    assert found['metrics'][-1]['coco/segm_mAP'] == 0
+    (tmp_path / 'output.log').write_text(log + 'Iter(train)\nmore\n')
+    assert run.outcome(grid.Cell('t', 'GN'), task, tmp_path, 0) is None
 
 
 def test_records_of_another_task_are_not_taken_for_this_one(finished):
@@ -360,12 +417,44 @@ def test_a_second_call_is_kept_out(images, tmp_path):
             dict(task='tiny', norm='GN', hooks=['EMAHook']),
             r"cells.0.hooks=\['EMAHook'\] must be a list",
         ),
+        (dict(task='tiny', norm='GN', seeds=3), 'seeds=3 must be a list'),
     ],
 )
 def test_a_wrong_grid_is_refused(cell, message, tmp_path):
     path = write_grid(tmp_path / 'grid.py', [cell])
     with pytest.raises(grid.GridError, match=message):
         grid.load(path)
+
+
+def test_rows_of_other_settings_need_a_name(tmp_path):
+    cell = dict(task='tiny', norm='BCN+WS')
+    other = dict(cell, norm_cfg=dict(momentum=0.1))
+    path = write_grid(tmp_path / 'grid.py', [cell, other])
+    with pytest.raises(grid.GridError, match='cells.1.*Give one a name'):
+        grid.load(path)
+    path = write_grid(tmp_path / 'grid.py', [cell, dict(other, name='fast')])
+    assert len(grid.load(path).cells) == 2
+
+
+def test_a_collection_keeps_the_settings_of_its_runs(tmp_path):
+    cell = grid.Cell('tiny', 'GN', lr_factor=1 / 3)
+    record = dict(cell=asdict(cell), task=dict(lr=1 / 3), metric=1 / 3)
+    records.collect([record], tmp_path / 'all.json')
+    (found,) = json.loads((tmp_path / 'all.json').read_text())
+    assert grid.Cell(**found['cell']).key == cell.key
+    assert found['metric'] == 0.333333
+
+
+def test_a_rate_that_loses_seeds_is_not_the_best():
+    def record(factor, seed, metric):
+        cell = dict(lr_factor=factor, seed=seed)
+        status = 'diverged' if metric is None else 'done'
+        return dict(cell=cell, status=status, metric=metric)
+
+    found = [record(3.0, 0, 50.0)]
+    lost = [record(10.0, seed, v) for seed, v in enumerate([60.0, 61.0, None])]
+    assert which.best(found + lost) == '50.0 x3'
+    assert which.best(lost) == '60.5 ± 0.7 (n=2) x10; 1 lost'
 
 
 def test_equal_images_one_rule_for_the_rate():
@@ -447,6 +536,13 @@ def test_norms_are_compared_seed_by_seed():
         '| BCN, 1 per step | 36 (1 to 69), n=8 | +1 | +1 to +1 | 7 of 8 |',
         '| BN, 1 per step | 5 (5 to 5), n=1 | - | - | - |',
     ]
+    lost = dict(record('BN', 8, None), status='diverged')
+    shown = paired.paired_table(
+        'task', [*base, lost, *one], 'GN', 's', lambda r, key: r['metric']
+    )
+    assert '| BN, 1 per step | 5 (5 to 5), n=1, 1 lost |' in shown
+    with pytest.raises(ValueError, match='several runs of one seed'):
+        paired.paired_table('task', base + base, 'GN', 's', tables.last)
     with pytest.raises(ValueError, match="'X' is the name of 0 rows of task"):
         paired.paired_table('task', base, 'X', 'score', tables.last)
 
@@ -456,8 +552,8 @@ def test_an_interval_covers_the_medians_of_resampled_pairs():
     random = np.random.default_rng(1)
     medians = np.median(random.choice(differences, (20000, 8)), axis=1)
     low, high = np.percentile(medians, [2.5, 97.5])
-    middle, interval, ahead = paired.compared(differences)
-    assert (middle, ahead) == ('+1.25', '6 of 8')
+    middle, interval, higher = paired.compared(differences)
+    assert (middle, higher) == ('+1.25', '6 of 8')
     found = [float(word) for word in interval.split(' to ')]
     assert found == pytest.approx([low, high], abs=0.3)
 

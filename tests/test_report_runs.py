@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -228,6 +229,16 @@ def test_a_killed_run_of_a_host(work: Path, tmp_path: Path) -> None:
         'Traceback (most recent call last):\n  File\nMemoryError\n'
     )
     assert runs.read_run(folder).traceback.endswith('MemoryError')
+
+
+def test_the_newest_whole_checkpoint_counts(tmp_path: Path) -> None:
+    state = {'0.running_mean': torch.ones(2)}
+    torch.save(dict(state_dict=state), tmp_path / 'iter_1.pth')
+    whole = (tmp_path / 'iter_1.pth').read_bytes()
+    (tmp_path / 'iter_2.pth').write_bytes(whole[: len(whole) // 2])
+    os.utime(tmp_path / 'iter_1.pth', (1, 1))
+    found = runs.statistics(tmp_path)
+    assert found == {'size of running_mean, median, last': {1: 1.0}}
 
 
 def write_start(folder: Path, time: str, lines: list[dict]) -> None:

@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,6 +34,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         'predictions', nargs='+', help='file ending in .bbox.json, .segm.json'
     )
+    parser.add_argument(
+        '--classes',
+        nargs='+',
+        metavar='NAME',
+        help='those of the model, if they are not all of the file (metainfo)',
+    )
     return parser.parse_args()
 
 
@@ -52,15 +59,19 @@ def read(path: str) -> list | dict:
         raise SetupError(f'{path} cannot be read as JSON: {error}') from error
 
 
-def average_precision(annotations: str, predictions: str) -> list[float]:
+def average_precision(
+    annotations: str, predictions: str, classes: Sequence[str] | None = None
+) -> list[float]:
     """The figures of one file of predictions, over all images.
 
     Args:
         annotations: file of the data set.
         predictions: file of boxes or of masks.
+        classes: names of categories; None takes all of the data set.
 
     Raises:
-        SetupError: a file is missing or not what it should be.
+        SetupError: a file is missing or not what it should be, or a class
+            is not in the data set.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -72,7 +83,16 @@ def average_precision(annotations: str, predictions: str) -> list[float]:
             'as mmdet names what it writes.'
         )
     found = read(predictions)
-    read(annotations)
+    content = read(annotations)
+    categories = content['categories'] if 'categories' in content else []
+    known = [one['name'] for one in categories]
+    if unknown := [name for name in classes or () if name not in known]:
+        raise SetupError(
+            f'--classes {unknown[0]}: the categories of {annotations} are '
+            f'{", ".join(known)}.'
+        )
+    if not found:
+        raise SetupError(f'{predictions} is empty: nothing was detected.')
     if kind == 'segm':
         # As mmdet does: the area is that of the mask, not of the box.
         for one in found:
@@ -87,6 +107,8 @@ def average_precision(annotations: str, predictions: str) -> list[float]:
                 f'{predictions} does not belong to {annotations}: '
                 f'{type(error).__name__}: {error}'
             ) from error
+        if classes:
+            judge.params.catIds = truth.getCatIds(catNms=list(classes))
         # mmdet's proposal_nums, of which AP is at 100, the rest at 1000.
         judge.params.maxDets = [100, 300, 1000]
         judge.evaluate()
@@ -99,7 +121,7 @@ def main() -> None:
     """Print one row per file."""
     args = parse_args()
     rows = [
-        (path, average_precision(args.annotations, path))
+        (path, average_precision(args.annotations, path, args.classes))
         for path in args.predictions
     ]
     print('| predictions | ' + ' | '.join(FIGURES) + ' |')

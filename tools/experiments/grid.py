@@ -27,6 +27,8 @@ from typing import Any
 
 from experiments.norms import apply, parts_of
 from mmengine.config import Config
+from support.checks import SetupError
+from support.options import check_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 TASK_KEYS = {'config', 'images', 'lr', 'at', 'metric'}
@@ -111,9 +113,15 @@ def load(path: str | Path) -> Grid:
                 f'tasks.{name}.config={task["config"]!r} is no file'
             )
     cells: dict[str, Cell] = {}
+    rows: dict[tuple[Any, ...], tuple[Any, ...]] = {}
     for index, entry in enumerate(_plain(raw.get('cells') or [])):
         where = f'cells.{index}'
         _check_keys(where, entry, CELL_KEYS, {'task', 'norm'})
+        seeds = entry.get('seeds', [0])
+        if not isinstance(seeds, list) or not all(
+            isinstance(seed, int) for seed in seeds
+        ):
+            raise GridError(f'{where}.seeds={seeds!r} must be a list of ints')
         for cell in _expand(entry):
             if cell.task not in tasks:
                 raise GridError(
@@ -139,6 +147,15 @@ def load(path: str | Path) -> Grid:
                     'dict(type=..., ...)'
                 )
             cells[cell.key] = cell
+            row = cell.task, cell.label, cell.images
+            row = *row, cell.accumulation, cell.lr_factor
+            settings = cell.norm, cell.norm_cfg, cell.options
+            if rows.setdefault(row, settings) != settings:
+                raise GridError(
+                    f'{where}: another cell of tasks.{cell.task} has the name '
+                    f'{cell.label!r} and other settings, so that tables would '
+                    f'mix them. Give one a name: dict(..., name=...)'
+                )
     if not cells:
         raise GridError(f'{path} has no cells')
     return Grid(path, tasks, list(cells.values()))
@@ -181,7 +198,7 @@ def config_of(cell: Cell, task: dict[str, Any]) -> Config:
     """The whole config of a run: equal images, equal schedule rule.
 
     Raises:
-        GridError: the task has no norm_cfg to set.
+        GridError: the task has no norm_cfg to set, or an option is misspelt.
     """
     cfg = Config.fromfile(ROOT / task['config'])
     if not apply(cfg.model, cell.norm, **cell.norm_cfg):
@@ -255,5 +272,9 @@ def config_of(cell: Cell, task: dict[str, Any]) -> Config:
         *cell.hooks,
         {'type': 'StopWhenDiverged'},
     ]
+    try:
+        check_keys(cfg, cell.options, cell.options)
+    except SetupError as error:
+        raise GridError(f'options of {cell.label!r}: {error}') from error
     cfg.merge_from_dict(cell.options)
     return cfg

@@ -40,6 +40,13 @@ def paired_table(
             f'{base!r} is the name of {len(names)} rows of {task}; there '
             f'are {", ".join(map(repr, groups))}'
         )
+    for name, own in groups.items():
+        seeds = [record['cell']['seed'] for record in own]
+        if len({*seeds}) < len(seeds):
+            raise ValueError(
+                f'{name!r} has several runs of one seed: their settings '
+                'differ. Give cells of the grid a name, or choose by --grid'
+            )
     values = {
         name: {
             record['cell']['seed']: number
@@ -52,12 +59,14 @@ def paired_table(
     middle = values[names[0]]
     lines = [
         f'| {task}, {key} | median (least to most), seeds '
-        f'| minus {names[0]}: median | 95 % interval | ahead |',
+        f'| minus {names[0]}: median | 95 % interval | higher |',
         '|---' * 5 + '|',
     ]
     for name, own in values.items():
         seeds = sorted(set(own) & set(middle))
         words = [spread(list(own.values()))]
+        if lost := sum(r['status'] != 'done' for r in groups[name]):
+            words[0] += f', {lost} lost'
         if name == names[0] or not seeds:
             words += ['-'] * 3
         else:

@@ -78,8 +78,16 @@ def read_all(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 def collect(records: list[dict[str, Any]], path: Path) -> None:
     """Write many records into one file, a line for each."""
-    lines = ',\n'.join(json.dumps(shorten(record)) for record in records)
+    # A cell is found by its exact values.
+    lines = ',\n'.join(
+        json.dumps({**shorten(record), **of_run(record)}) for record in records
+    )
     write_text(path, f'[\n{lines}\n]\n')
+
+
+def of_run(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a record."""
+    return {key: record[key] for key in ('cell', 'task')}
 
 
 def shorten(value: Any) -> Any:

@@ -43,6 +43,8 @@ from ws_mm.singularities import FILE as SINGULARITIES  # noqa: E402
 FAILURE = re.compile(
     rf'(?:ValueError: |error: |Training stopped \()({IMPOSSIBLE.pattern})'
 )
+# mmdet's words where it gives no AP; it is 0.
+NOTHING = 'The testing results of the whole dataset is empty'
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -81,8 +83,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f'{state:5} {cell.key}')
         return
     options.out_dir.mkdir(parents=True, exist_ok=True)
-    with alone(options.out_dir):
-        failed = run_all(grid, waiting, len(cells), options)
+    with alone(options.out_dir) as lock:
+        for cell in waiting:
+            check_task(cell, grid.tasks[cell.task], options.out_dir)
+        try:
+            check_configs(grid, waiting)
+        except GridError as error:
+            sys.exit(f'error: {error}')
+        failed = run_all(grid, waiting, len(cells), options, lock)
     if failed:
         sys.exit(f'error: {failed} of {len(waiting)} runs failed, see above')
 
@@ -94,8 +102,11 @@ def alone(folder: Path) -> Any:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            sys.exit(f'error: another call is at work in {folder}')
-        yield
+            sys.exit(
+                f'error: another call is at work in {folder}, or a training '
+                'that a killed one has left'
+            )
+        yield lock.fileno()
 
 
 def has_record(cell: Cell, task: dict[str, Any], out_dir: Path) -> bool:
@@ -120,13 +131,47 @@ def has_record(cell: Cell, task: dict[str, Any], out_dir: Path) -> bool:
     return True
 
 
+def check_task(cell: Cell, task: dict[str, Any], out_dir: Path) -> None:
+    """Keep a run that was begun from going on as one of another task.
+
+    Raises:
+        SystemExit: its checkpoints are of a task with other settings.
+    """
+    path = out_dir / 'runs' / cell.key / 'task.json'
+    trained = {k: v for k, v in task.items() if k != 'metric'}
+    if path.exists() and (found := json.loads(path.read_text())) != trained:
+        sys.exit(
+            f'error: {path.parent} was begun as tasks.{cell.task}={found}, '
+            f'the grid has {trained}: give another OUT_DIR'
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(trained))
+
+
+def check_configs(grid: Grid, waiting: list[Cell]) -> None:
+    """Make a config of each task, and of each cell that has options.
+
+    Raises:
+        GridError: one cannot be made.
+    """
+    seen = set()
+    for cell in waiting:
+        if cell.options or cell.task not in seen:
+            config_of(cell, grid.tasks[cell.task])
+        seen.add(cell.task)
+
+
 def run_all(
     grid: Grid,
     waiting: list[Cell],
     total: int,
     options: argparse.Namespace,
+    lock: int,
 ) -> int:
-    """Run the cells, several at a time; return how many failed."""
+    """Run the cells, several at a time; return how many failed.
+
+    Trainings hold the lock, too: they may survive this process.
+    """
     started, failed, done = time.monotonic(), 0, 0
     stop = threading.Event()
     with ThreadPoolExecutor(options.processes) as pool:
@@ -139,13 +184,19 @@ def run_all(
                 options.out_dir,
                 threads,
                 stop,
+                lock,
             ): cell
             for cell in waiting
         }
         try:
             for job in as_completed(jobs):
                 done += 1
-                outcome = job.result()
+                try:
+                    outcome = job.result()
+                # Whatever a cell's config may raise; the others go on.
+                except Exception as error:
+                    print(f'{jobs[job].key}: {error}', flush=True)
+                    outcome = None
                 failed += outcome is None
                 spent = time.monotonic() - started
                 left = spent / done * (len(waiting) - done)
@@ -184,6 +235,7 @@ def run_cell(
     out_dir: Path,
     threads: int,
     stop: threading.Event,
+    lock: int,
 ) -> dict[str, Any] | None:
     """Train one cell to its end and write its record."""
     if stop.is_set():
@@ -208,6 +260,7 @@ def run_cell(
             env={**os.environ, 'OMP_NUM_THREADS': str(threads)},
             stdout=file,
             stderr=subprocess.STDOUT,
+            pass_fds=(lock,),
         )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -218,7 +271,7 @@ def run_cell(
     write_attempts(work_dir, attempts)
     record = outcome(cell, task, work_dir, process.returncode)
     if record is None:
-        tail = log.read_text().splitlines()[-12:]
+        tail = log.read_text(errors='replace').splitlines()[-12:]
         print(f'{cell.key} failed, see {log}:', *tail, sep='\n  ', flush=True)
         return None
     records.write(out_dir / 'records' / f'{cell.key}.json', record)
@@ -257,9 +310,15 @@ def outcome(
     """The record of a run that has ended, None if it simply failed."""
     curve, metrics = read_curves(work_dir)
     status, reason, metric = 'done', '', None
+    said = (work_dir / 'output.log').read_text(errors='replace')
+    if (
+        metrics
+        and task['metric'].startswith('coco/')
+        and NOTHING in said.rpartition('Iter(train)')[2]
+    ):
+        metrics[-1].setdefault(task['metric'], 0.0)
     if code != 0:
         diverged = work_dir / DIVERGED
-        said = (work_dir / 'output.log').read_text()
         found = FAILURE.findall(said)
         if diverged.exists():
             iteration = json.loads(diverged.read_text())['iteration']

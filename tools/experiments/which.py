@@ -15,17 +15,22 @@ COST_CASE = 'layer1 1x64x200x336'
 def chosen(found: Records) -> tuple[float, list[float]]:
     """The factor of the best learning rate, and what each seed reached.
 
-    Of rates with more seeds than others, one was chosen before.
+    Of rates with more seeds than others, one was chosen before. A rate that
+    loses seeds is none, if there is another.
     """
-    groups: dict[float, list[float]] = {}
+    groups: dict[float, list[float | None]] = {}
     for record in found:
-        if record['status'] == 'done':
-            factor = record['cell']['lr_factor']
-            groups.setdefault(factor, []).append(record['metric'])
-    if not groups:
-        return 1.0, []
-    factor = max(groups, key=lambda f: (len(groups[f]), mean(groups[f])))
-    return factor, groups[factor]
+        done = record['status'] == 'done'
+        group = groups.setdefault(record['cell']['lr_factor'], [])
+        group.append(record['metric'] if done else None)
+    ended = {f: [v for v in g if v is not None] for f, g in groups.items()}
+
+    def rank(factor: float) -> tuple[bool, int, float]:
+        values, runs = ended[factor], len(groups[factor])
+        return len(values) == runs, runs, mean(values)
+
+    factor = max((f for f in ended if ended[f]), key=rank, default=1.0)
+    return factor, ended.get(factor, [])
 
 
 def best(found: Records) -> str:
@@ -40,7 +45,9 @@ def best(found: Records) -> str:
     words = f'{mean(values):.{digits}f}'
     if len(values) > 1:
         words += f' ± {stdev(values):.{digits}f} (n={len(values)})'
-    return f'{words} x{factor:g}'
+    runs = [r for r in found if r['cell']['lr_factor'] == factor]
+    lost = len(runs) - len(values)
+    return f'{words} x{factor:g}' + (f'; {lost} lost' if lost else '')
 
 
 def which_table(found: Records, cost: Path) -> str:

@@ -201,7 +201,14 @@ class Training:
         epoch = max(images // ((self.batch or 1) * self.processes), 1)
         total = plan.get('max_iters') or epoch * plan.get('max_epochs', 0)
         schedulers = self.cfg.get('param_scheduler') or []
-        for index, scheduler in enumerate(schedulers):
+        if not isinstance(schedulers, dict):
+            named = {
+                f'param_scheduler.{i}': s for i, s in enumerate(schedulers)
+            }
+        else:  # one, or those of each optimizer
+            one = 'type' in schedulers
+            named = {'param_scheduler': schedulers} if one else {}
+        for name, scheduler in named.items():
             end = scheduler.get('end') or 0
             if scheduler.get('type') not in WARM_UPS or scheduler.get(
                 'by_epoch', True
@@ -210,10 +217,10 @@ class Training:
             if 0 < total <= end:
                 yield Finding(
                     'warning',
-                    f'param_scheduler[{index}], a warm-up, ends at iteration '
+                    f'{name}, a warm-up, ends at iteration '
                     f'{end}, and the training has {total}: it never has its '
                     'full learning rate',
-                    f'--cfg-options param_scheduler.{index}.end='
+                    f'--cfg-options {name}.end='
                     f'{max(total // 20, 1)}, or more epochs',
                 )
 

@@ -1,5 +1,6 @@
 """Read what a training by mmengine's Runner left in its work dir."""
 
+import contextlib
 import importlib.util
 import re
 from collections import Counter
@@ -189,7 +190,11 @@ def layers(folder: Path) -> dict[str, Curve]:
 def statistics(folder: Path) -> dict[str, Curve]:
     """Medians of running statistics in the last checkpoint, over layers."""
     saved = sorted(folder.glob('*.pth'), key=lambda p: p.stat().st_mtime)
-    content = read_checkpoint(saved[-1]) if saved else {}
+    content: dict[str, Any] = {}
+    for path in reversed(saved):  # a killed run may have cut the newest
+        with contextlib.suppress(SetupError):
+            content = read_checkpoint(path)
+            break
     curves: dict[str, Curve] = {}
     for name, value in content.get('state_dict', {}).items():
         kind = name.rpartition('.')[2]
