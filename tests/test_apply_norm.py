@@ -408,6 +408,64 @@ def test_hooks_and_checkpoints_of_the_config(tmp_path):
     assert 'custom_hooks' not in cfg
 
 
+def test_a_teacher_gets_the_estimates_of_its_student():
+    cfg = read('mmdet::soft_teacher/*_180k_semi-0.01-*')
+    assert [hook.type for hook in cfg.custom_hooks] == ['MeanTeacherHook']
+    apply_norm(cfg)
+    assert cfg.custom_hooks[0].skip_buffer is False
+    assert cfg.custom_hooks[1] == HOOK
+    cfg = read('mmdet::soft_teacher/*_180k_semi-0.01-*')
+    apply_norm(cfg, norm='GN')
+    assert 'skip_buffer' not in cfg.custom_hooks[0]
+
+
+# As the pure Python configs of mmdet: types are classes. One of the modules
+# has the name of a function that its package exports.
+PURE = """
+from mmdet.models.backbones.resnet import ResNet
+from mmdet.models.data_preprocessors.data_preprocessor import (
+    DetDataPreprocessor)
+from mmdet.models.dense_heads.retina_head import RetinaHead
+from mmdet.models.detectors.retinanet import RetinaNet
+from mmdet.models.losses.focal_loss import FocalLoss
+from mmdet.models.losses.smooth_l1_loss import L1Loss
+from mmdet.models.necks.fpn import FPN
+from mmdet.models.task_modules.coders.delta_xywh_bbox_coder import (
+    DeltaXYWHBBoxCoder)
+from mmdet.models.task_modules.prior_generators.anchor_generator import (
+    AnchorGenerator)
+
+default_scope = SCOPE
+model = dict(
+    type=RetinaNet,
+    data_preprocessor=dict(type=DetDataPreprocessor),
+    backbone=dict(
+        type=ResNet, depth=18, base_channels=8, stem_channels=8,
+        norm_cfg=dict(type='BN')),
+    neck=dict(
+        type=FPN, in_channels=[8, 16, 32, 64], out_channels=16, num_outs=5),
+    bbox_head=dict(
+        type=RetinaHead, num_classes=3, in_channels=16, feat_channels=16,
+        norm_cfg=dict(type='BN'),
+        anchor_generator=dict(
+            type=AnchorGenerator, octave_base_scale=4, scales_per_octave=3,
+            ratios=[0.5, 1.0, 2.0], strides=[8, 16, 32, 64, 128]),
+        bbox_coder=dict(type=DeltaXYWHBBoxCoder),
+        loss_cls=dict(type=FocalLoss), loss_bbox=dict(type=L1Loss)))
+"""
+
+
+@pytest.mark.parametrize('scope', [None, 'mmdet'])
+def test_a_pure_python_config_keeps_its_classes(scope, tmp_path):
+    path = tmp_path / 'pure.py'
+    path.write_text(PURE.replace('SCOPE', repr(scope)))
+    cfg = Config.fromfile(path)
+    apply_norm(cfg)
+    model = MODELS.build(cfg.model)
+    assert type(model.backbone.bn1) is ws_mm.BCN
+    assert type(model.bbox_head.cls_convs[0].norm) is nn.GroupNorm
+
+
 def test_a_config_that_fails_is_left_as_it_was():
     cfg = read(MASK)
     before = cfg.to_dict()

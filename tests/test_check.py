@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from mmengine.registry import HOOKS
 from small_nets import Net, Run, image, layers, randomize
 from torch import nn
+from torch.utils.data import DataLoader, SequentialSampler
 
 from ws_mm import BCN, WSConv2d, check
 
@@ -115,6 +116,27 @@ def test_hook_stops_before_training():
         HOOKS.build(dict(type='CheckModelHook', on_mistake='x'))
 
 
+@pytest.mark.parametrize('grouped', [False, True])
+def test_hook_counts_the_images_of_a_step(grouped, monkeypatch):
+    samplers = pytest.importorskip('mmdet.datasets.samplers')
+    said = []
+    monkeypatch.setattr(
+        'ws_mm.hooks._warn_once', lambda text: said.append(text)
+    )
+    data = [torch.zeros(1)] * 4
+    options = dict(batch_size=2)
+    if grouped:  # mmdet's default
+        sampler = SequentialSampler(data)
+        batches = samplers.AspectRatioBatchSampler(sampler, 2)
+        options = dict(batch_sampler=batches)
+    runner = SimpleNamespace(
+        model=nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)),
+        train_dataloader=DataLoader(data, **options),
+    )
+    HOOKS.build(dict(type='CheckModelHook')).before_train_iter(runner, 0)
+    assert 'train on the statistics of 2 images' in ''.join(said)
+
+
 def test_hook_names_what_levels_share(monkeypatch):
     said = []
     monkeypatch.setattr(
@@ -134,6 +156,10 @@ def test_hook_names_what_levels_share(monkeypatch):
         assert len(said) == count
         # It looks once and leaves nothing behind.
         assert not head['bbox_head'][0]._forward_pre_hooks
+    # Images of two sizes are no levels.
+    runner.model = nn.ModuleDict(dict(student=head))
+    hook.before_train(runner)
+    assert not head['bbox_head'][0]._forward_pre_hooks
     assert said[0].startswith('2 BCN layers ran on maps of several sizes')
     assert 'bbox_head.0, bbox_head.1' in said[0]
     assert 'model.bbox_head.norm_cfg=dict(' in said[0]

@@ -1,8 +1,10 @@
 """Running statistics measured over a loader, by the function and the hook."""
 
 import copy
+import importlib
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,15 @@ import tiny_runs
 import torch
 from comparison import TOLERANCE, disagreements
 from mmengine.config import Config
+from mmengine.logging import MessageHub
+from mmengine.model import BaseModel
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
+from mmengine.structures import InstanceData
 from proofs import small_run
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils.data import ConcatDataset, DataLoader
 
 import ws_mm
 from ws_mm import BCN, WSConv2d
@@ -292,6 +298,50 @@ def test_ranks_with_unequal_loaders_do_not_wait(world):
     first = make_batches(2)[0]
     expected = within_batches([torch.cat([first, first])])
     assert not disagreements(found[0], expected, WIDE)
+
+
+def test_the_size_of_the_next_images_stays():
+    structures = pytest.importorskip('mmdet.structures')
+    importlib.import_module('mmdet.models')
+    resize = dict(
+        type='BatchSyncRandomResize',
+        random_size_range=(128, 384),
+        interval=1,
+    )
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        preprocess = MODELS.build(
+            dict(type='DetDataPreprocessor', batch_augments=[resize])
+        )
+
+    class Model(BaseModel):
+        def __init__(self) -> None:
+            super().__init__(preprocess)
+            self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), BCN(8, 4))
+
+        def forward(self, inputs, data_samples, mode):
+            self.layers(inputs.float())
+
+    (augment,) = preprocess.batch_augments
+    sample = structures.DetDataSample(metainfo=dict(img_shape=(64, 64)))
+    sample.gt_instances = InstanceData(bboxes=torch.zeros(0, 4))
+    batch = dict(inputs=[torch.zeros(3, 64, 64)], data_samples=[sample])
+    before = augment._input_size
+    MessageHub.get_current_instance().update_info('iter', 0)
+    ws_mm.update_estimates(Model(), [batch])
+    assert augment._input_size == before
+
+
+def test_a_sampler_of_several_sources_is_refused_before_training():
+    samplers = pytest.importorskip('mmdet.datasets.samplers')
+    data = ConcatDataset([[torch.zeros(1)] * 4, [torch.zeros(1)] * 4])
+    sampler = samplers.MultiSourceSampler(data, 3, [1, 2], seed=0)
+    loader = DataLoader(data, batch_size=3, sampler=sampler)
+    runner = SimpleNamespace(
+        train_loop=SimpleNamespace(dataloader=loader), seed=0, iter=0
+    )
+    hook = ws_mm.UpdateEstimatesHook()
+    with pytest.raises(ValueError, match='sampler is a MultiSourceSampler'):
+        hook.before_train(runner)
 
 
 # With mmengine's Runner.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from networks import (  # noqa: F401
@@ -155,3 +156,26 @@ def test_user_defined_backbone() -> None:
     assert type(new.backbone.stem[0]) is WSConv2d
     assert not check(new, all_heads).mistakes
     trains(new, all_heads)
+
+
+def test_branches_that_begin_as_zero_do_not_jump() -> None:
+    torch.manual_seed(0)
+    old = pytest.importorskip('mmdet.models').ResNet(
+        18, base_channels=8, stem_channels=8, norm_eval=False, out_indices=(3,)
+    )
+    old.init_weights()  # zero_init_residual=True
+    x = torch.randn(2, 3, 64, 64)
+    sizes = {}
+    for name, model in (('BN', old), ('BCN', convert(old, norm={}))):
+        seen = []
+        model.layer1[0].bn2.register_forward_hook(
+            lambda *args, seen=seen: seen.append(args[2].detach().std())
+        )
+        optimizer = torch.optim.SGD(model.parameters(), 0.02)
+        for _ in range(2):
+            optimizer.zero_grad()
+            (model(x)[0].mean((2, 3)) - 1).square().mean().backward()
+            optimizer.step()
+        sizes[name] = [float(value) for value in seen]
+    assert sizes['BN'][0] == sizes['BCN'][0] == 0
+    assert sizes['BCN'][1] < 10 * sizes['BN'][1]

@@ -270,6 +270,31 @@ def test_frozen_layers_of_a_checkpoint_are_not_named(
         assert not warned
 
 
+class Semi(nn.Module):
+    """Student and teacher, named as in mmdet's SemiBaseDetector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = (
+            nn.Sequential(nn.Conv2d(3, 8, 1), BCN(8, 4)) for _ in range(2)
+        )
+
+
+@pytest.mark.parametrize('wrapped', [False, True])
+@pytest.mark.parametrize('skip', [True, False])
+@pytest.mark.usefixtures('one_process')
+def test_a_teacher_without_estimates_is_named(
+    skip: bool, wrapped: bool, warned: list[str]
+) -> None:
+    mean_teacher = pytest.importorskip('mmdet.engine.hooks').MeanTeacherHook
+    model = Semi()
+    model = DistributedDataParallel(model) if wrapped else model
+    own = mean_teacher(skip_buffer=skip)
+    runner = SimpleNamespace(model=model, hooks=[own])
+    hooks.SyncEstimatesHook().before_train_iter(runner, 0)
+    assert ['skip_buffer=False' in line for line in warned] == skip * [True]
+
+
 def test_norm_eval_does_not_stop_the_estimates() -> None:
     model = resnet(norm_cfg=BCN4, norm_eval=True)
     model.train()

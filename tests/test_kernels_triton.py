@@ -451,7 +451,8 @@ def test_constant_inputs_stay_finite(mode):
 
 def test_padding_of_a_tile_does_not_count_without_eps():
     # A sample beyond the last has no variance: 1 / 0, were it not left out.
-    layer = BCN(6, 3, eps=0, mode='batch').to(DEVICE)
+    layer = BCN(6, 3, mode='batch').to(DEVICE)
+    layer.eps = 0.0
     x = torch.randn(3, 6, 3, 3, device=DEVICE, requires_grad=True)
     layer(x).backward(torch.randn_like(x))
     for values in (x, *layer.parameters()):

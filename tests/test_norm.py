@@ -143,6 +143,11 @@ def test_several_calls_in_one_checkpointed_backward_warn(
     assert ('with_cp=False' in told) == (mode == 'estimate')
 
 
+def test_an_eps_of_zero_is_refused():
+    with pytest.raises(ValueError, match=r'eps=0.* \(0, inf\).*norm_cfg'):
+        BCN(8, 4, eps=0)
+
+
 def test_half_keeps_the_estimates_in_float32():
     layer = BCN(12, 4)
     layer.running_mean.uniform_()

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 import ws_mm
@@ -74,6 +74,16 @@ def test_short_names_work_with_custom_imports(tmp_path):
     for name in NAMES:
         assert MODELS.get(name) is getattr(ws_mm, name)
         assert MODELS.get(f'ws_mm.{name}') is getattr(ws_mm, name)
+
+
+def test_a_class_of_the_host_with_our_name_is_not_taken_for_ours():
+    registry = pytest.importorskip('mmdet.registry').MODELS
+    registry.register_module('BCN', module=nn.Identity)
+    try:
+        with DefaultScope.overwrite_default_scope('mmdet'):
+            assert MODELS.get('ws_mm.BCN') is ws_mm.BCN
+    finally:
+        registry._module_dict.pop('BCN')
 
 
 def test_mmcv_keeps_its_names():

@@ -56,8 +56,10 @@ def check_share(name: str, value: Any, key: str) -> None:
     _check_number(name, value, is_legal, '(0, 1]', key)
 
 
-def check_eps(value: Any, key: str) -> None:
-    """Reject an eps that is not a finite number of at least 0."""
+def check_eps(value: Any, key: str, positive: bool = False) -> None:
+    """Reject an eps that is not a finite number of at least 0, or above."""
+    if positive and value == 0:
+        _check_number('eps', value, False, '(0, inf)', key)
     check_number('eps', value, 0, key)
 
 

@@ -13,6 +13,7 @@ from .config_fit import put
 from .config_layers import Cfg, ConfigError, has_same_weights
 from .config_parts import Key, Part, iter_dicts, short, spell
 from .converted import CONVERTED
+from .hooks import MEAN_TEACHER
 from .running_statistics import RunningStatistics
 
 HOOK = dict(type='ws_mm.SyncEstimatesHook')
@@ -168,13 +169,19 @@ def loads(init_cfg: Any) -> bool:
 
 
 def add_hook(draft: Draft, built: nn.Module) -> None:
-    """Add the hook that several processes need for their estimates."""
+    """Set the hooks that estimates need: of processes, of a teacher."""
     hooks = list(draft.content.get('custom_hooks') or ())
-    there = 'SyncEstimatesHook' in [short(hook.get('type')) for hook in hooks]
-    if not there and any(
+    if not any(
         isinstance(module, RunningStatistics) and module.estimating
         for module in built.modules()
     ):
+        return
+    for number, hook in enumerate(hooks):
+        if short(hook.get('type')) == MEAN_TEACHER:
+            why = 'the teacher needs the estimates of the student, too'
+            draft.set(('custom_hooks', number, 'skip_buffer'), False, why)
+    hooks = list(draft.content.get('custom_hooks') or ())
+    if 'SyncEstimatesHook' not in [short(hook.get('type')) for hook in hooks]:
         why = 'several processes share their estimates'
         draft.set(('custom_hooks',), [*hooks, HOOK], why)
 

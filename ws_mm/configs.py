@@ -7,6 +7,7 @@ them: a part keeps plain convolutions if no norm would follow them.
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 from mmengine.config import Config
 from torch import nn
@@ -133,14 +134,14 @@ def convert_config(
     Its weights take no memory and have no values.
     """
     names = parts or ()
-    draft = Draft(cfg._cfg_dict.to_dict())
+    draft = Draft(_plain(cfg._cfg_dict))
     model = draft.content.get('model')
     if not isinstance(model, dict):
         raise ConfigError(
             'the config has no model: it is a part that other configs build '
             'on. Give one that trains'
         )
-    scope = draft.content.get('default_scope') or 'mmengine'
+    scope = draft.content.get('default_scope') or _scope_of(model.get('type'))
     everything = read_parts(copy.deepcopy(model), scope)
     new_conv = asked_layer(conv, 'conv', scope)
     new_norm = asked_layer(norm, 'norm', scope) or {}
@@ -182,6 +183,22 @@ def convert_config(
     for change in draft.changes:
         put(cfg._cfg_dict, change.key, change.new)
     return draft.changes, draft.left, built
+
+
+def _plain(value: Any) -> Any:
+    """Copy to plain dicts. Types of a pure Python config stay classes."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value))
+    return value
+
+
+def _scope_of(kind: Any) -> str:
+    """The package of a class; pure Python configs have no default_scope."""
+    if isinstance(kind, type):
+        return kind.__module__.partition('.')[0]
+    return 'mmengine'
 
 
 def _note_parts(draft: Draft, parts: list[Part], built: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Running statistics measured anew, as means over a data loader."""
 
+import copy
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -95,7 +96,10 @@ def measure(
     model = getattr(model, '_orig_mod', model)  # compiled, it runs no hooks
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # it would broadcast buffers in each forward
-    forward = forward or partial(_run, host=_host_model(model), device=device)
+    host = _host_model(model)
+    # A copy: it may draw the size of the next images, which is no buffer.
+    preprocess = copy.deepcopy(host.data_preprocessor) if host else None
+    forward = forward or partial(_run, preprocess=preprocess, device=device)
     with restored(model):
         model.train()
         running = {
@@ -314,10 +318,10 @@ def _host_model(model: nn.Module) -> BaseModel | None:
 
 
 def _run(
-    model: nn.Module, batch: Any, host: BaseModel | None, device: Any
+    model: nn.Module, batch: Any, preprocess: nn.Module | None, device: Any
 ) -> Any:
-    if host is not None:
-        data = host.data_preprocessor(batch, True)
+    if preprocess is not None:
+        data = preprocess(batch, True)
         if isinstance(data, dict):
             return model(**data, mode='loss')
         return model(*data, mode='loss')

@@ -65,6 +65,7 @@ class UpdateEstimatesHook(Hook):
         """Reset the state of an earlier training."""
         self._in_training = True
         self._measured = self._own = None
+        self._batches(runner)  # its error comes before the first step
 
     def after_train_iter(
         self,
@@ -182,16 +183,20 @@ class UpdateEstimatesHook(Hook):
         samples = DefaultSampler(loader.dataset, seed=runner.seed)
         samples.set_epoch(runner.iter)
         own = loader.batch_sampler
+        drawn = getattr(own, 'sampler', None)
         try:
+            if hasattr(drawn, 'source_ratio'):
+                own = drawn  # mmdet's samplers of several sources
+                raise TypeError('each batch has images of every source')
             batches = type(own)(
                 samples, batch_size=own.batch_size, drop_last=own.drop_last
             )
         except (AttributeError, TypeError) as error:
             raise ValueError(
                 'UpdateEstimatesHook cannot go over the images of '
-                f'train_dataloader: its batch_sampler is a '
-                f'{type(own).__name__}, which takes no other sampler. Remove '
-                'the hook from custom_hooks, and call '
+                f'train_dataloader: its sampler is a {type(own).__name__}, in '
+                'whose place no other can draw them. Remove the hook from '
+                'custom_hooks, and call '
                 'ws_mm.update_estimates(model, loader) after training'
             ) from error
         return DataLoader(

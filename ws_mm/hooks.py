@@ -32,6 +32,7 @@ class _FrozenLayersHook(Hook):
         if not self._looked:
             self._looked = True
             report_frozen(runner.model)
+            report_teacher(runner)
 
 
 @HOOKS.register_module()
@@ -144,8 +145,11 @@ class CheckModelHook(_FrozenLayersHook):
         """Look when the first iteration is about to run."""
         if not self._looked:
             loader = getattr(runner, 'train_dataloader', None)
-            images = getattr(loader, 'batch_size', None)
-            report_batch_norms(runner.model, images or 0)
+            # A loader with a sampler of batches has no size of its own.
+            sampler = getattr(loader, 'batch_sampler', None)
+            images = getattr(sampler, 'batch_size', None)
+            if isinstance(images, int):
+                report_batch_norms(runner.model, images)
         super().before_train_iter(runner, batch_idx, data_batch)
 
     def after_train_iter(
@@ -179,7 +183,10 @@ class CheckModelHook(_FrozenLayersHook):
         # By name and class name of a layer.
         self._sizes: dict[tuple[str, str], set[torch.Size]] = {}
         # A compiler would compile the first iteration for its hooks alone.
-        if getattr(runner, 'cfg', {}).get('compile'):
+        # A student has images of two sizes in a step, whatever its heads.
+        if getattr(runner, 'cfg', {}).get('compile') or 'student' in dict(
+            model.named_children()
+        ):
             return
         for name, module in model.named_modules():
             if isinstance(module, RunningStatistics):
@@ -248,6 +255,28 @@ def frozen_problems(model: nn.Module) -> list[str]:
         for kind, found in groups.items()
     ]
     return problems
+
+
+# mmdet's hook of semi-supervised detectors.
+MEAN_TEACHER = 'MeanTeacherHook'
+
+
+def report_teacher(runner: Any) -> None:
+    """Warn of a teacher that is not given the student's estimates."""
+    model = runner.model.module if is_model_wrapper(runner.model) else None
+    teacher = getattr(model or runner.model, 'teacher', None)
+    skips = any(
+        type(hook).__name__ == MEAN_TEACHER
+        and getattr(hook, 'skip_buffers', False)
+        for hook in getattr(runner, 'hooks', ())
+    )
+    if skips and teacher is not None and estimating_layers(teacher):
+        _warn_once(
+            f'{MEAN_TEACHER} averages parameters alone, so that the estimates '
+            'of the teacher stay as they are and its labels are those of '
+            f"another network. Set dict(type='{MEAN_TEACHER}', "
+            'skip_buffer=False) in custom_hooks'
+        )
 
 
 def _is_frozen_as_built(norm: nn.GroupNorm) -> bool:

@@ -125,7 +125,7 @@ class BCN(RunningStatistics, nn.GroupNorm):
         **unknown: Any,
     ) -> None:
         reject_unknown('BCN', 'norm_cfg', unknown, legal_arguments(BCN))
-        check_eps(eps, 'norm_cfg')
+        check_eps(eps, 'norm_cfg', positive=True)  # F.batch_norm needs it
         check_momentum(momentum, 'norm_cfg')
         check_choice('mode', mode, MODES, 'norm_cfg')
         check_choice('outer_affine', outer_affine, OUTER_AFFINES, 'norm_cfg')
@@ -239,8 +239,10 @@ class BCN(RunningStatistics, nn.GroupNorm):
         Convention: a GroupNorm keeps its groups and its affine, which becomes
             the outer one, with estimates (0, 1): the same function. The
             statistics and the affine of a BatchNorm become the estimates and
-            the inner affine: another function. eps is that of the norm, or
-            1e-5 where it has 0, since a constant group has no variance.
+            the inner affine: another function. If weight and bias are all 0
+            (zero_init_residual), the outer weight is 0 instead. eps is that
+            of the norm, or 1e-5 where it has 0, since a constant group has no
+            variance.
         """
         is_group_norm = isinstance(norm, nn.GroupNorm)
         # Without one: the constant of DETR's FrozenBatchNorm2d, as torch's.
@@ -280,6 +282,11 @@ class BCN(RunningStatistics, nn.GroupNorm):
                     )
                 values = values[:: rows.shape[1]]
             sources[own if is_group_norm else f'bn_{own}'] = values
+        if 'bn_weight' in sources and _is_zero(norm):
+            # zero_init_residual. In the inner affine, one step would bring
+            # the branch to full size: the second normalization scales it up.
+            del sources['bn_weight']
+            sources['weight'] = torch.zeros_like(layer.weight)
         return layer, sources
 
     def folded(self) -> tuple[Tensor, Tensor, nn.Module]:
@@ -318,6 +325,11 @@ class BCN(RunningStatistics, nn.GroupNorm):
         if mapped:
             print_log(mapped, logger='current')
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _is_zero(norm: Any) -> bool:
+    affine = [v for v in (norm.weight, norm.bias) if v is not None]
+    return not any(values.is_meta or values.any() for values in affine)
 
 
 def fit_num_groups(

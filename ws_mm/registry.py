@@ -3,7 +3,7 @@
 mmengine looks up the types of an inherited config in the package that the
 config comes from. The configs of ws_mm hold types of MMDetection,
 MMSegmentation or MMPretrain, so this scope looks them up in the
-``default_scope`` of the config that inherits.
+``default_scope`` of the config that inherits, but for those of ws_mm itself.
 """
 
 from contextlib import suppress
@@ -21,6 +21,9 @@ class _ConfigScope(Registry):
 
     def get(self, key: str) -> Any:
         """Return the registered type, None if there is none."""
+        own = self._get_root_registry().module_dict.get(key)
+        if own is not None and f'{own.__module__}.'.startswith(f'{SCOPE}.'):
+            return own  # whatever the host has of that name
         scopes = [
             instance.scope_name
             for instance in DefaultScope._instance_dict.values()
