@@ -343,7 +343,7 @@ def test_a_training_that_outlives_its_runner_keeps_the_folder(
     cells = [dict(task='tiny', norm='GN', options=options(images))]
     path = write_grid(tmp_path / 'grid.py', cells, images=100000)
     command = [sys.executable, run.__file__, path, tmp_path / 'out']
-    with subprocess.Popen(command) as runner:
+    with subprocess.Popen(command, start_new_session=True) as runner:
         log = tmp_path / 'out/runs'
         while not [*log.glob('*/output.log')]:
             time.sleep(0.1)
@@ -353,7 +353,7 @@ def test_a_training_that_outlives_its_runner_keeps_the_folder(
         done = call(path, tmp_path / 'out')
         assert 'a training that a killed' in done.stderr
     finally:
-        subprocess.run(['pkill', '-f', str(tmp_path / 'out/configs')])
+        os.killpg(runner.pid, signal.SIGKILL)
 
 
 def test_a_detector_that_finds_nothing_has_0(tmp_path):
