@@ -43,6 +43,7 @@ from ws_mm.singularities import FILE as SINGULARITIES  # noqa: E402
 FAILURE = re.compile(
     rf'(?:ValueError: |error: |Training stopped \()({IMPOSSIBLE.pattern})'
 )
+TASK = 'task.json'  # of a run: what trained it
 # mmdet's words where it gives no AP; it is 0.
 NOTHING = 'The testing results of the whole dataset is empty'
 
@@ -137,15 +138,17 @@ def check_task(cell: Cell, task: dict[str, Any], out_dir: Path) -> None:
     Raises:
         SystemExit: its checkpoints are of a task with other settings.
     """
-    path = out_dir / 'runs' / cell.key / 'task.json'
-    trained = {k: v for k, v in task.items() if k != 'metric'}
-    if path.exists() and (found := json.loads(path.read_text())) != trained:
+    path, wanted = out_dir / 'runs' / cell.key / TASK, trained_by(task)
+    if path.exists() and (found := json.loads(path.read_text())) != wanted:
         sys.exit(
             f'error: {path.parent} was begun as tasks.{cell.task}={found}, '
-            f'the grid has {trained}: give another OUT_DIR'
+            f'the grid has {wanted}: give another OUT_DIR'
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(trained))
+
+
+def trained_by(task: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a task that its training depends on."""
+    return {key: value for key, value in task.items() if key != 'metric'}
 
 
 def check_configs(grid: Grid, waiting: list[Cell]) -> None:
@@ -245,6 +248,7 @@ def run_cell(
     config.parent.mkdir(parents=True, exist_ok=True)
     work_dir.mkdir(parents=True, exist_ok=True)
     (work_dir / DIVERGED).unlink(missing_ok=True)
+    write_text(work_dir / TASK, json.dumps(trained_by(task)))
     config_of(cell, task).dump(config)
     log = work_dir / 'output.log'
     with log.open('a') as file:
