@@ -1,6 +1,7 @@
 """The experiment runner on real, tiny trainings."""
 
 import contextlib
+import inspect
 import io
 import json
 import os
@@ -87,6 +88,13 @@ def call(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(
         arguments, code, out.getvalue(), err.getvalue()
     )
+
+
+def refusal(*arguments: object) -> str:
+    """What a call says that ends with an error."""
+    done = call(*arguments)
+    assert done.returncode == 1
+    return str(done.stderr)
 
 
 @pytest.fixture(scope='module')
@@ -320,9 +328,7 @@ def test_a_failure_leaves_no_record_and_the_exit_code_says_so(
     assert not list((tmp_path / 'out').glob('records/*'))
     # What it has trained is not taken for another task's.
     path = write_grid(tmp_path / 'grid.py', cells, images=48)
-    done = call(path, tmp_path / 'out')
-    assert done.returncode == 1
-    assert 'was begun as tasks.tiny=' in done.stderr
+    assert 'was begun as tasks.tiny=' in refusal(path, tmp_path / 'out')
 
 
 def test_a_misspelt_option_is_refused_before_any_run(images, tmp_path):
@@ -330,10 +336,9 @@ def test_a_misspelt_option_is_refused_before_any_run(images, tmp_path):
     wrong = options(images, **{'optim_wraper.optimizer.lr': 3})
     cells = [cell, dict(cell, name='wide', options=wrong)]
     path = write_grid(tmp_path / 'grid.py', cells)
-    done = call(path, tmp_path / 'out')
-    assert done.returncode == 1
-    assert "options of 'wide': " in done.stderr
-    assert "'optim_wrapper'" in done.stderr
+    said = refusal(path, tmp_path / 'out')
+    assert "options of 'wide': " in said
+    assert "'optim_wrapper'" in said
     assert not list((tmp_path / 'out/runs').glob('*/*.log'))
 
 
@@ -350,13 +355,15 @@ def test_a_training_that_outlives_its_runner_keeps_the_folder(
         time.sleep(1)
         runner.kill()
     try:
-        done = call(path, tmp_path / 'out')
-        assert 'a training that a killed' in done.stderr
+        said = refusal(path, tmp_path / 'out')
+        assert 'a training that a killed' in said
     finally:
         os.killpg(runner.pid, signal.SIGKILL)
 
 
 def test_a_detector_that_finds_nothing_has_0(tmp_path):
+    evaluation = pytest.importorskip('mmdet.evaluation')
+    assert run.NOTHING in inspect.getsource(evaluation.CocoMetric)
     log = 'Iter(train)\nThe testing results of the whole dataset is empty.\n'
     (tmp_path / 'output.log').write_text(log)
     (tmp_path / 'attempts.jsonl').write_text(
@@ -379,19 +386,17 @@ def test_records_of_another_task_are_not_taken_for_this_one(finished):
     path = write_grid(folder / 'other.py', [], images=48)
     cells = (folder / 'grid.py').read_text().split('\n', 1)[1]
     path.write_text(path.read_text().split('\n', 1)[0] + '\n' + cells)
-    done = call(path, folder / 'out')
-    assert done.returncode == 1
-    assert "'images': 48" in done.stderr
-    assert 'give another OUT_DIR' in done.stderr
+    said = refusal(path, folder / 'out')
+    assert "'images': 48" in said
+    assert 'give another OUT_DIR' in said
 
 
 def test_a_second_call_is_kept_out(images, tmp_path):
     (tmp_path / 'out').mkdir()
     path = write_grid(tmp_path / 'grid.py', [dict(task='tiny', norm='GN')])
     with run.alone(tmp_path / 'out'):
-        done = call(path, tmp_path / 'out')
-    assert done.returncode == 1
-    assert 'another call is at work' in done.stderr
+        said = refusal(path, tmp_path / 'out')
+    assert 'another call is at work' in said
 
 
 @pytest.mark.parametrize(

@@ -41,10 +41,10 @@ class _WeightStandardized(nn.modules.conv._ConvNd):
         'the checkpoint does not say that its filters were trained '
         'standardized, as those of ws_mm do. A plain BN or GN network '
         'computes something else under WS, and its names and shapes cannot '
-        'show it. Right are BN+WS, GN+WS and BCN+WS networks, such as '
-        'open-mmlab://jhu/resnet50_gn_ws; of a plain ResNet, a start for '
-        'training is made by: python '
-        'tools/model_converters/convert_checkpoint.py OLD NEW --approximate'
+        'show it. BN+WS, GN+WS and BCN+WS networks are right, such as '
+        'open-mmlab://jhu/resnet50_gn_ws. To start from a plain ResNet, run: '
+        'python tools/model_converters/convert_checkpoint.py OLD NEW '
+        '--approximate'
     )
     _loading = False
     # Whether plain filters that are loaded compute here what they did.

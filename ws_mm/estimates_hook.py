@@ -9,12 +9,12 @@ import torch
 from mmengine.dataset import DefaultSampler
 from mmengine.dist import get_dist_info
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .estimates import measure
+from .hooks import inner_model
 
 
 @HOOKS.register_module()
@@ -134,7 +134,7 @@ class UpdateEstimatesHook(Hook):
         # What EMAHook has put there is the model that trains. A checkpoint
         # is saved while others are in the place of its own, too: the best.
         trains = checkpoint.get('ema_state_dict')
-        if trains and self._holder(runner) is _inner(runner.model):
+        if trains and self._holder(runner) is inner_model(runner.model):
             trains.update({f'module.{name}': v for name, v in own.items()})
         checkpoint['state_dict'].update(_on_cpu(self._measure(runner)))
 
@@ -144,7 +144,7 @@ class UpdateEstimatesHook(Hook):
         """Resume with the estimates of training."""
         own = checkpoint.get('training_estimates')
         if own and runner._resume:
-            if self._holder(runner) is _inner(runner.model):
+            if self._holder(runner) is inner_model(runner.model):
                 checkpoint['state_dict'].update(own)
             else:
                 self._put(runner, own)
@@ -164,7 +164,7 @@ class UpdateEstimatesHook(Hook):
                 )
             names = {
                 module: name
-                for name, module in _inner(runner.model).named_modules()
+                for name, module in inner_model(runner.model).named_modules()
             }
             self._measured = {
                 _saved_name(f'{names[layer]}.{name}'): values
@@ -184,21 +184,15 @@ class UpdateEstimatesHook(Hook):
         samples.set_epoch(runner.iter)
         own = loader.batch_sampler
         drawn = getattr(own, 'sampler', None)
+        # mmdet's samplers of several sources: each batch has some of all.
+        if hasattr(drawn, 'source_ratio'):
+            raise _cannot_draw(drawn)
         try:
-            if hasattr(drawn, 'source_ratio'):
-                own = drawn  # mmdet's samplers of several sources
-                raise TypeError('each batch has images of every source')
             batches = type(own)(
                 samples, batch_size=own.batch_size, drop_last=own.drop_last
             )
         except (AttributeError, TypeError) as error:
-            raise ValueError(
-                'UpdateEstimatesHook cannot go over the images of '
-                f'train_dataloader: its sampler is a {type(own).__name__}, in '
-                'whose place no other can draw them. Remove the hook from '
-                'custom_hooks, and call '
-                'ws_mm.update_estimates(model, loader) after training'
-            ) from error
+            raise _cannot_draw(own) from error
         return DataLoader(
             loader.dataset,
             batch_sampler=batches,
@@ -208,12 +202,12 @@ class UpdateEstimatesHook(Hook):
             multiprocessing_context=loader.multiprocessing_context,
         )
 
-    def _holder(self, runner: Any) -> nn.Module:
+    def _holder(self, runner: Any) -> Any:
         """The model whose buffers a validation uses."""
         for hook in _hooks(runner, EMAHook):
             if hook.ema_model.update_buffers:
-                return hook.ema_model.module  # type: ignore[no-any-return]
-        return _inner(runner.model)
+                return hook.ema_model.module
+        return inner_model(runner.model)
 
     def _statistics(self, runner: Any) -> dict[str, Tensor]:
         buffers = _buffers(self._holder(runner))
@@ -224,6 +218,15 @@ class UpdateEstimatesHook(Hook):
         buffers = _buffers(self._holder(runner))
         for name, values in statistics.items():
             buffers[name].copy_(values)
+
+
+def _cannot_draw(sampler: Any) -> ValueError:
+    return ValueError(
+        'UpdateEstimatesHook cannot go over the images of train_dataloader: '
+        f'its sampler is a {type(sampler).__name__}, and no other sampler can '
+        'draw them in its place. Remove the hook from custom_hooks, and call '
+        'ws_mm.update_estimates(model, loader) after training'
+    )
 
 
 def _hooks(runner: Any, kind: type) -> list[Any]:
@@ -241,11 +244,6 @@ def _averaged(runner: Any) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.after_val_epoch(runner)
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    inner: Any = model.module if is_model_wrapper(model) else model
-    return inner  # type: ignore[no-any-return]
 
 
 def _saved_name(name: str) -> str:

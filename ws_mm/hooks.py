@@ -19,6 +19,14 @@ from .distributed import world_size
 from .running_statistics import RunningStatistics
 from .shapes import batch_norms
 
+# mmdet's hook of semi-supervised detectors.
+MEAN_TEACHER = 'MeanTeacherHook'
+
+
+def inner_model(model: nn.Module) -> Any:
+    """The model inside a wrapper for several processes, or itself."""
+    return model.module if is_model_wrapper(model) else model
+
 
 class _FrozenLayersHook(Hook):
     """Warn once of layers that are frozen as they were built."""
@@ -121,9 +129,7 @@ class CheckModelHook(_FrozenLayersHook):
 
     def before_train(self, runner: Any) -> None:
         """Check the model that is about to be trained."""
-        model = runner.model
-        if is_model_wrapper(model):
-            model = model.module
+        model = inner_model(runner.model)
         self._watch_sizes(model, runner)
         mistakes = check(model).mistakes
         if not mistakes:
@@ -218,7 +224,7 @@ def frozen_problems(model: nn.Module) -> list[str]:
     Args:
         model: the model, in its training modes.
     """
-    inner: Any = model.module if is_model_wrapper(model) else model
+    inner = inner_model(model)
     names: dict[str, list[str]] = {}
     untrained: dict[str, list[str]] = {}
     groups: dict[str, list[str]] = {}
@@ -257,14 +263,9 @@ def frozen_problems(model: nn.Module) -> list[str]:
     return problems
 
 
-# mmdet's hook of semi-supervised detectors.
-MEAN_TEACHER = 'MeanTeacherHook'
-
-
 def report_teacher(runner: Any) -> None:
     """Warn of a teacher that is not given the student's estimates."""
-    model = runner.model.module if is_model_wrapper(runner.model) else None
-    teacher = getattr(model or runner.model, 'teacher', None)
+    teacher = getattr(inner_model(runner.model), 'teacher', None)
     skips = any(
         type(hook).__name__ == MEAN_TEACHER
         and getattr(hook, 'skip_buffers', False)

@@ -147,17 +147,17 @@ class RunningStatistics(nn.Module):
                 setattr(self, name, values.float())
         # Activation checkpointing repeats the forward inside the backward.
         # A compiler decides itself what it recomputes, and keeps updates out.
-        recomputed = not compat.is_compiling() and compat.is_backward()
         if not self.training:
             return False
-        if recomputed:
-            if self.estimating and self._moves > 1:
+        compiling = compat.is_compiling()
+        if not compiling and compat.is_backward():
+            if self._moves > 1:
                 _report_moved_again(type(self).__name__)
             self._moves = 0
             return False
-        if not compat.is_compiling():  # a compiler takes it for a constant
-            self._moves += 1
         if self.estimating:
+            if not compiling:  # a compiler takes it for a constant
+                self._moves += 1
             if self.values_seen is None:
                 _report_unsynchronized(type(self).__name__)
             else:

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .hooks import inner_model
 from .restoring import restored
 from .running_statistics import RunningStatistics
 
@@ -199,9 +199,7 @@ class SingularitiesHook(Hook):
             self._write(runner, done)
 
     def _write(self, runner: Any, iteration: int) -> bool:
-        model = runner.model
-        if is_model_wrapper(model):
-            model = model.module
+        model = inner_model(runner.model)
 
         def run(model: nn.Module) -> None:
             for batch in self._batches:

@@ -154,7 +154,7 @@ def load(path: str | Path) -> Grid:
                 raise GridError(
                     f'{where}: another cell of tasks.{cell.task} has the name '
                     f'{cell.label!r} and other settings, so that tables would '
-                    f'mix them. Give one a name: dict(..., name=...)'
+                    'mix them. Give one a name: dict(..., name=...)'
                 )
     if not cells:
         raise GridError(f'{path} has no cells')

@@ -80,14 +80,10 @@ def collect(records: list[dict[str, Any]], path: Path) -> None:
     """Write many records into one file, a line for each."""
     # A cell is found by its exact values.
     lines = ',\n'.join(
-        json.dumps({**shorten(record), **of_run(record)}) for record in records
+        json.dumps({**shorten(r), 'cell': r['cell'], 'task': r['task']})
+        for r in records
     )
     write_text(path, f'[\n{lines}\n]\n')
-
-
-def of_run(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a record."""
-    return {key: record[key] for key in ('cell', 'task')}
 
 
 def shorten(value: Any) -> Any:

@@ -100,9 +100,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def alone(folder: Path) -> Any:
     """Keep a second call out of the same folder."""
     with open(folder / '.lock', 'w') as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        # A training that is being killed holds it a moment longer.
+        for _ in range(50):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(0.1)
+        else:
             sys.exit(
                 f'error: another call is at work in {folder}, or a training '
                 'that a killed one has left'

@@ -232,7 +232,7 @@ class RunningNorm(RunningStatistics, Norm):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, *args: Any
     ) -> None:
-        # Whose statistics are not all there, it is a batch norm's.
+        # A state without some of the statistics is a batch norm's.
         names = [f'{prefix}running_{name}' for name in ('mean', 'var')]
         if any(f'{prefix}{name}' not in state_dict for name in self._names):
             moments = [state_dict[k] for k in names if k in state_dict]
