@@ -147,6 +147,9 @@ def test_every_end_has_its_record(finished):
     turns = figures.curve_of(good, 'smoothness/change')
     assert [seen for seen, _ in turns] == [2, 12, 22]
     assert good['curve'][-1][0] == 12
+    # A step has two images.
+    loss = figures.curve_of(good, 'loss')
+    assert loss == [[2 * step, y] for step, y in good['curve']]
     assert good['seconds'] > 0
     assert good['peak_bytes'] > 1e8
     assert good['versions']['torch'] == torch.__version__
@@ -168,6 +171,14 @@ def test_finished_runs_are_not_run_again(finished):
     again = call(folder / 'grid.py', folder / 'out')
     assert again.returncode == 0
     assert {p: p.stat().st_mtime_ns for p in path.iterdir()} == before
+
+
+def test_a_long_curve_is_drawn_as_means_of_its_parts():
+    curve = [[step, step % 2] for step in range(1, 111)]
+    drawn = figures.smoothed(curve, most=10)
+    assert drawn == [[6.0 + 11 * i, (5 + (i + 1) % 2) / 11] for i in range(10)]
+    assert figures.smoothed(curve[:4], most=10) == curve[:4]
+    assert figures.smoothed([]) == []
 
 
 def test_report_shows_every_end(finished, capsys, tmp_path):

@@ -1,7 +1,9 @@
 """Figures of the records of experiments."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from experiments.tables import Records, groups_of, of_task
@@ -13,11 +15,21 @@ def curve_of(record: dict[str, Any], key: str) -> Points:
     """Images seen, and the training loss or a metric there."""
     images = record['cell']['images']
     points = (
-        record['curve']
+        smoothed(record['curve'])
         if key == 'loss'
         else [[m['step'], m[key]] for m in record['metrics'] if key in m]
     )
     return [[step * images, y] for step, y in points]
+
+
+def smoothed(points: Points, most: int = 20) -> Points:
+    """Means of ``most`` parts of a curve: one image's loss is noise."""
+    parts = min(most, len(points))
+    edges = [len(points) * i // max(parts, 1) for i in range(parts + 1)]
+    return [
+        [fmean(column) for column in zip(*points[a:b], strict=True)]
+        for a, b in pairwise(edges)
+    ]
 
 
 def layers_of(record: dict[str, Any], key: str) -> Points:
@@ -53,7 +65,7 @@ def draw_lines(
             axis.set_yscale('log')
         if axis.lines:
             below = dict(loc='upper center', bbox_to_anchor=(0.5, -0.15))
-            axis.legend(fontsize=6, ncols=2, **below)
+            axis.legend(fontsize=6, **below)
     save(figure, path)
 
 

@@ -10,12 +10,13 @@ number of seeds. Runs that diverged or could not be are cells too. With --grid
 only the runs of that file are shown, in its order, and those that were not
 run are named; grids may share a folder. With --metrics the columns are those
 metrics (or the loss) at the end, with --average their means over the runs.
---figure draws the loss, or with --curve a metric, over the images seen; with
---layers what SingularitiesHook measured in each layer at the end; with
---points the numbers of the tables, a point for each run. --publish collects
-the records in one file, which this command reads as well. --which prints one
-table of all tasks instead, at the best learning rate of each cell, with cost.
---paired ROW compares the rows with that one, seed by seed.
+--figure draws the loss, as the means of 20 parts of a run, or with --curve a
+metric, over the images seen; with --layers what SingularitiesHook measured in
+each layer at the end; with --points the numbers of the tables, a point for
+each run. --publish collects the records in one file, which this command reads
+as well. --which prints one table of all tasks instead, at the best learning
+rate of each cell, with cost. --paired ROW compares the rows with that one,
+seed by seed.
 """
 
 import argparse
