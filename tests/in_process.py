@@ -126,6 +126,8 @@ def write_bad_checkpoint(kind: str, path: Path) -> None:
         torch.save([1, 2], path)
     elif kind == 'no state_dict':
         torch.save({'epoch': 3}, path)
+    elif kind == 'another key':
+        torch.save({'model': weights['state_dict'], 'epoch': 3}, path)
     elif kind == 'state_dict of a list':
         torch.save({'state_dict': [torch.ones(1)]}, path)
     elif kind == 'code':

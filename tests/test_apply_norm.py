@@ -408,6 +408,15 @@ def test_hooks_and_checkpoints_of_the_config(tmp_path):
     assert 'custom_hooks' not in cfg
 
 
+def test_one_part_may_be_named_without_a_list():
+    found = []
+    for parts in ('neck', ['neck']):
+        cfg = read(MASK)
+        apply_norm(cfg, parts=parts)
+        found.append(cfg.to_dict())
+    assert found[0] == found[1] != read(MASK).to_dict()
+
+
 def test_a_teacher_gets_the_estimates_of_its_student():
     cfg = read('mmdet::soft_teacher/*_180k_semi-0.01-*')
     assert [hook.type for hook in cfg.custom_hooks] == ['MeanTeacherHook']
@@ -471,8 +480,10 @@ def test_a_config_that_fails_is_left_as_it_was():
     before = cfg.to_dict()
     with pytest.raises(ConfigError, match="must be one of 'WSConv2d'"):
         apply_norm(cfg, conv='WSConv')
-    with pytest.raises(ConfigError, match='images_per_step=0 must be at lea'):
-        apply_norm(cfg, images_per_step=0)
+    for wrong in (0, '16'):
+        match = f'images_per_step={wrong!r} must be a whole number'
+        with pytest.raises(ConfigError, match=match):
+            apply_norm(cfg, images_per_step=wrong)
     cfg.model.neck.out_channels = 'many'
     with pytest.raises(ConfigError, match='does not build as it is'):
         apply_norm(cfg)

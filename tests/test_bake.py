@@ -174,3 +174,30 @@ def test_a_subclass_with_another_output_is_not_baked():
     weight = nn.utils.parametrizations.weight_norm(Gained(3, 8, 1))
     with pytest.raises(ValueError, match='only the convolutions of ws_mm'):
         bake(weight)
+
+
+class WithoutBias(nn.Conv2d):
+    """Leaves out the bias that folding gives it."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **{**kwargs, 'bias': False})
+
+    def forward(self, input):
+        return self._conv_forward(input, self.weight, None)
+
+
+def clamped(module, args, output):
+    return output.clamp(-0.2, 0.2)
+
+
+@pytest.mark.parametrize('kind', ['hook', 'forward'])
+def test_a_fold_that_computes_something_else_is_refused(kind):
+    conv = WithoutBias if kind == 'forward' else WSConv2d
+    net = randomize(Net(conv, lambda c: BCN(c, 4))).eval()
+    if kind == 'hook':
+        net.conv1.register_forward_hook(clamped)
+    x = image()
+    bake(net, x)
+    match = 'behind conv[12] would compute something else'
+    with pytest.raises(ValueError, match=match):
+        bake(net, x, fold_estimates=True)

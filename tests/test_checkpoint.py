@@ -449,3 +449,17 @@ def test_parts_that_the_checkpoint_lacks_are_initialised(tmp_path):
     net = Sequential(norm, Part(), init_cfg=init_cfg)
     net.init_weights()
     assert net[1].initialised
+
+
+def test_a_batch_norm_without_affine_is_rejected():
+    state = nn.BatchNorm2d(12, affine=False).state_dict()
+    for target in (BCN(12, 4), BCN(12, 4, affine=False)):
+        with pytest.raises(ValueError, match='plain BatchNorm'):
+            target.load_state_dict(state, strict=False)
+
+
+def test_half_of_the_layout_of_the_authors_is_reported_by_torch():
+    state = {'bn.running_mean': torch.ones(12), 'bn.weight': torch.ones(12)}
+    found = BCN(12, 4).load_state_dict(state, strict=False)
+    assert found.unexpected_keys == list(state)
+    assert 'weight' in found.missing_keys

@@ -32,6 +32,7 @@ pytest.importorskip('mmseg')
         ('list', 'it holds a list'),
         ('no state_dict', "no state_dict; it holds 'epoch'"),
         ('state_dict of a list', 'it has no state_dict'),
+        ('another key', r"torch.save\({'state_dict': .*\['model'\]}, new\)"),
         ('code', r'holds a \w+\.mkdir, which only running code'),
         ('old code', r'holds a \w+\.mkdir, which only running code'),
         ('truncated', r'w\.pth is truncated'),
@@ -186,8 +187,8 @@ def test_checkpoint_with_a_prefix_too_many(
         rf"'{path}', prefix='module\.encoder_q\.'\)"
     )
     refuses(
-        r"Behind 'module\.encoder_q\.' in its names and 'backbone\.' in those "
-        rf'of the model they are the same\..*{right} in place of load_from',
+        r"without the prefix 'module\.encoder_q\.' of the checkpoint and the "
+        rf"prefix 'backbone\.' of the model\..*{right} in place of load_from",
         *('train', config, *work, f'load_from={path}'),
     )
     refuses(right, 'test', config, path, *work[:2])

@@ -220,6 +220,21 @@ def test_a_prefix_of_all_names_is_removed(convert, capsys):
 
 
 @pytest.mark.usefixtures('tools')
+def test_the_groups_of_a_source_are_those_of_the_config(convert, capsys):
+    source = source_of('bcn')
+    for module in source.modules():
+        if isinstance(module, ReleasedBCN):
+            module.weight, module.bias = (
+                nn.Parameter(values[:, ::2])
+                for values in (module.weight, module.bias)
+            )
+    convert(source.state_dict())
+    assert "norm_cfg=dict(type='ws_mm.BCN', num_groups=16)" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.usefixtures('tools')
 def test_one_of_several_networks_is_chosen_by_its_prefix(convert):
     one, other = (source_of('gn').state_dict() for _ in range(2))
     both = {f'encoder_q.{name}': one[name] for name in one}

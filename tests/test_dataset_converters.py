@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -285,7 +286,8 @@ def test_coco_names_what_is_missing(coco: Path) -> None:
 
 
 def test_coco_counts_what_it_does_not_list(coco: Path) -> None:
-    images = [dict(file_name=f'{i:012}.jpg', id=i) for i in range(14)]
+    size = dict(width=8, height=6)
+    images = [dict(file_name=f'{i:012}.jpg', id=i, **size) for i in range(14)]
     content = dict(images=images, annotations=[], categories=[])
     path = coco / 'annotations' / 'instances_val2017.json'
     path.write_text(json.dumps(content))
@@ -329,3 +331,56 @@ def test_coco_file_of_another_kind(coco: Path, text: str) -> None:
         f'{path} has no images, annotations, categories: not an instance '
         'file; get it from http'
     ) in done.stdout
+
+
+IMAGE = dict(id=1, file_name='a.jpg', width=8, height=6)
+
+
+@pytest.mark.parametrize(
+    ('change', 'match'),
+    [
+        (dict(images=[dict(id=1)]), 'one of images has no file_name'),
+        (dict(images={'a': IMAGE}), 'images is no list'),
+        (dict(annotations=None), 'annotations is no list'),
+        (dict(annotations=[{}]), 'one of annotations has no image_id'),
+        (
+            dict(annotations=[dict(image_id=77, category_id=1)]),
+            'annotations of no image (id 77)',
+        ),
+    ],
+)
+def test_coco_file_that_is_not_whole(
+    coco: Path, change: dict, match: str
+) -> None:
+    content = dict(images=[IMAGE], annotations=[], categories=[])
+    path = coco / 'annotations' / 'instances_val2017.json'
+    path.write_text(json.dumps(content | change))
+    done = prepare('coco.py', coco, '--splits', 'val2017')
+    assert done.returncode == 1
+    assert f'{path}: {match}' in done.stdout
+    assert 'Traceback' not in done.stdout
+
+
+def test_processes_are_one_or_more(coco: Path, voc: tuple[Path, Path]) -> None:
+    for done in (
+        prepare('coco.py', coco, '--decode', '--nproc', 0),
+        prepare('voc12_aug.py', *voc, '--nproc', 0),
+    ):
+        assert done.returncode == 2
+        assert '--nproc=0: give 1 or more' in done.stdout
+
+
+def test_voc_label_beyond_a_byte_is_refused(voc: tuple[Path, Path]) -> None:
+    labels = np.full((5, 7), 256, np.uint16)
+    path = voc[1] / 'dataset/cls/more1.mat'
+    scipy_io.savemat(path, {'GTcls': dict(Segmentation=labels)})
+    folder = voc[0] / 'VOC2012' / 'SegmentationClassAug'
+    done = prepare('voc12_aug.py', *voc, '--nproc', 1)
+    assert done.returncode == 1
+    assert 'holds the label 256' in done.stdout.replace('\n', ' ')
+    assert not (folder / 'more1.png').exists()
+    shutil.rmtree(folder)
+    folder.touch()
+    done = prepare('voc12_aug.py', *voc, '--nproc', 1)
+    assert done.returncode == 1
+    assert f'{folder} is a file' in done.stdout.replace('\n', '')

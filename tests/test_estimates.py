@@ -216,6 +216,11 @@ def test_error_restores_the_model():
         ws_mm.update_estimates(
             model, make_batches(1, 1, 1), forward=lambda model, batch: None
         )
+    for wrong in (0, -1, '3'):
+        with pytest.raises(ValueError, match=f'num_batches={wrong!r} must be'):
+            ws_mm.update_estimates(model, make_batches(1), num_batches=wrong)
+    with pytest.raises(TypeError, match='a dict, which cannot .*forward='):
+        ws_mm.update_estimates(model, [dict(image=1)], 'cpu')
     nothing_finite = [b * torch.nan for b in make_batches(1, 1)]
     with pytest.raises(ValueError, match='finite value in 2 batches'):
         ws_mm.update_estimates(model, nothing_finite)
@@ -464,14 +469,18 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path, hooks):
             assert torch.equal(values, halves[key][name]), (key, name)
 
 
-def train_rank(rank: int, folder: Path, hooks: list[Any]) -> Any:
-    model = train(folder, hooks, ranks=True)
+def train_rank(
+    rank: int, folder: Path, hooks: list[Any], own_seeds: bool
+) -> Any:
+    randomness = dict(seed=3, diff_rank_seed=own_seeds)
+    model = train(folder, hooks, ranks=True, randomness=randomness)
     return model.validated
 
 
-def test_hook_in_several_processes(tmp_path, world):
+@pytest.mark.parametrize('own_seeds', [False, True])
+def test_hook_in_several_processes(tmp_path, world, own_seeds):
     hooks = [ema(False), dict(type='ws_mm.SyncEstimatesHook'), HOOK]
-    ranks = world(2).run(train_rank, tmp_path, hooks)
+    ranks = world(2).run(train_rank, tmp_path, hooks, own_seeds)
     for first, second in zip(*ranks, strict=True):
         for name in ESTIMATES:
             assert torch.equal(first[name], second[name])

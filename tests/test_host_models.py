@@ -276,8 +276,10 @@ class Semi(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.student, self.teacher = (
-            nn.Sequential(nn.Conv2d(3, 8, 1), BCN(8, 4)) for _ in range(2)
+            nn.Sequential(nn.Conv2d(3, 8, 1), BCN(8, 4), nn.GroupNorm(4, 8))
+            for _ in range(2)
         )
+        self.teacher.eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize('wrapped', [False, True])
@@ -293,6 +295,16 @@ def test_a_teacher_without_estimates_is_named(
     runner = SimpleNamespace(model=model, hooks=[own])
     hooks.SyncEstimatesHook().before_train_iter(runner, 0)
     assert ['skip_buffer=False' in line for line in warned] == skip * [True]
+
+
+def test_a_teacher_is_not_frozen_as_it_was_built() -> None:
+    model = Semi()
+    assert not hooks.frozen_problems(model)
+    model.student.eval().requires_grad_(False)
+    found = ' '.join(hooks.frozen_problems(model))
+    assert 'student.1' in found
+    assert 'student.2' in found
+    assert 'teacher' not in found
 
 
 def test_norm_eval_does_not_stop_the_estimates() -> None:

@@ -20,7 +20,7 @@ def scene(request: pytest.FixtureRequest) -> Scene:
     if request.param == 'generated':
         return nuclei_scenes.generated_scene()
     try:
-        return nuclei_scenes.stardist_scene(nuclei_scenes.cache_dir())
+        return nuclei_scenes.stardist_scene(nuclei_tiles.cache_dir())
     except nuclei_scenes.DownloadError as error:
         pytest.skip(f'the stardist wheel cannot be had: {error}')
 
@@ -156,11 +156,17 @@ def test_interrupted_writing_leaves_what_was_there(
     assert len(files_of(target)) == 2 * (12 + 4) + 3
 
 
-def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize('source', [None, '[1]', '{"camera": "mine"}'])
+def test_a_foreign_folder_is_left_alone(
+    tmp_path: Path, source: str | None
+) -> None:
     (tmp_path / 'thesis.txt').write_text('mine')
+    if source:
+        (tmp_path / 'source.json').write_text(source)
+    before = files_of(tmp_path)
     with pytest.raises(FileExistsError, match=r'left alone.*--out'):
         nuclei_tiles.write_dataset(nuclei_scenes.generated_scene(), tmp_path)
-    assert files_of(tmp_path) == {'thesis.txt': b'mine'}
+    assert files_of(tmp_path) == before
 
 
 @pytest.mark.parametrize('kind', ['junk', 'other image'])

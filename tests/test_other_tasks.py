@@ -168,6 +168,17 @@ def test_off_files_are_read(head: str, tmp_path: Path) -> None:
     path.write_text(head + MESH[:-10])
     with pytest.raises(SetupError, match='0001.off is not whole: '):
         data[0]
+    # A face may have a colour behind its corners.
+    path.write_text(head + MESH.replace('0 1 2\n', '0 1 2 0.5 0.5 0.5\n'))
+    np.testing.assert_array_equal(modelnet.read_off(path), corners)
+    for old, new in (('0 1 2', '0 -1 2'), ('0 1 2', '0 1 8'), ('4 4', '5 4')):
+        path.write_text(head + MESH.replace(old, new))
+        with pytest.raises(SetupError, match='0001.off is not whole: face'):
+            data[0]
+    faces = MESH.split('\n')[8:]
+    path.write_text(head + '\n'.join(['0 0 0'] * 8 + faces))
+    with pytest.raises(SetupError, match='0001.off has no surface'):
+        data[0]
 
 
 def test_hdf5_files_are_read(tmp_path: Path) -> None:
@@ -228,7 +239,8 @@ def test_frames_of_something_are_read(something_v2, tmp_path: Path) -> None:
     (tmp_path / 'frames/7').mkdir(parents=True)
     for i in range(6):
         image = Image.new('RGB', (48, 32), (40 * i, 0, 0))
-        image.save(tmp_path / f'frames/7/{i + 1:05}.jpg', quality=95)
+        # From 8 to 13: as text 10 would be the first.
+        image.save(tmp_path / f'frames/7/{i + 8}.jpg', quality=95)
     clip, label = something_v2()[0]
     assert (clip.shape, label) == ((3, 3, 28, 28), 1)
     red = clip[:, 0].mean((1, 2)) * something.STD[0] + something.MEAN[0]

@@ -117,6 +117,7 @@ model['backbone']['init_cfg'] = [
     dict(type='PretrainedGN', checkpoint='none.pth'),
 ]
 load_from = 'elsewhere.pth'
+resume = True
 """
 WITHOUT_WS_MM = """
 import sys, torch
@@ -151,6 +152,7 @@ def test_baked_model_needs_no_ws_mm(text, norm, script, tmp_path):
     out = tmp_path / 'baked'
     assert script('bake', config, weights, out) == 0
     assert sorted(p.name for p in out.iterdir()) == ['tiny.pth', 'tiny.py']
+    assert Config.fromfile(out / 'tiny.py').resume is False
     command = [sys.executable, '-c', WITHOUT_WS_MM, out / 'tiny.py']
     command += [out / 'tiny.pth', tmp_path / 'features.pt']
     command += ['ws_mm', *OWN]
@@ -276,7 +278,8 @@ def test_a_base_of_ws_mm_leaves_no_scope(tmp_path):
 @pytest.mark.usefixtures('tools')
 @pytest.mark.parametrize('name', ['ws_mm.CenteredConv2d', 'CenteredConv2d'])
 def test_other_filters_are_plain_once_baked(name, tmp_path):
-    config, _ = write(tmp_path, SEG.replace('ws_mm.WSConv2d', name))
+    text = SEG.replace(BCN, GN).replace('ws_mm.WSConv2d', name)
+    config, _ = write(tmp_path, text)
     cfg = load('bake').stock_config(Config.fromfile(config))
     assert cfg.model.backbone.conv_cfg is None
     assert 'Centered' not in cfg.pretty_text
@@ -344,6 +347,14 @@ def test_bcn_is_refused(refuses, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
+def test_a_norm_of_ws_mm_is_refused(refuses, tmp_path):
+    frn = SEG.replace(BCN, "type='ws_mm.FRN'")
+    config, weights = write(tmp_path, frn)
+    match = r'still needs ws_mm: .*norm_cfg.type = ws_mm.FRN'
+    refuses(match, 'bake', config, weights, tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
 def test_half_matching_checkpoint_is_refused(refuses, tmp_path):
     config, weights = write(tmp_path, SEG.replace(BCN, GN))
     content = torch.load(weights)
@@ -407,3 +418,8 @@ def test_files_are_written_all_or_none(tmp_path):
     with pytest.raises(OSError, match='full'):
         write_together(tmp_path, writers)
     assert not list(tmp_path.iterdir())
+    (tmp_path / 'b').mkdir()
+    writers['b'] = writers['a']
+    with pytest.raises(load('files').SetupError, match='b is a folder'):
+        write_together(tmp_path, writers)
+    assert [path.name for path in tmp_path.iterdir()] == ['b']

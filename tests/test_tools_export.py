@@ -14,7 +14,7 @@ from in_process import load, tools  # noqa: F401
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from shipped import write_shipped
-from tiny_runs import DET, SEG, write_config, write_data
+from tiny_runs import DET, ROOT, SEG, write_config, write_data
 from torch import nn
 
 import ws_mm
@@ -115,6 +115,14 @@ def test_onnx_computes_what_the_model_does(kind, script, tmp_path, capsys):
         assert settings['pad_size_divisor'] == 32
     if kind == 'mmseg':
         assert settings['mean'] == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.usefixtures('tools')
+def test_the_order_of_channels_of_a_classifier_is_noted():
+    name = 'resnet18-w32_bcn-ws-all_1xb16-10e_cifar10subset.py'
+    cfg = Config.fromfile(ROOT / 'configs/demo' / name)
+    notes = json.loads(load('export').notes_of(cfg, name)['preprocessing'])
+    assert notes['to_rgb'] is cfg.model.data_preprocessor.to_rgb is True
 
 
 WITHOUT_WS_MM = """

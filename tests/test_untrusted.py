@@ -4,7 +4,10 @@ import importlib.util
 import os
 import pickle
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -195,3 +198,32 @@ def test_safetensors_are_loaded_by_a_config(tmp_path: Path) -> None:
     net.init_weights()
     torch.testing.assert_close(net.state_dict(), source.state_dict())
     load('checkpoints').check_weights_fit(str(path), net)
+
+
+@pytest.mark.parametrize('kind', ['home', 'url', 'function'])
+def test_safetensors_are_read_where_mmengine_reads(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    # Files of many networks have this name.
+    others = [tmp_path / name / 'model.safetensors' for name in 'ab']
+    for index, path in enumerate(others):
+        path.parent.mkdir()
+        save_file({'weight': torch.full((1,), float(index))}, path)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        base = {
+            'home': '~',
+            'url': f'http://127.0.0.1:{server.server_port}',
+            'function': str(tmp_path),
+        }[kind]
+        where = (lambda storage, _: storage) if kind == 'function' else 'cpu'
+        for index, path in enumerate(others):
+            name = f'{base}/{path.relative_to(tmp_path)}'
+            for _ in range(2):
+                found = CheckpointLoader.load_checkpoint(name, where)
+                assert found['state_dict'] == {'weight': index}
+        server.shutdown()

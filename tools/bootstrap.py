@@ -23,6 +23,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 from support.bare_machine import (
     RECENT,
     Stop,
+    cache_dir,
     captured,
     check_compiler,
     check_python,
@@ -122,13 +123,6 @@ def read_pins(text: str) -> Dict[str, str]:
                 'write it as name==version'
             )
     return pins
-
-
-def cache_dir() -> Path:
-    """Return the folder that keeps built wheels and logs."""
-    root = os.environ.get('XDG_CACHE_HOME', '')
-    base = Path(root) if os.path.isabs(root) else Path.home() / '.cache'
-    return base / 'ws_mm'
 
 
 def digest(*texts: str) -> str:

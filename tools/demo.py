@@ -14,13 +14,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataset_converters.nuclei_tiles import NO_DOWNLOAD
 from mmengine.config import Config
 from support import ROOT, launch
 from support.checks import SetupError, check_writable
 
 CONFIGS = ROOT / 'configs/demo'
 CONVERTER = 'dataset_converters/nuclei_tiles.py'
-NO_DOWNLOAD = 3  # exit status of the converter
 NEXT = """
 Everything runs. The tiles are alike, and do not show which norm is better:
 docs/results.md does. Go on with docs/tutorials/one_image.md, in this

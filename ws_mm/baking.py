@@ -2,14 +2,14 @@
 
 import copy
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import replacement
-from .checking import CONVS, Inputs, run_traced
+from .checking import CONVS, Inputs, run, run_traced
 from .running_statistics import RunningStatistics
 
 
@@ -44,7 +44,7 @@ def bake(
     Raises:
         ValueError: a standardized convolution is not of ``ws_mm``; or a norm
             has no fold, or does not follow, proven, exactly one convolution
-            that feeds nothing else.
+            that feeds nothing else, or computes something else behind it.
     """
     foreign = [
         name
@@ -59,7 +59,9 @@ def bake(
             f'{foreign[0]}{more}: only the convolutions of ws_mm can be '
             "baked. For mmcv's ConvWS, build the model with "
             "conv_cfg=dict(type='ws_mm.WSConv2d'), which loads its "
-            "checkpoints; timm's StdConv2d can be deployed as it is"
+            "checkpoints; timm's StdConv2d can be deployed as it is; of a "
+            'parametrized one, remove the parametrization first '
+            '(torch.nn.utils.parametrize.remove_parametrizations)'
         )
     pairs = _pairs_to_fold(model, inputs) if fold_estimates else []
     baked = copy.deepcopy(model)
@@ -69,7 +71,48 @@ def bake(
             _bake_conv(module)
     for conv_name, norm_name in pairs:
         _fold(modules[conv_name], modules[norm_name])
+    if pairs:
+        _compare(model, modules, pairs, inputs)
     return baked
+
+
+def _compare(
+    model: nn.Module,
+    baked: Mapping[str, nn.Module],
+    pairs: Iterable[tuple[str, str]],
+    inputs: Inputs,
+) -> None:
+    """See that each folded pair computes what it did, on what it is given."""
+    copied = copy.deepcopy(model)
+    modules = dict(copied.named_modules())
+    worst: dict[tuple[str, str], float] = {}
+    for pair in pairs:
+        layers = [copy.deepcopy(baked[name]).eval() for name in pair]
+
+        def compare(
+            conv: nn.Module,
+            args: Any,
+            output: Tensor,
+            pair: tuple[str, str] = pair,
+            layers: list[nn.Module] = layers,
+        ) -> None:
+            expected = modules[pair[1]](output)
+            error = (layers[1](layers[0](*args)) - expected).abs().max()
+            largest = expected.abs().max()
+            # As rounding of the weights may move it.
+            if not error <= 4 * torch.finfo(error.dtype).eps ** 0.5 * largest:
+                worst[pair] = float(error / largest)
+
+        # Behind the hooks that are there.
+        modules[pair[0]].register_forward_hook(compare)
+    run(copied, inputs)
+    for (conv, norm), error in worst.items():
+        raise ValueError(
+            f'cannot fold the estimates: {norm} behind {conv} would compute '
+            f'something else (relative difference {error:.1e}), since a hook '
+            'or a forward of its own changes what the convolution returns. '
+            'Bake without fold_estimates'
+        )
 
 
 def _fed(

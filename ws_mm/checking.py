@@ -288,6 +288,24 @@ class _Watch(TorchDispatchMode):
                     self.used(value, self.names[module])
 
 
+@torch.no_grad()
+def run(model: nn.Module, inputs: Inputs) -> Any:
+    """Run a model in eval mode on inputs, see :func:`check`."""
+    model.eval()
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if callable(inputs):
+        return inputs(model)
+    raise TypeError(
+        f'inputs of type {type(inputs).__name__}: give a tensor, a tuple or '
+        'dict of arguments, or a function of the model'
+    )
+
+
 def run_traced(
     model: nn.Module, inputs: Inputs, norms: Collection[nn.Module] = ()
 ) -> Trace:
@@ -300,21 +318,8 @@ def run_traced(
     """
     names = {module: name for name, module in model.named_modules()}
     watch = _Watch(names, norms)
-    with _watched(model, watch), torch.no_grad(), watch:
-        model.eval()
-        if isinstance(inputs, Tensor):
-            output = model(inputs)
-        elif isinstance(inputs, tuple):
-            output = model(*inputs)
-        elif isinstance(inputs, Mapping):
-            output = model(**inputs)
-        elif callable(inputs):
-            output = inputs(model)
-        else:
-            raise TypeError(
-                f'inputs of type {type(inputs).__name__}: give a tensor, a '
-                'tuple or dict of arguments, or a function of the model'
-            )
+    with _watched(model, watch), watch:
+        output = run(model, inputs)
     for value in tree_leaves(output):
         if watch.known(value):
             watch.used(value, 'the output of the model')

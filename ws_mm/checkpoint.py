@@ -1,11 +1,14 @@
 """Checkpoints of other layouts and formats."""
 
+import hashlib
+import os
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
+from mmengine.dist import barrier, get_rank
 from mmengine.model import PretrainedInit
 from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner import CheckpointLoader, load_checkpoint
@@ -26,12 +29,20 @@ CENTERED = 4
 
 
 @CheckpointLoader.register_scheme(  # type: ignore[untyped-decorator]
-    prefixes=r'.*\.safetensors$', force=True
+    # mmengine asks first for what sorts last.
+    prefixes=[r'https?://.*\.safetensors$', r'.*\.safetensors$'],
+    force=True,
 )
 def load_from_safetensors(
     filename: str, map_location: Any = None
 ) -> dict[str, Any]:
-    """Read a .safetensors file, wherever mmengine takes a checkpoint."""
+    """Read a .safetensors file, wherever mmengine takes a checkpoint.
+
+    Args:
+        filename: a path or URL.
+        map_location: device of the tensors; a function leaves them on the
+            CPU.
+    """
     try:
         from safetensors import safe_open
     except ImportError as error:
@@ -39,15 +50,30 @@ def load_from_safetensors(
             f'{filename} needs safetensors. Install it with: pip install '
             'safetensors'
         ) from error
-    with safe_open(filename, 'pt', device='cpu') as file:
+    if filename.startswith(('http://', 'https://')):
+        filename = _downloaded(filename)
+    device = 'cpu' if callable(map_location) else map_location or 'cpu'
+    with safe_open(os.path.expanduser(filename), 'pt', device='cpu') as file:
         state = OrderedDict(
-            (name, file.get_tensor(name).to(map_location or 'cpu'))
-            for name in file.keys()
+            (name, file.get_tensor(name).to(device)) for name in file.keys()
         )
         header = file.metadata() or {}
     if 'ws_mm' in header:
         mark_standardized(state)
     return dict(state_dict=state)
+
+
+def _downloaded(url: str) -> str:
+    """Keep a file where torch keeps those that it downloads."""
+    folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
+    # Many URLs end in the same name, such as model.safetensors.
+    digest = hashlib.sha256(url.encode()).hexdigest()[:16]
+    path = os.path.join(folder, f'{digest}.safetensors')
+    if get_rank() == 0 and not os.path.isfile(path):
+        os.makedirs(folder, exist_ok=True)
+        torch.hub.download_url_to_file(url, path, progress=False)
+    barrier()
+    return path
 
 
 # File names of releases whose filters were trained standardized, as
@@ -192,7 +218,8 @@ def to_native_layout(
         return prefix + name in state_dict
 
     for inner in AUTHORS_INNER:
-        if has(inner + 'running_mean'):
+        entries = 'weight', 'bias', f'{inner}weight', f'{inner}running_mean'
+        if all(map(has, entries)):
             _map_authors(state_dict, prefix + inner, prefix)
             _fit_outer(
                 state_dict, prefix, num_features, outer_affine, num_groups
@@ -207,9 +234,9 @@ def to_native_layout(
         return _fit_outer(
             state_dict, prefix, num_features, outer_affine, num_groups
         )
-    if not has('weight'):
-        return ''
-    if has('running_mean'):
+    # A batch norm without an affine has no weight, and BCN counts nothing.
+    is_batch_norm = has('weight') or has('num_batches_tracked')
+    if has('running_mean') and is_batch_norm:
         raise ValueError(
             f'{name}: the checkpoint holds a plain BatchNorm here, '
             'and BCN normalizes differently: loaded, its affine would mean '
@@ -217,6 +244,8 @@ def to_native_layout(
             'scratch (backbone.init_cfg=None, load_from=None), or make a '
             f'start for training of a ResNet with: {CONVERTER} --approximate'
         )
+    if not has('weight'):
+        return ''
     if outer_affine != 'channel':
         raise ValueError(
             f'{name}: the checkpoint holds a GroupNorm here, whose '

@@ -366,6 +366,25 @@ def tree_leaves(tree: Any) -> list[Any]:
 # Checkpoints. Those of mmengine hold more than tensors: a history of scalars.
 
 
+def _history_method(owner: Any, name: str) -> Any:
+    """Stand in for ``getattr``: the methods that a history is saved with.
+
+    From ``getattr`` itself all of ``builtins`` could be reached.
+    """
+    from mmengine.logging.history_buffer import HistoryBuffer
+
+    if owner is not HistoryBuffer or not name.isalpha():
+        raise pickle.UnpicklingError(
+            f'Unsupported object: GLOBAL builtins.getattr of {owner!r}'
+        )
+    return getattr(owner, name)
+
+
+# The name under which torch's allow list keeps it, in every version.
+_history_method.__module__ = 'builtins'
+_history_method.__qualname__ = _history_method.__name__ = 'getattr'
+
+
 def _host_objects() -> list[Any]:
     """Return the objects in mmengine's checkpoints besides tensors."""
     import numpy as np
@@ -380,7 +399,7 @@ def _host_objects() -> list[Any]:
         *(getattr(dtypes, name) for name in getattr(dtypes, '__all__', ())),
         HistoryBuffer,
         slice,
-        getattr,  # HistoryBuffer's methods are saved as attributes of it
+        _history_method,
     ]
 
 
@@ -445,7 +464,6 @@ class _Unpickler(pickle.Unpickler):
         # The other names of builtins, and NumPy's before and since NumPy 2.
         module = module.replace('__builtin__', 'builtins')
         key = f'{module}.{name}'
-        allowed['builtins.getattr'] = _history_method
         other = key.replace('numpy._core.', 'numpy.core.')
         for known in (key, other):
             if known in allowed:
@@ -454,17 +472,6 @@ class _Unpickler(pickle.Unpickler):
             f'Unsupported object: GLOBAL {key} is not on the list of names '
             'that a checkpoint may hold'
         )
-
-
-def _history_method(owner: Any, name: str) -> Any:
-    """Stand in for ``getattr``, by which code could be reached."""
-    from mmengine.logging.history_buffer import HistoryBuffer
-
-    if owner is not HistoryBuffer or not name.isalpha():
-        raise pickle.UnpicklingError(
-            f'Unsupported object: GLOBAL builtins.getattr of {owner!r}'
-        )
-    return getattr(owner, name)
 
 
 @contextmanager

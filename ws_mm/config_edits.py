@@ -194,9 +194,10 @@ def scale_lr(draft: Draft, filename: str | None, images: int) -> None:
         filename: file of the config, whose name may hold the batch.
         images: images in one step of the optimizer.
     """
-    if images < 1:
+    if not isinstance(images, int) or images < 1:
         raise ConfigError(
-            f'images_per_step={images} must be at least 1 (--images-per-step)'
+            f'images_per_step={images!r} must be a whole number of at least 1 '
+            '(--images-per-step)'
         )
     lr_key: Key = ('optim_wrapper', 'optimizer', 'lr')
     base_key: Key = ('auto_scale_lr', 'base_batch_size')

@@ -133,6 +133,8 @@ def convert_config(
 
     Its weights take no memory and have no values.
     """
+    if isinstance(parts, str):
+        parts = [parts]
     names = parts or ()
     draft = Draft(_plain(cfg._cfg_dict))
     model = draft.content.get('model')

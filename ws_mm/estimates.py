@@ -71,8 +71,9 @@ def update_estimates(
 
     Raises:
         ValueError: the loader gave no batch, none reached a layer, or no
-            value was finite. As after any other error, nothing has changed
-            then.
+            value was finite; or ``num_batches`` is less than 1. As after any
+            other error, nothing has changed then.
+        TypeError: a batch cannot move to ``device``.
     """
     measured = measure(
         model, loader, device, num_batches=num_batches, forward=forward
@@ -93,6 +94,13 @@ def measure(
     forward: Forward | None = None,
 ) -> dict[nn.Module, dict[str, Tensor]]:
     """Return what :func:`update_estimates` writes; arguments are the same."""
+    if num_batches is not None and (
+        not isinstance(num_batches, int) or num_batches < 1
+    ):
+        raise ValueError(
+            f'num_batches={num_batches!r} must be a whole number of at least '
+            '1, or None for all batches'
+        )
     model = getattr(model, '_orig_mod', model)  # compiled, it runs no hooks
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # it would broadcast buffers in each forward
@@ -327,4 +335,12 @@ def _run(
         return model(*data, mode='loss')
     if isinstance(batch, (list, tuple)):
         batch = batch[0]
-    return model(batch if device is None else batch.to(device))
+    if device is None:
+        return model(batch)
+    if not hasattr(batch, 'to'):
+        raise TypeError(
+            f'the loader gives a {type(batch).__name__}, which cannot move to '
+            f'device={device!r}: give a loader of tensors, or forward=, a '
+            'function of the model and a batch'
+        )
+    return model(batch.to(device))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from mmengine.dataset import DefaultSampler
-from mmengine.dist import get_dist_info
+from mmengine.dist import broadcast_object_list, get_dist_info
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
@@ -180,7 +180,11 @@ class UpdateEstimatesHook(Hook):
         sampler or its workers.
         """
         loader = runner.train_loop.dataloader
-        samples = DefaultSampler(loader.dataset, seed=runner.seed)
+        # With diff_rank_seed each rank has a seed of its own; one order is
+        # shared by all.
+        seeds = [runner.seed]
+        broadcast_object_list(seeds)
+        samples = DefaultSampler(loader.dataset, seed=seeds[0])
         samples.set_epoch(runner.iter)
         own = loader.batch_sampler
         drawn = getattr(own, 'sampler', None)

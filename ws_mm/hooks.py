@@ -214,12 +214,12 @@ def report_frozen(model: nn.Module) -> None:
 def frozen_problems(model: nn.Module) -> list[str]:
     """Name norms that are frozen as they were built, or must not be so.
 
-    With running statistics, these are in eval mode in a model that trains,
-    as ``frozen_stages`` of a backbone puts them, with the initial statistics
-    and constant affines. Learned affines are left alone: those are a GN
-    checkpoint's, and such a BCN is its GroupNorm. A GN has parameters that
-    do not train, 1 and 0. A norm that continues a batch norm is named in
-    training, too.
+    A norm with running statistics is named if it is in eval mode in a model
+    that trains, as ``frozen_stages`` of a backbone puts it, with initial
+    statistics and constant affines. Learned affines are left alone: those
+    are a GN checkpoint's, and such a BCN is its GroupNorm. A GN is named if
+    its parameters do not train and are 1 and 0. A norm that continues a
+    batch norm is named in training, too. A teacher follows its student.
 
     Args:
         model: the model, in its training modes.
@@ -229,6 +229,8 @@ def frozen_problems(model: nn.Module) -> list[str]:
     untrained: dict[str, list[str]] = {}
     groups: dict[str, list[str]] = {}
     for name, module in inner.named_modules():
+        if name.startswith('teacher.'):
+            continue
         if isinstance(module, RunningStatistics):
             if module.training and not module.continues_batch_norm:
                 continue

@@ -23,6 +23,10 @@ from rich.progress import track
 SITE = 'http://images.cocodataset.org'
 IMAGES = {'train2017': 118287, 'val2017': 5000}
 SHOWN = 10
+NEEDED = {
+    'images': ('id', 'file_name', 'width', 'height'),
+    'annotations': ('image_id', 'category_id'),
+}
 
 
 def source(root: Path, archive: str) -> str:
@@ -43,8 +47,24 @@ def read_annotations(path: Path) -> tuple[dict | None, str]:
     keys = ('images', 'annotations', 'categories')
     if not isinstance(content, dict) or any(k not in content for k in keys):
         return None, f'{path} has no {", ".join(keys)}: not an instance file'
+    for key in keys:
+        if not isinstance(content[key], list):
+            return None, f'{path}: {key} is no list'
     if not content['images']:
         return None, f'{path} lists no images'
+    for key, needed in NEEDED.items():
+        for entry in content[key]:
+            absent = [name for name in needed if name not in entry]
+            if absent:
+                return (
+                    None,
+                    f'{path}: one of {key} has no {absent[0]}: {entry}',
+                )
+    ids = {image['id'] for image in content['images']}
+    for entry in content['annotations']:
+        if entry['image_id'] not in ids:
+            unknown = entry['image_id']
+            return None, f'{path}: annotations of no image (id {unknown!r})'
     return content, ''
 
 
@@ -148,6 +168,8 @@ def main() -> int:
         '--nproc', type=int, default=os.cpu_count(), help='for --decode'
     )
     args = parser.parse_args()
+    if args.nproc < 1:
+        parser.error(f'--nproc={args.nproc}: give 1 or more')
     nproc = args.nproc if args.decode else None
     problems = []
     for split in args.splits:

@@ -45,12 +45,6 @@ class Scene(NamedTuple):
     origin: str  # one line for people
 
 
-def cache_dir() -> Path:
-    """Folder of downloads that outlive a checkout."""
-    base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-    return Path(base) / 'ws_mm'
-
-
 def stardist_scene(cache: Path) -> Scene:
     """Read the image that the stardist wheel ships; fetch the wheel once.
 

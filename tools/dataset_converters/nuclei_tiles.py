@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset_converters.nuclei_scenes import (
     DownloadError,
     Scene,
-    cache_dir,
     generated_scene,
     stardist_scene,
 )
+from support.bare_machine import cache_dir
 
 LAYOUT = 1  # raise it when the files change
 NO_DOWNLOAD = 3  # exit status that lets a caller fall back
@@ -35,6 +35,7 @@ TILE = 128
 ROWS = {'train': (0, 112, 224), 'val': (384,)}
 COLUMNS = (0, 128, 256, 384)
 PALETTE = [0, 0, 0, 220, 20, 60]
+SOURCE = ('name', 'origin', 'layout', 'sha256')  # keys of source.json
 
 
 def write_dataset(scene: Scene, target: Path) -> bool:
@@ -88,20 +89,18 @@ def write_dataset(scene: Scene, target: Path) -> bool:
 def describe(scene: Scene) -> dict:
     """Content of source.json; two data sets with equal ones are equal."""
     digest = hashlib.sha256(scene.image.tobytes() + scene.labels.tobytes())
-    return {
-        'name': scene.name,
-        'origin': scene.origin,
-        'layout': LAYOUT,
-        'sha256': digest.hexdigest(),
-    }
+    values = (scene.name, scene.origin, LAYOUT, digest.hexdigest())
+    return dict(zip(SOURCE, values, strict=True))
 
 
 def read_source(target: Path) -> dict:
-    """source.json of a data set; empty where there is none."""
+    """source.json of a data set; empty where there is none of this tool."""
     try:
-        return json.loads((target / 'source.json').read_text())
+        found = json.loads((target / 'source.json').read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
+    ours = isinstance(found, dict) and found.keys() == set(SOURCE)
+    return found if ours else {}
 
 
 def write_part(scene: Scene, name: str, folder: Path) -> set[int]:

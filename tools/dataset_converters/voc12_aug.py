@@ -125,7 +125,7 @@ def convert(
                 )
         else:
             truth = loadmat(labelled)['GTcls'][0, 0]
-            labels = truth['Segmentation'].astype(np.uint8)
+            labels = truth['Segmentation']
     except Exception as error:
         return f'unreadable {photo} or {labelled} ({error})'
     if labels.shape != size[::-1]:
@@ -141,7 +141,7 @@ def convert(
         )
     # A process may be killed at any point: only whole files get their name.
     with replacing(target) as part:
-        Image.fromarray(labels).save(part)
+        Image.fromarray(labels.astype(np.uint8)).save(part)
     return None
 
 
@@ -173,7 +173,10 @@ def prepare(voc: Path, sbd: Path, nproc: int) -> list[str]:
     aug = sorted(in_sbd - set(train) - val)
     names = {'aug': aug, 'trainaug': sorted({*aug, *train})}
 
-    (voc / 'SegmentationClassAug').mkdir(exist_ok=True)
+    folder = voc / 'SegmentationClassAug'
+    if folder.exists() and not folder.is_dir():
+        return [f'{folder} is a file; the label images need a folder there']
+    folder.mkdir(exist_ok=True)
     task = partial(convert, voc=voc, sbd=sbd, own=frozenset(train))
     with Pool(nproc, ignore_interrupt) as pool:
         done = pool.imap_unordered(task, names['trainaug'], chunksize=16)
@@ -219,6 +222,8 @@ def main() -> int:
         '--nproc', type=int, default=os.cpu_count(), help='processes'
     )
     args = parser.parse_args()
+    if args.nproc < 1:
+        parser.error(f'--nproc={args.nproc}: give 1 or more')
     voc = args.devkit_path / 'VOC2012'
     try:
         problems = prepare(voc, args.aug_path, args.nproc)

@@ -71,6 +71,7 @@ def stock_config(cfg: Config) -> Config:
                 elif plain := _plain_conv(value):
                     node[key] = plain if plain['type'] != 'Conv2d' else None
     content['load_from'] = None
+    content['resume'] = False
     if content.get('custom_hooks'):
         content['custom_hooks'] = [
             hook for hook in content['custom_hooks'] if not _is_own(hook)
@@ -90,7 +91,7 @@ def stock_config(cfg: Config) -> Config:
     left = [
         f'{key}.type = {_name(node)}'.lstrip('.')
         for key, node in _dicts('', content)
-        if _is_own(node) and not key.endswith('norm_cfg')
+        if _is_own(node)
     ]
     if left:
         raise SetupError(
@@ -289,9 +290,9 @@ def main() -> None:
     cfg = launch.load_config(args, ('model',))
     import ws_mm
 
-    stock = stock_config(cfg)
     model = models.build_model(cfg)
     refuse_bcn(model)
+    stock = stock_config(cfg)
     content = load_strictly(model, args.checkpoint)
     baked = ws_mm.bake(model)
     host = models.build_model(stock)

@@ -3,11 +3,11 @@
 Exports the backbone and neck of an mmdet detector, all of an mmseg segmentor
 or an mmpretrain classifier up to the logits, or a bare backbone. Weights are
 standardized once. BCN is folded into the convolution before it and a GroupNorm
-where that is proven exact, and becomes plain operations elsewhere. Batch,
-height and width stay free; height and width may have to be multiples of a
-divisor, which is found and printed. The input is the output of the
-data_preprocessor, whose settings are in the file. Running the file needs no
-ws_mm.
+if that is proven exact for every BCN; if not, all of them become plain
+operations. Batch, height and width stay free; height and width may have to be
+multiples of a divisor, which is found and printed. The input is the output of
+the data_preprocessor, whose settings are in the file. Running the file needs
+no ws_mm.
 """
 
 import argparse
@@ -47,10 +47,12 @@ PREPROCESSING = (
     'std',
     'bgr_to_rgb',
     'rgb_to_bgr',
+    'to_rgb',
     'pad_size_divisor',
     'size',
     'size_divisor',
     'pad_val',
+    'pad_value',
 )
 
 
@@ -233,7 +235,10 @@ def differences(
 
 def notes_of(cfg: Config, config: str) -> dict[str, str]:
     """Return the notes on the input that go into the file."""
-    settings = dict(cfg.model.get('data_preprocessor') or {})
+    # mmpretrain's configs have it beside the model.
+    places = (cfg.model, cfg)
+    found = (place.get('data_preprocessor') for place in places)
+    settings = dict(next(filter(None, found), {}))
     settings = {
         key: settings[key]
         for key in PREPROCESSING

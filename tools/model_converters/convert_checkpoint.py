@@ -375,7 +375,9 @@ def main() -> None:
     files.write_together(folder, {name: lambda path: save(state, path)})
     affine = ", outer_affine='channel'" if source.layout == 'gn' else ''
     eps = '' if filters.eps == WS_EPS else f', eps={filters.eps}'
-    count = f', num_groups={args.num_groups}'
+    # The outer affine of a BCN has one entry per group.
+    groups = len(state['bn1.weight']) if source.layout == 'bcn' else None
+    count = f', num_groups={groups or args.num_groups}'
     norms = dict(
         gn=f"'GN'{count}", bcn=f"'ws_mm.BCN'{count}{affine}", bn="'BN'"
     )

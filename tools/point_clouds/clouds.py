@@ -15,9 +15,14 @@ def sample_surface(
 
     Shape:
         corners: (triangles, 3, 3), the last axis x, y, z; result: (count, 3).
+
+    Raises:
+        ZeroDivisionError: the triangles have no area.
     """
     a, b, c = corners.swapaxes(0, 1)
     areas = np.linalg.norm(np.cross(b - a, c - a), axis=1)
+    if not areas.sum() > 0:
+        raise ZeroDivisionError('the area of the triangles is 0')
     drawn = rng.choice(len(areas), count, p=areas / areas.sum())
     u, v = rng.random((2, count, 1))
     beyond = u + v > 1  # in the other half of the parallelogram

@@ -98,10 +98,16 @@ def read_off(path: Path) -> np.ndarray:
             raise ValueError(f'{len(lines)} lines, not {points + faces}')
         corners = []
         for line in lines[points : points + faces]:
-            size, *face = map(int, line.split())
+            size, *face = line.split()
+            # Behind the corners may be a colour.
+            face = [int(corner) for corner in face[: int(size)]]
+            if len(face) != int(size) or not all(
+                0 <= corner < points for corner in face
+            ):
+                raise ValueError(f'face {line!r} of {points} points')
             # A polygon is a fan of triangles.
             corners += [
-                (face[0], *face[i : i + 2]) for i in range(1, size - 1)
+                (face[0], *face[i : i + 2]) for i in range(1, len(face) - 1)
             ]
         xyz = np.array([line.split()[:3] for line in lines[:points]], float)
         return xyz[np.array(corners)]
@@ -152,4 +158,10 @@ class ModelNetOFF(Clouds):
     ) -> tuple[np.ndarray, int]:
         """Points (num_points, 3) on a mesh, and its class."""
         path, label = self.files[index]
-        return sample_surface(read_off(path), self.num_points, rng), label
+        try:
+            points = sample_surface(read_off(path), self.num_points, rng)
+        except ZeroDivisionError as error:
+            raise SetupError(
+                f'{path} has no surface: its area is 0'
+            ) from error
+        return points, label

@@ -1,10 +1,10 @@
 """Kill a training again and again, resume it, and compare what it becomes.
 
-The training of a config runs once to its end, then in another folder, where
-it is killed (SIGKILL) at random moments and continued with --resume: every
-second time in the midst of writing a checkpoint, which is made slow for
-that. Losses of every logged iteration, weights, estimates, optimizer and
-schedulers have to be equal to the last bit. One JSON line is printed; the
+The training of a config runs once to its end. Then it runs in another folder,
+where it is killed (SIGKILL) at random moments and continued with --resume.
+Every second kill comes while a checkpoint is written; the writing is slowed
+down for that. Losses of every logged iteration, weights, estimates, optimizer
+and schedulers have to be equal to the last bit. One JSON line is printed; the
 exit code is 1 where something differs or does not resume.
 """
 

@@ -79,6 +79,7 @@ def train(
     resume: bool = False,
     ranks: bool = False,
     broadcast_buffers: bool = False,
+    randomness: dict[str, Any] | None = None,
     **checkpoint: Any,
 ) -> Small:
     """Train, validate and save after every second step.
@@ -98,6 +99,7 @@ def train(
         resume: go on from the last checkpoint.
         ranks: run in a process group, wrapped in DistributedDataParallel.
         broadcast_buffers: argument of that wrapper.
+        randomness: that of the Runner, by default one seed.
         **checkpoint: more arguments of the CheckpointHook.
 
     Returns:
@@ -151,7 +153,7 @@ def train(
         custom_hooks=hooks,
         launcher='pytorch' if ranks else 'none',
         resume=resume,
-        randomness=dict(seed=3),
+        randomness=randomness or dict(seed=3),
         log_level='WARNING',
         experiment_name=f'{folder}-{resume}-{steps}'.replace('/', '-'),
     ).train()

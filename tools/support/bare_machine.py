@@ -150,3 +150,10 @@ def locked(path: Path) -> Iterator[None]:
             say(f'waiting for another bootstrap, at work on {path.parent}')
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def cache_dir() -> Path:
+    """Return the folder that keeps built wheels, downloads and logs."""
+    root = os.environ.get('XDG_CACHE_HOME', '')
+    base = Path(root) if os.path.isabs(root) else Path.home() / '.cache'
+    return base / 'ws_mm'

@@ -79,7 +79,18 @@ def read_checkpoint(path: str | Path) -> dict:
         isinstance(value, torch.Tensor) for value in weights.values()
     ):
         keys = ', '.join(map(repr, list(content)[:5])) or 'nothing'
-        raise _no_checkpoint(path, f'it has no state_dict; it holds {keys}')
+        why = f'it has no state_dict; it holds {keys}'
+        for key, value in content.items():
+            if isinstance(value, dict) and any(
+                isinstance(one, torch.Tensor) for one in value.values()
+            ):
+                raise _no_checkpoint(
+                    path,
+                    f'{why}. {key!r} holds tensors; if those are the weights, '
+                    "name them so: torch.save({'state_dict': torch.load("
+                    f'old){[key]!r}}}, new)',
+                )
+        raise _no_checkpoint(path, why)
     return content
 
 
@@ -166,8 +177,8 @@ def check_weights_fit(
     if not extra and not part:
         raise SetupError(f'{message}It belongs to another config.')
     message += (
-        f'Behind {extra!r} in its names and {part!r} in those of the model '
-        'they are the same. '
+        f'The names are equal without the prefix {extra!r} of the checkpoint '
+        f'and the prefix {part!r} of the model. '
     )
     if key and not part:
         raise SetupError(f'{message}Set {key}.prefix={extra!r}.')

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from support.checks import SetupError
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -44,12 +46,18 @@ def write_together(
 
     Returns:
         The paths written.
+
+    Raises:
+        SetupError: a folder has one of the names; nothing was written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix='.writing-') as new:
         for name, write in writers.items():
             write(os.path.join(new, name))
+        for name in writers:
+            if (folder / name).is_dir():
+                raise SetupError(f'{folder / name} is a folder; remove it')
         for name in writers:
             os.replace(os.path.join(new, name), folder / name)
     return [folder / name for name in writers]

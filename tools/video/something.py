@@ -1,6 +1,7 @@
 """Something-Something V2: JSON files, and frames in folders or videos."""
 
 import json
+import re
 from pathlib import Path
 
 import cv2
@@ -95,7 +96,7 @@ class SomethingSomething(Dataset):
         if path.suffix == '.webm':
             files = decoded(path)
         else:
-            files = sorted(path.parent.glob(path.name))
+            files = sorted(path.parent.glob(path.name), key=numbered)
         where = np.full(self.frames + 2, 0.5)
         if self.augment:
             where = torch.rand(self.frames + 2, dtype=torch.double).numpy()
@@ -108,6 +109,11 @@ class SomethingSomething(Dataset):
         y, x = (where[:2] * room).astype(int)
         cuts = [i[y : y + self.size, x : x + self.size] for i in images]
         return to_clip(cuts), self.labels[index]
+
+
+def numbered(path: Path) -> list[int]:
+    """Numbers in a name, by which frames follow each other."""
+    return [int(digits) for digits in re.findall(r'\d+', path.stem)]
 
 
 def decoded(path: Path) -> list[np.ndarray]:
