@@ -69,6 +69,7 @@ def test_the_probe_of_a_gpu_runs_dry(tmp_path):
     measured = json.loads(path.read_text())
     result.check(measured)
     assert measured['what'].startswith('dry, no figures')
+    assert measured['command'].endswith(' --dry')
     errors = {
         (case['name'], row['contender']): row['error']
         for case in measured['cases']
@@ -198,12 +199,100 @@ def test_a_failing_contender_is_an_error_row():
 
 def test_ratios_pair_the_rounds(monkeypatch):
     clock = iter([1.0, 2.0, 10.0, 30.0, 4.0, 16.0])
-    monkeypatch.setattr(race, 'clock', lambda run, device: next(clock))
+    monkeypatch.setattr(race, 'clock', lambda *_: (next(clock), True))
     monkeypatch.setattr(race.random, 'shuffle', lambda order: None)
     rows = race.race({'a': int, 'b': int}, 'a', 3, 'cpu', warm_up=0)
     assert rows[0]['ms'] == 4
     assert rows[1]['ratio'] == 3
-    assert [rows[1]['ratio_p20'], rows[1]['ratio_p80']] == [2, 4]
+    # Of 2, 3 and 4: a fifth of the way, and four fifths.
+    found = rows[1]['ratio_p20'], rows[1]['ratio_p80']
+    assert found == pytest.approx((2.4, 3.6))
+
+
+def test_a_time_with_that_of_the_host_says_so(monkeypatch):
+    ends = {'a': (1.0, True), 'b': (1.0, False)}
+    monkeypatch.setattr(race, 'clock', lambda run, device: ends[run()])
+    contenders = {'a': lambda: 'a', 'b': lambda: 'b'}
+    rows = race.race(contenders, 'a', 1, 'cpu')
+    assert ['waits_for_host' in row for row in rows] == [False, True]
+
+
+def test_what_was_measured_is_kept(tmp_path, monkeypatch):
+    def fails():
+        raise KeyboardInterrupt
+
+    def good(rounds=1):
+        return race.race({'a': int}, 'a', rounds, 'cpu')
+
+    suite = {name: ('a', good) for name in ('one', 'two')}
+    argv = [str(tmp_path), '--rounds', '1']
+    result.run('x', 'time', suite, result.arguments('', 1, argv))
+    whole = (tmp_path / 'x--cpu.json').read_text()
+    assert 'not_run' not in json.loads(whole)
+    only = [*argv, '--only', 'two']
+    result.run('x', 'time', suite, result.arguments('', 1, only))
+    assert (tmp_path / 'x--cpu.json').read_text() == whole
+    (case,) = json.loads((tmp_path / 'x--cpu--part.json').read_text())['cases']
+    assert case['name'] == 'two'
+    suite = {'one': ('a', good), 'bad': ('a', fails), 'two': ('a', good)}
+    with pytest.raises(KeyboardInterrupt):
+        result.run('y', 'time', suite, result.arguments('', 1, argv))
+    kept = json.loads((tmp_path / 'y--cpu.json').read_text())
+    assert [case['name'] for case in kept['cases']] == ['one']
+    assert kept['not_run'] == ['bad', 'two']
+    result.check(kept)
+
+
+def test_bytes_are_those_of_the_form_that_was_timed(monkeypatch):
+    names = ('BCN estimate', 'BCN plain', 'GroupNorm')
+    monkeypatch.setattr(
+        layers,
+        'norms',
+        lambda *a: {k: v for k, v in all_norms(*a).items() if k in names},
+    )
+    all_norms = implementations.norms
+    monkeypatch.setenv(race.VARIABLE, 'fused')
+    found = layers.time_norms((1, 64, 40, 40), 1, 'cpu')
+    kept = {row['contender']: row.get('saved_bytes', 0) for row in found}
+    assert kept['BCN plain'] > 1.9 * kept['BCN estimate']
+
+
+POISONED = """
+import sys, torch
+sys.path.insert(0, 'tools')
+sys.path.insert(0, 'tools/benchmark')
+import gpu_probe
+from ws_mm.kernels import self_check
+
+def wrong(*args):
+    raise self_check.WrongResult('planted')
+
+calls = []
+self_check.filters_forward = wrong
+rows = gpu_probe.check(1, 'cpu')
+for row in rows:
+    assert ('error' in row) == ('WS' in row['contender']), row
+assert {'planted' in row['error'] for row in rows if 'error' in row} == {True}
+own = self_check.norm_forward
+self_check.norm_forward = lambda *args: calls.append(1) or own(*args)
+gpu_probe.os.environ['WS_MM_KERNELS'] = 'triton'
+step = gpu_probe.step_of(
+    gpu_probe.ws_mm.BCN(64), (1, 64, 5, 4), torch.float32, gpu_probe.NCHW
+)
+step()
+assert not calls, 'later parts are checked, too'
+"""
+
+
+def test_a_wrong_kernel_is_an_error_of_its_own():
+    pytest.importorskip('triton', '3.0')
+    done = subprocess.run(
+        [sys.executable, '-c', POISONED, '--dry'],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_compiled_contenders_are_compiled_at_every_shape():
@@ -249,7 +338,7 @@ def test_kernels_that_cannot_run_do_not_agree_with_themselves(monkeypatch):
 
 def test_a_race_on_a_gpu_forces_the_kernels(monkeypatch):
     monkeypatch.setenv(race.VARIABLE, 'auto')
-    monkeypatch.setattr(race, 'clock', lambda run, device: run() or 1.0)
+    monkeypatch.setattr(race, 'clock', lambda run, _: (run() or 1.0, True))
     monkeypatch.setattr(race, 'peak_bytes', lambda run: 0)
     monkeypatch.setattr(race, 'host_ms', lambda run: 0.1)
     seen = set()

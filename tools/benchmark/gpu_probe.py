@@ -3,7 +3,7 @@
     python tools/benchmark/gpu_probe.py OUT_DIR [--rounds 7] [--dry]
 
 Needs torch, triton and ws_mm (with its mmengine), no other package. Writes
-OUT_DIR/gpu_probe--cuda.json, in the form of the other suites:
+OUT_DIR/gpu_probe--cuda.json after each case, in the form of the other suites:
 
     check          every kernel against float64, by dtype and layout
     repeat         the same step many times: equal bits
@@ -13,11 +13,13 @@ OUT_DIR/gpu_probe--cuda.json, in the form of the other suites:
     detector,      whole training steps of networks of the shape of Mask R-CNN
     segmentor      R50-FPN and DeepLab, by precision and layout
 
-Cases that do not begin within ten minutes say so. --dry runs tiny shapes on a
-CPU, whose times mean nothing. The Triton tests come first:
+Cases that do not begin within nine minutes say so. Convolutions of fp32 use
+TF32, as torch does by default. --dry runs tiny shapes on a CPU, whose times
+mean nothing. The Triton tests come first:
 python -m pytest tests/test_kernels_triton.py tests/test_self_check.py
 """
 
+import copy
 import os
 import sys
 import time
@@ -42,11 +44,11 @@ try:
 except ImportError as error:
     sys.exit(f'gpu_probe.py needs ws_mm and the mmengine it needs: {error}')
 from benchmark.layers import time_norms
-from benchmark.race import VARIABLE, Row, race
-from benchmark.result import Suite, arguments, run
+from benchmark.race import VARIABLE, Row, forced, once, race
+from benchmark.result import TIMES, Suite, arguments, run
 
 DRY = '--dry' in sys.argv
-SECONDS = 600
+SECONDS = 540
 NCHW, LAST = torch.contiguous_format, torch.channels_last
 LAYOUTS = {'NCHW': NCHW, 'channels_last': LAST}
 DTYPES = {'fp32': torch.float32, 'fp16': torch.half, 'bf16': torch.bfloat16}
@@ -92,20 +94,33 @@ def step_of(
 class Standardized(nn.Module):
     """The filters of a convolution, standardized, as a function of one."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.shape = shape
+        self.dtype = dtype
 
     def forward(self, input: Tensor) -> Tensor:
         """Standardize."""
-        return ws_mm.standardize_weight(input)
+        return ws_mm.standardize_weight(input, dtype=self.dtype)
+
+
+def forget() -> None:
+    """Let kernels be chosen and checked anew, as in a new process."""
+    from ws_mm.kernels import plans, self_check
+
+    ws_mm.kernels._failed.clear()
+    for kept in (self_check.check_of, plans.norm_plan, plans.filter_plan):
+        kept.cache_clear()
 
 
 def check(rounds: int, device: str) -> list[Row]:
-    """Layers by dtype and layout; a wrong kernel is an error row."""
+    """Layers by dtype and layout; a wrong kernel is an error row.
+
+    Each is checked by itself, and no later case is.
+    """
     contenders: dict[str, Callable[[], object]] = {}
 
     def checked(step: Callable[[], object]) -> None:
+        forget()
         step()
         if ws_mm.kernels._failed:
             raise ws_mm.kernels._failed[0]
@@ -118,14 +133,21 @@ def check(rounds: int, device: str) -> list[Row]:
                     contenders[f'{mode} {name} {kind} {layout}'] = partial(
                         checked, step_of(layer, shape, dtype, memory_format)
                     )
-        filters = 64, 64, 3, 3
-        contenders[f'WS {kind}'] = partial(
-            checked, step_of(Standardized(filters), filters, dtype, NCHW)
-        )
+            # As autocast wants them, and of a model in half precision.
+            filters = 64, 64, 3, 3
+            for own in (torch.float32, dtype):
+                name = f'WS {str(own)[6:]} to {kind} {layout}'
+                layer = Standardized(dtype)
+                contenders[name] = partial(
+                    checked, step_of(layer, filters, own, memory_format)
+                )
     if DRY:  # bfloat16 is not rounded by the interpreter
         contenders = {k: v for k, v in contenders.items() if 'fp32' in k}
-    with mock.patch.dict(os.environ, {VARIABLE: 'check'}):
-        return race(contenders, next(iter(contenders)), 1, device, warm_up=0)
+    try:
+        with mock.patch.dict(os.environ, {VARIABLE: 'check'}):
+            return once(contenders)
+    finally:
+        forget()
 
 
 def repeat(rounds: int, device: str) -> list[Row]:
@@ -145,7 +167,8 @@ def repeat(rounds: int, device: str) -> list[Row]:
         )
         for name, shape in SHAPES.items()
     }
-    return race(contenders, next(iter(contenders)), 1, device, warm_up=0)
+    with mock.patch.dict(os.environ, {VARIABLE: forced(not DRY)}):
+        return once(contenders)
 
 
 def host(rounds: int, device: str) -> list[Row]:
@@ -163,37 +186,47 @@ def host(rounds: int, device: str) -> list[Row]:
         x = torch.randn(shape, device=device, requires_grad=True)
 
         def both(layer: nn.Module = layer, x: Tensor = x) -> None:
+            leaves = [x, *layer.parameters()]
             for _ in range(REPEATS):
+                for leaf in leaves:
+                    leaf.grad = None
                 layer(x).backward(x.detach())
 
         contenders[name] = both
     # By the host's clock: what it hands over is done meanwhile.
-    return race(contenders, 'GroupNorm', rounds, 'cpu')
+    with mock.patch.dict(os.environ, {VARIABLE: forced(not DRY)}):
+        rows = race(contenders, 'GroupNorm', rounds, 'cpu')
+    return [
+        {k: v / REPEATS if k in TIMES else v for k, v in row.items()}
+        for row in rows
+    ]
 
 
 def graph(rounds: int, device: str) -> list[Row]:
     """A captured graph computes what eager execution does."""
-    net = nn.Sequential(
+    eager = nn.Sequential(
         ws_mm.WSConv2d(64, 64, 3, padding=1), ws_mm.BCN(64), nn.ReLU()
     ).to(device)
     x = torch.randn(2, 64, 33, 35, device=device, requires_grad=True)
-    found: dict[str, Tensor] = {}
+    cotangent = torch.randn_like(x)
 
-    def eager() -> None:
+    def step(net: nn.Sequential) -> list[Tensor]:
         net[1].reset_running_stats()
-        found['eager'] = net(x).detach().clone()
+        output = net(x)
+        leaves = [x, *net.parameters()]
+        gradients = torch.autograd.grad(output, leaves, cotangent)
+        return [output, *gradients, *net.buffers()]
 
-    def captured() -> None:
-        if 'graph' not in graphs:
-            graphs['graph'] = torch.cuda.make_graphed_callables(net, (x,))
-        net[1].reset_running_stats()
-        output = graphs['graph'](x).detach()
-        torch.testing.assert_close(output, found['eager'])
-
-    graphs: dict[str, Any] = {}
-    eager()
-    rows = race({'eager': eager}, 'eager', rounds, device)
-    return rows + race({'captured': captured}, 'captured', rounds, device)
+    contenders = {'eager': partial(step, eager)}
+    with mock.patch.dict(os.environ, {VARIABLE: forced(not DRY)}):
+        if not DRY:
+            captured = torch.cuda.make_graphed_callables(
+                copy.deepcopy(eager), (x,)
+            )
+            for one, other in zip(step(captured), step(eager), strict=True):
+                torch.testing.assert_close(one, other)
+            contenders['captured'] = partial(step, captured)
+        return race(contenders, 'eager', rounds, device)
 
 
 class ConvWS(nn.Conv2d):
@@ -379,10 +412,10 @@ def train(
 
 def main() -> None:
     """Run the probe."""
+    options = arguments(__doc__, rounds=7, flags=['--dry'])
     if DRY:
-        sys.argv.remove('--dry')
-    options = arguments(__doc__, rounds=7)
-    if not DRY and options.device != 'cuda':
+        options.device = 'cpu'
+    elif options.device != 'cuda':
         options.parser.error('there is no GPU; --dry runs without')
     rounds, device = options.rounds, options.device
     plan: dict[str, tuple[str, Callable[[], list[Row]]]] = {}

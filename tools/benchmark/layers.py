@@ -11,6 +11,7 @@ outputs, gradients and statistics. A first look: --rounds 3 --only layer2.
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark.agreement import agreement
 from benchmark.implementations import norms, standardizers
-from benchmark.race import Row, race, saved_bytes
+from benchmark.race import Row, kernels_of, race, saved_bytes
 from benchmark.result import Suite, arguments, run
 
 # Activations of a ResNet-50 FPN at 800 x 1333, of DeepLab at 513 and 512 with
@@ -109,7 +110,8 @@ def time_norms(
     for row in rows:
         name = row['contender']
         if training and name in layers and 'error' not in row:
-            row['saved_bytes'] = saved_bytes(lambda name=name: forward(name))
+            with kernels_of(name, device):
+                row['saved_bytes'] = saved_bytes(partial(forward, name))
         if name in ('BCN estimate', 'BCN batch') and 'ms' in row:
             if name == 'BCN batch' and x.numel() == 2 * x.shape[1]:
                 continue  # gradients are what cancellation leaves, near zero

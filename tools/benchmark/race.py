@@ -3,17 +3,21 @@
 In each round every contender runs once, in a new random order, so that a
 machine that slows down slows all of them. Figures are medians over the rounds
 with their 20th and 80th percentile; a ratio is the median of the ratios to
-the baseline of the same round. A contender that fails becomes an error row.
+the baseline of the same round. A contender that fails becomes an error row. A
+time on a GPU that holds time of the host says 'waits_for_host'.
 """
 
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
-from statistics import median
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from statistics import median, quantiles
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 Row = dict[str, Any]
@@ -40,28 +44,24 @@ def race(
     peaks: dict[str, int] = {}
     hosts: dict[str, float] = {}
     errors: dict[str, str] = {}
-    own = os.environ.get(VARIABLE, 'auto')
-    chosen = own
-    if own == 'auto' and device == 'cuda':
-        chosen = forced(True)
+    late: set[str] = set()
     for turn in range(rounds + warm_up):
         order = [name for name in contenders if name not in errors]
         random.shuffle(order)
         for name in order:
-            plain = name.endswith(' plain')
-            os.environ[VARIABLE] = 'plain' if plain else chosen
             try:
-                if turn == 0 and device == 'cuda':
-                    peaks[name] = peak_bytes(contenders[name])
-                    hosts[name] = host_ms(contenders[name])
-                took = clock(contenders[name], device)
+                with kernels_of(name, device):
+                    if turn == 0 and device == 'cuda':
+                        contenders[name]()  # what is built once, and .grad
+                        peaks[name] = peak_bytes(contenders[name])
+                        hosts[name] = host_ms(contenders[name])
+                    took, ahead = clock(contenders[name], device)
             except Exception as error:
-                first = (str(error).splitlines() or [''])[0]
-                errors[name] = f'{type(error).__name__}: {first}'
+                errors[name] = said(error)
                 continue
             if turn >= warm_up:
                 times[name].append(took)
-    os.environ[VARIABLE] = own
+                late |= set() if ahead else {name}
     rows = []
     for name, values in times.items():
         row: Row = {'contender': name}
@@ -75,18 +75,54 @@ def race(
         if name in peaks:
             row['peak_bytes'] = peaks[name]
             row['host_ms'] = hosts.get(name)
+        if name in late:
+            row['waits_for_host'] = True
         rows.append(row)
     return rows
 
 
+def once(contenders: dict[str, Callable[[], object]]) -> list[Row]:
+    """Run each contender one time, for what it raises."""
+    rows = []
+    for name, contender in contenders.items():
+        start = time.perf_counter()
+        try:
+            contender()
+        except Exception as error:
+            rows.append({'contender': name, 'error': said(error)})
+            continue
+        took = (time.perf_counter() - start) * 1e3
+        rows.append({'contender': name, **spread('ms', [took])})
+    return rows
+
+
+def said(error: Exception) -> str:
+    """The kind of an error and its first line."""
+    first = (str(error).splitlines() or [''])[0]
+    return f'{type(error).__name__}: {first}'
+
+
+@contextmanager
+def kernels_of(contender: str, device: str) -> Iterator[None]:
+    """Choose the implementation that a name asks for, see :func:`race`."""
+    own = os.environ.get(VARIABLE, 'auto')
+    chosen = forced(True) if own == 'auto' and device == 'cuda' else own
+    with mock.patch.dict(os.environ):
+        plain = contender.endswith(' plain')
+        os.environ[VARIABLE] = 'plain' if plain else chosen
+        yield
+
+
 def spread(name: str, values: Sequence[float]) -> dict[str, float]:
     """Median, 20th and 80th percentile."""
-    ordered = sorted(values)
-    edge = len(ordered) // 5
+    middle = low = high = median(values)
+    if len(values) > 1:
+        low, *_, high = quantiles(values, n=5, method='inclusive')
     return {
-        name: median(ordered),
-        f'{name}_p20': ordered[edge],
-        f'{name}_p80': ordered[-1 - edge],
+        name: middle,
+        # Interpolation may round them beyond it.
+        f'{name}_p20': min(low, middle),
+        f'{name}_p80': max(high, middle),
     }
 
 
@@ -95,16 +131,18 @@ def forced(gpu: bool) -> str:
     return 'triton' if gpu else 'fused'
 
 
-def clock(contender: Callable[[], object], device: str) -> float:
-    """Milliseconds of one run, on a GPU of the device alone.
+def clock(contender: Callable[[], object], device: str) -> tuple[float, bool]:
+    """Milliseconds of one run, and whether they are of the device alone.
 
-    The device sleeps until the host has handed over all work. Else small
-    work would be timed by how fast the host is; see :func:`host_ms`.
+    A GPU sleeps until the host has handed over all work. Else small work
+    would be timed by how fast the host is; see :func:`host_ms`. Several
+    processes run it once, since each of them would choose another sleep.
     """
     if device != 'cuda':
         start = time.perf_counter()
         contender()
-        return (time.perf_counter() - start) * 1e3
+        return (time.perf_counter() - start) * 1e3, True
+    together = dist.is_available() and dist.is_initialized()
     start_event = torch.cuda.Event(enable_timing=True)
     end_event = torch.cuda.Event(enable_timing=True)
     ahead = SLEEP_MS
@@ -116,8 +154,8 @@ def clock(contender: Callable[[], object], device: str) -> float:
         end_event.record()
         behind = start_event.query()  # the device has not waited for us
         torch.cuda.synchronize()
-        if not behind or ahead > MOST_SLEEP_MS:
-            return start_event.elapsed_time(end_event)
+        if not behind or ahead > MOST_SLEEP_MS or together:
+            return start_event.elapsed_time(end_event), not behind
         ahead *= 4
 
 

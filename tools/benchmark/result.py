@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,19 @@ Suite = dict[str, tuple[str, Callable[[], list[Row]]]]
 
 
 def arguments(
-    doc: str, rounds: int, argv: list[str] | None = None
+    doc: str,
+    rounds: int,
+    argv: list[str] | None = None,
+    flags: Sequence[str] = (),
 ) -> argparse.Namespace:
-    """The command line that all suites share, seeded and checked."""
+    """The command line that all suites share, seeded and checked.
+
+    Args:
+        doc: what the suite says of itself.
+        rounds: default of --rounds.
+        argv: arguments; those of the process if None.
+        flags: options of the suite alone, such as '--dry'.
+    """
     parser = argparse.ArgumentParser(description=doc.split('\n')[0])
     parser.add_argument('out_dir', type=Path)
     parser.add_argument('--rounds', type=int, default=rounds)
@@ -31,7 +41,12 @@ def arguments(
     parser.add_argument(
         '--only', default='', help='cases whose name contains this'
     )
+    for flag in flags:
+        parser.add_argument(flag, action='store_true')
     options = parser.parse_args(argv)
+    options.given = ''.join(
+        f' {flag}' for flag in flags if getattr(options, flag.lstrip('-'))
+    )
     if options.rounds < 1:
         parser.error(f'--rounds={options.rounds} must be at least 1')
     torch.manual_seed(options.seed)
@@ -115,32 +130,38 @@ def run(
             f'--only={options.only!r} names no case of {", ".join(suite)}'
         )
     options.out_dir.mkdir(parents=True, exist_ok=True)
-    at_start = environment()
-    cases = []
-    for case, (baseline, measure) in chosen.items():
-        rows = measure()
-        cases.append({'name': case, 'baseline': baseline, 'rows': rows})
-        shown = (f'{row["contender"]} {brief(row)}' for row in rows)
-        print(f'{case}: {", ".join(shown)}', flush=True)
     only = f' --only {options.only!r}' if options.only else ''
+    cases: list[dict[str, Any]] = []
     result = {
         'schema': SCHEMA,
         'suite': name,
         'what': what,
         'command': (
-            f'python tools/benchmark/{name}.py OUT_DIR '
-            f'--rounds {options.rounds} --seed {options.seed}{only}'
+            f'python tools/benchmark/{name}.py OUT_DIR --rounds '
+            f'{options.rounds} --seed {options.seed}{only}{options.given}'
         ),
-        'environment': at_start,
+        'environment': environment(),
         'cases': cases,
     }
-    if derive:
-        result |= derive(cases)
-    check(result)
-    stem = options.out_dir / f'{name}--{options.device}'
-    write_text(stem.with_suffix('.json'), json.dumps(result, indent=1) + '\n')
-    if len(cases) > 1:
-        draw(result, stem.with_suffix('.png'))
+    # A part is not to replace the whole.
+    part = '--part' if options.only else ''
+    stem = options.out_dir / f'{name}--{options.device}{part}'
+    left = list(chosen)
+    for case, (baseline, measure) in chosen.items():
+        rows = measure()
+        cases.append({'name': case, 'baseline': baseline, 'rows': rows})
+        shown = (f'{row["contender"]} {brief(row)}' for row in rows)
+        print(f'{case}: {", ".join(shown)}', flush=True)
+        left.remove(case)
+        # What is there is kept if a later case is stopped.
+        whole = result | (derive(cases) if derive else {})
+        whole |= {'not_run': left} if left else {}
+        check(whole)
+        text = json.dumps(whole, indent=1) + '\n'
+        write_text(stem.with_suffix('.json'), text)
+    rows = [row for case in cases for row in case['rows']]
+    if len(cases) > 1 and any('ratio' in row for row in rows):
+        draw(whole, stem.with_suffix('.png'))
 
 
 def brief(row: Row) -> str:
