@@ -209,6 +209,17 @@ def test_ratios_pair_the_rounds(monkeypatch):
     assert found == pytest.approx((2.4, 3.6))
 
 
+@pytest.mark.parametrize('text', [None, '{"half', '3', '{"suite": "x"}'])
+def test_what_is_no_result_is_said(text, tmp_path, monkeypatch, capsys):
+    path = tmp_path / 'x.json'
+    if text:
+        path.write_text(text)
+    monkeypatch.setattr(sys, 'argv', ['table.py', str(path)])
+    with pytest.raises(SystemExit, match='2'):
+        table.main()
+    assert f'{path} is no result of a benchmark' in capsys.readouterr().err
+
+
 def test_a_time_with_that_of_the_host_says_so(monkeypatch):
     ends = {'a': (1.0, True), 'b': (1.0, False)}
     monkeypatch.setattr(race, 'clock', lambda run, device: ends[run()])

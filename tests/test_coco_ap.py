@@ -127,6 +127,12 @@ def test_bad_files_are_named(annotations, refuses, tmp_path):
     refuses('nothing was detected', 'coco_ap', annotations, other)
     other.write_text('[{"half')
     refuses('cannot be read as JSON', 'coco_ap', annotations, other)
+    for text in ('{"a": 1}', '3', '[[1]]'):
+        other.write_text(text)
+        refuses('no list of detections', 'coco_ap', annotations, other)
+    for text in ('3', '{"categories": [{"id": 7}]}', '{"categories": 3}'):
+        other.write_text(text)
+        refuses('no categories with names', 'coco_ap', other, found)
     refuses('No file .*none.json', 'coco_ap', tmp_path / 'none.json', found)
     truth = json.loads(annotations.read_text())
     truth['images'][0]['id'] = 2

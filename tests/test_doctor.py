@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import multiprocessing
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -239,6 +240,48 @@ def test_memory_is_what_a_step_keeps() -> None:
         return (x * weight).exp().view(3, -1).square().sum()
 
     assert config_checks.kept_bytes([weight], run) == 2 * size
+
+
+@pytest.mark.usefixtures('tools')
+@pytest.mark.parametrize(
+    ('tool', 'words'),
+    [
+        ('doctor', ['--processes', '-8']),
+        ('doctor', ['--size', '0']),
+        ('check_model', ['config.py', '--size', '-4']),
+    ],
+)
+def test_numbers_are_at_least_1(
+    tool: str,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr('sys.argv', [tool, *words])
+    with pytest.raises(SystemExit, match='2'):
+        load(tool).main()
+    said = capsys.readouterr().err
+    assert f'{words[-2]}: {words[-1]!r} must be a whole number of at' in said
+
+
+def test_frozen_weights_take_memory_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config_checks, 'MIB', 1)
+    found = []
+    data = write_data(tmp_path / 'data')
+    for stages in (-1, 4):
+        extra = MEANT + f"model['backbone']['frozen_stages'] = {stages}\n"
+        config = write_config(data, SEG, extra)
+        training = Training(Config.fromfile(config), 1, tmp_path / 'drawn')
+        _, model = training._step()
+        own = sum(p.nbytes for p in model.parameters())
+        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        (said,) = training.memory()
+        found.append(re.search(r'images, (\d+) weights', said.text)[1])
+        # A gradient and a momentum are those of trained ones alone.
+        assert int(found[-1]) == own + 2 * trained
+    assert found[0] != found[1]
 
 
 def test_errors_of_a_check_do_not_hide_the_others(examined) -> None:

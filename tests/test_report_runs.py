@@ -339,6 +339,24 @@ def test_what_is_no_work_dir_is_refused(tmp_path: Path) -> None:
         runs.read_run(tmp_path)
 
 
+def test_a_folder_is_no_page(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SetupError, match='--out .* is a folder'):
+        report(monkeypatch, work, work / 'host')
+
+
+def test_lines_of_another_form_are_passed_over(tmp_path: Path) -> None:
+    scalars = tmp_path / 'a/vis_data/scalars.json'
+    scalars.parent.mkdir(parents=True)
+    lines = [dict(iter=1, step=1, loss=2.0), dict(iter=2, loss=1.0)]
+    scalars.write_text('\n'.join(map(json.dumps, lines)))
+    (tmp_path / 'a/20260101_000000.log').write_text('')
+    assert runs.read_run(tmp_path).train['loss'][1] == 2.0
+    (tmp_path / 'singularities.jsonl').write_text('{"step": 3}\n')
+    assert runs.layers(tmp_path) == {}
+
+
 def test_a_broken_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / 'a.png').write_bytes(b'PNG')
     assert 'a&amp;b cannot be read' in page.picture(tmp_path / 'a.png', 'a&b')

@@ -23,7 +23,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help='config file')
     parser.add_argument(
         '--size',
-        type=int,
+        type=launch.positive,
         default=128,
         help='height and width in pixels of the image that is run '
         '(default: 128)',

@@ -83,9 +83,18 @@ def average_precision(
             'as mmdet names what it writes.'
         )
     found = read(predictions)
+    if not isinstance(found, list) or not all(
+        isinstance(one, dict) for one in found
+    ):
+        raise SetupError(f'{predictions} is no list of detections.')
     content = read(annotations)
-    categories = content['categories'] if 'categories' in content else []
-    known = [one['name'] for one in categories]
+    try:
+        known = [one['name'] for one in content['categories']]
+    except (TypeError, KeyError) as error:
+        raise SetupError(
+            f'{annotations} has no categories with names: it is no file of '
+            'COCO annotations.'
+        ) from error
     if unknown := [name for name in classes or () if name not in known]:
         raise SetupError(
             f'--classes {unknown[0]}: the categories of {annotations} are '

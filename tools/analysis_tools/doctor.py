@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', nargs='?', help='config file')
     parser.add_argument(
         '--processes',
-        type=int,
+        type=launch.positive,
         default=max(1, torch.cuda.device_count()),
         help='of the training, for the learning rate (default: GPUs here)',
     )
@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--size',
-        type=int,
+        type=launch.positive,
         default=128,
         help='pixels of the random image for the layers (default: 128)',
     )

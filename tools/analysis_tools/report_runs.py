@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from mmengine.config import Config
-from support import launch, runs
+from support import checks, launch, runs
+from support.checks import SetupError
 from support.files import write_text
 from support.page import grid, legend, page, panel, picture, table
 from support.runs import Curve, Run
@@ -99,9 +100,8 @@ def metrics(found: dict[str, Run]) -> Iterator[str]:
                 cells[key] += f', highest {curve[high]:g} at iteration {high}'
         parts.append(cells)
     yield by_key(found, parts, 'No validation and no test was recorded.')
-    if any(
-        str(cell).startswith('-1') for part in parts for cell in part.values()
-    ):
+    cells = [str(cell) for part in parts for cell in part.values()]
+    if any(re.match(r'-1(,|$)', cell) for cell in cells):
         yield '<p>-1 of COCO: there is no object of this kind to find.</p>'
 
 
@@ -229,6 +229,9 @@ def configs(found: dict[str, Run], base: Path | None) -> Iterator[str]:
 def main() -> None:
     """Read the runs and write the page."""
     args = parse_args()
+    if args.out.is_dir():
+        raise SetupError(f'--out {args.out} is a folder. Name a HTML file.')
+    checks.check_writable(str(args.out.absolute().parent), '--out')
     names = [path.absolute().name for path in args.work_dirs]
     found = {
         name if names.count(name) == 1 else str(path): runs.read_run(path)

@@ -35,8 +35,12 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('result', type=Path)
-    result = json.loads(parser.parse_args().result.read_text())
-    check(result)
+    path = parser.parse_args().result
+    try:
+        result = json.loads(path.read_text())
+        check(result)
+    except (OSError, ValueError, TypeError) as error:
+        parser.error(f'{path} is no result of a benchmark: {error}')
     print(table(result))
 
 

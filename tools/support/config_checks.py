@@ -267,8 +267,11 @@ class Training:
         own = [*model.parameters(), *model.buffers()]
         activations = kept_bytes(own, lambda: model(**batch, mode='loss'))
         kind = self.cfg.optim_wrapper.optimizer.type
-        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        weights = trained * COPIES.get(kind, 4)
+        copies = COPIES.get(kind, 4)
+        weights = sum(
+            p.nbytes * (copies if p.requires_grad else 1)
+            for p in model.parameters()
+        )
         total = (activations + weights) / MIB
         words = (
             f'one step keeps about {total:.0f} MiB in float32: '

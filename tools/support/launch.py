@@ -57,6 +57,19 @@ LOCAL_SIZE = {
 }
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1, as argparse takes it.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} must be a whole number of at least 1'
+        )
+    return int(text)
+
+
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Options that training and testing have in common."""
     parser.add_argument(

@@ -121,7 +121,7 @@ def _read_curves(run: Run, files: list[Path]) -> None:
     first, last = 0, 0
     for path in files:
         lines = list(read_lines(path))
-        steps = [line['step'] for line in lines if 'iter' in line]
+        steps = [line.get('step', 0) for line in lines if 'iter' in line]
         if steps and steps[0] == first:  # from the start again
             run.train, run.metrics, run.others = {}, {}, {}
         first = first or (steps or [0])[0]
@@ -179,7 +179,7 @@ def layers(folder: Path) -> dict[str, Curve]:
     """What SingularitiesHook measured last, over the layers from 1."""
     path = folder / 'singularities.jsonl'
     lines = list(read_lines(path)) if path.is_file() else []
-    last = lines[-1]['layers'].values() if lines else []
+    last = lines[-1].get('layers', {}).values() if lines else []
     keys = {key: None for layer in last for key in layer}
     return {
         f'{key}, last': {n: layer[key] for n, layer in enumerate(last, 1)}
