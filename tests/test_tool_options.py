@@ -166,9 +166,11 @@ def test_options_of_training_reach_the_config(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     options = ('auto_scale_lr.base_batch_size=16', 'work_dir=of_config')
+    command = 'train', config, '--amp', '--auto-scale-lr', '--cfg-options'
+    own = reaches(*command, options[0], 'optim_wrapper.loss_scale=512')
+    assert own.optim_wrapper.loss_scale == 512
     cfg = reaches(
-        *('train', config, '--amp', '--auto-scale-lr', '--cfg-options'),
-        *(*options, 'default_hooks.checkpoint.max_keep_ckpts=1'),
+        *(*command, *options, 'default_hooks.checkpoint.max_keep_ckpts=1'),
     )
     assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
     assert cfg.optim_wrapper.loss_scale == 'dynamic'

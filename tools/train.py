@@ -59,7 +59,7 @@ def apply_amp(cfg: Config) -> None:
             f'has {wrapper!r}. Set the precision in the config instead.'
         )
     cfg.optim_wrapper.type = 'AmpOptimWrapper'
-    cfg.optim_wrapper.loss_scale = 'dynamic'
+    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
 
 
 def apply_auto_scale_lr(cfg: Config) -> None:

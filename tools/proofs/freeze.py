@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
 if __name__ == '__main__':
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = str(ROOT), str(ROOT / 'tools')
 
 import ws_mm  # noqa: E402
 from ws_mm.shapes import build_without_memory  # noqa: E402
