@@ -198,6 +198,22 @@ def test_nothing_to_change_writes_nothing(script, tmp_path, capsys):
     assert not second.exists()
 
 
+def test_a_dumped_config_passes_on_no_work_dir(script, tmp_path, capsys):
+    path, out = tmp_path / 'dumped.py', tmp_path / 'new.py'
+    cfg = Config.fromstring(without_ws(DET) + "work_dir = 'old'\n", '.py')
+    cfg.dump(path)
+    script('apply_norm', path, out)
+    assert "work_dir: 'old' -> None" in capsys.readouterr().out
+    assert Config.fromfile(out).work_dir is None
+
+
+def test_a_base_of_ws_mm_is_found_by_hosts(script, tmp_path):
+    name = 'ws_mm::mask_rcnn/mask-rcnn_r50_fpn_gn-all_8xb2-2x_coco.py'
+    out = tmp_path / 'new.py'
+    script('apply_norm', name, out, '--backbone', 'convert')
+    assert f"_base_ = __import__('ws_mm') and {name!r}" in out.read_text()
+
+
 def test_layers_with_options_are_written_as_asked(script, tmp_path):
     config = write_config(tmp_path, without_ws(SEG))
     out = tmp_path / 'out.py'
@@ -293,7 +309,10 @@ def test_a_base_that_hosts_do_not_find_is_named(script, tmp_path, capsys):
             ['CONFIG', 'OUT', '--parts', 'neck'],
             r"parts='neck' selects nothing: .* backbone, heads",
         ),
-        (['CONFIG', 'OUT', '--images-per-step', '0'], 'must be at least 1'),
+        (
+            ['CONFIG', 'OUT', '--images-per-step', '0'],
+            'whole number of at least 1',
+        ),
         (
             ['CONFIG', 'OUT', '--norm', 'GN', '--remaining'],
             '--remaining goes with --norm BCN',

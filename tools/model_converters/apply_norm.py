@@ -299,10 +299,11 @@ def child_source(
 def _known_to_hosts(base: str) -> str:
     """Source of a base that the hosts' own tools find, too.
 
-    Of a distribution that was renamed they find configs only once ws_mm is
-    imported.
+    Configs of ws_mm, and of a distribution that was renamed, they find only
+    once ws_mm is imported.
     """
-    if base.startswith('mmseg::') and _is_renamed('mmsegmentation'):
+    renamed = base.startswith('mmseg::') and _is_renamed('mmsegmentation')
+    if renamed or base.startswith('ws_mm::'):
         return f"__import__('ws_mm') and {base!r}"
     return repr(base)
 
@@ -392,6 +393,7 @@ def convert(args: argparse.Namespace) -> tuple[Config, Config, list, list]:
         SetupError: bad input.
     """
     import ws_mm
+    from ws_mm.config_edits import Change
     from ws_mm.configs import ConfigError
 
     args.norm = args.norm or ('BCN' if args.remaining else 'GN')
@@ -416,6 +418,11 @@ def convert(args: argparse.Namespace) -> tuple[Config, Config, list, list]:
         )
     except ConfigError as error:
         raise SetupError(f'{args.config}: {error}') from error
+    if changes and cfg.get('work_dir'):
+        # mmengine dumps it; the new training would overwrite the old one.
+        new.work_dir = None
+        why = 'a training of its own gets a folder of its own'
+        changes = [*changes, Change(('work_dir',), cfg.work_dir, None, why)]
     return cfg, new, changes, left
 
 
