@@ -225,7 +225,6 @@ def time_inference(
 
 def main() -> None:
     """Run the suite."""
-    logging.disable(logging.INFO)  # which weights were initialized how
     options = arguments(__doc__, rounds=5)
     rounds, device = options.rounds, options.device
     inferred = [*MODELS, 'GN+WS baked', 'BCN+WS baked']
@@ -256,4 +255,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+    logging.disable(logging.INFO)  # which weights were initialized how
     main()
