@@ -200,11 +200,13 @@ def test_nothing_to_change_writes_nothing(script, tmp_path, capsys):
 
 def test_a_dumped_config_passes_on_no_work_dir(script, tmp_path, capsys):
     path, out = tmp_path / 'dumped.py', tmp_path / 'new.py'
-    cfg = Config.fromstring(without_ws(DET) + "work_dir = 'old'\n", '.py')
+    run = "work_dir = 'old'\nresume = True\n"
+    cfg = Config.fromstring(without_ws(DET) + run, '.py')
     cfg.dump(path)
     script('apply_norm', path, out)
     assert "work_dir: 'old' -> None" in capsys.readouterr().out
     assert Config.fromfile(out).work_dir is None
+    assert Config.fromfile(out).resume is False
 
 
 def test_a_base_of_ws_mm_is_found_by_hosts(script, tmp_path):

@@ -1,6 +1,7 @@
 """Classifiers of mmpretrain through the tools, and what starts from them."""
 
 import importlib.util
+import json
 import pickle
 import shutil
 from collections.abc import Callable
@@ -144,6 +145,12 @@ def test_a_shipped_config_is_converted(
     cfg = load('apply_norm').read_config(str(new))
     names = [type(layer).__name__ for layer in model(cfg).modules()]
     assert names.count('WSConv2d') == names.count('BCN') == 53
+    # It has its preprocessing beside the model.
+    notes = load('export').notes_of(cfg, str(new))['preprocessing']
+    settings = cfg.data_preprocessor
+    assert json.loads(notes) == dict(
+        mean=settings.mean, std=settings.std, to_rgb=True
+    )
 
 
 def test_mistakes_are_named(

@@ -91,7 +91,7 @@ def call(*arguments: object) -> subprocess.CompletedProcess:
 
 
 def refusal(*arguments: object) -> str:
-    """What a call says that ends with an error."""
+    """The message of a call that ends with an error."""
     done = call(*arguments)
     assert done.returncode == 1
     return str(done.stderr)

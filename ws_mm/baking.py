@@ -2,7 +2,7 @@
 
 import copy
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -85,34 +85,33 @@ def _compare(
     """See that each folded pair computes what it did, on what it is given."""
     copied = copy.deepcopy(model)
     modules = dict(copied.named_modules())
-    worst: dict[tuple[str, str], float] = {}
-    for pair in pairs:
-        layers = [copy.deepcopy(baked[name]).eval() for name in pair]
+    errors = dict.fromkeys(pairs, 0.0)
 
-        def compare(
-            conv: nn.Module,
-            args: Any,
-            output: Tensor,
-            pair: tuple[str, str] = pair,
-            layers: list[nn.Module] = layers,
-        ) -> None:
+    def compare(pair: tuple[str, str]) -> Callable[..., None]:
+        conv, norm = (copy.deepcopy(baked[name]).eval() for name in pair)
+
+        def hook(_: nn.Module, args: Any, output: Tensor) -> None:
             expected = modules[pair[1]](output)
-            error = (layers[1](layers[0](*args)) - expected).abs().max()
+            error = (norm(conv(*args)) - expected).abs().max()
             largest = expected.abs().max()
             # As rounding of the weights may move it.
             if not error <= 4 * torch.finfo(error.dtype).eps ** 0.5 * largest:
-                worst[pair] = float(error / largest)
+                errors[pair] = float(error / largest)
 
+        return hook
+
+    for pair in pairs:
         # Behind the hooks that are there.
-        modules[pair[0]].register_forward_hook(compare)
+        modules[pair[0]].register_forward_hook(compare(pair))
     run(copied, inputs)
-    for (conv, norm), error in worst.items():
-        raise ValueError(
-            f'cannot fold the estimates: {norm} behind {conv} would compute '
-            f'something else (relative difference {error:.1e}), since a hook '
-            'or a forward of its own changes what the convolution returns. '
-            'Bake without fold_estimates'
-        )
+    for (conv, norm), error in errors.items():
+        if error:
+            raise ValueError(
+                f'cannot fold the estimates: {norm} behind {conv} would '
+                f'compute something else (relative difference {error:.1e}), '
+                'since a hook or a forward of its own changes what the '
+                'convolution returns. Bake without fold_estimates'
+            )
 
 
 def _fed(

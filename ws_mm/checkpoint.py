@@ -64,15 +64,24 @@ def load_from_safetensors(
 
 
 def _downloaded(url: str) -> str:
-    """Keep a file where torch keeps those that it downloads."""
+    """Keep a file where torch keeps those that it downloads.
+
+    Rank 0 first, as mmengine does; then those that do not see its disk.
+    """
     folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
     # Many URLs end in the same name, such as model.safetensors.
     digest = hashlib.sha256(url.encode()).hexdigest()[:16]
     path = os.path.join(folder, f'{digest}.safetensors')
-    if get_rank() == 0 and not os.path.isfile(path):
-        os.makedirs(folder, exist_ok=True)
-        torch.hub.download_url_to_file(url, path, progress=False)
+
+    def fetch() -> None:
+        if not os.path.isfile(path):
+            os.makedirs(folder, exist_ok=True)
+            torch.hub.download_url_to_file(url, path, progress=False)
+
+    if get_rank() == 0:
+        fetch()
     barrier()
+    fetch()
     return path
 
 

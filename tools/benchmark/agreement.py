@@ -4,11 +4,10 @@ The tolerance is that of the tests against float64 oracles, twice: each of the
 two may be off by one.
 """
 
-import os
 from collections.abc import Callable
 
 import torch
-from benchmark.race import VARIABLE, Row, forced
+from benchmark.race import Row, choosing, forced
 from support.tensors import relative_error
 from torch import Tensor
 
@@ -31,14 +30,10 @@ def agreement(
         results: computes outputs, gradients and statistics from scratch.
         dtype: Dtype of the case; it sets the tolerance.
     """
-    own = os.environ.get(VARIABLE, 'auto')
     found = []
-    try:
-        for choice in (forced(torch.cuda.is_available()), 'plain'):
-            os.environ[VARIABLE] = choice
+    for choice in (forced(torch.cuda.is_available()), 'plain'):
+        with choosing(choice):
             found.append(results())
-    finally:
-        os.environ[VARIABLE] = own
     fused, plain = found
     return {
         'tolerance': TOLERANCE[dtype],

@@ -27,7 +27,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 if '--dry' in sys.argv:
     os.environ['TRITON_INTERPRET'] = '1'  # before Triton is imported
@@ -44,7 +43,7 @@ try:
 except ImportError as error:
     sys.exit(f'gpu_probe.py needs ws_mm and the mmengine it needs: {error}')
 from benchmark.layers import time_norms
-from benchmark.race import VARIABLE, Row, forced, once, race
+from benchmark.race import Row, choosing, forced, once, race
 from benchmark.result import TIMES, Suite, arguments, run
 
 DRY = '--dry' in sys.argv
@@ -144,7 +143,7 @@ def check(rounds: int, device: str) -> list[Row]:
     if DRY:  # bfloat16 is not rounded by the interpreter
         contenders = {k: v for k, v in contenders.items() if 'fp32' in k}
     try:
-        with mock.patch.dict(os.environ, {VARIABLE: 'check'}):
+        with choosing('check'):
             return once(contenders)
     finally:
         forget()
@@ -167,8 +166,7 @@ def repeat(rounds: int, device: str) -> list[Row]:
         )
         for name, shape in SHAPES.items()
     }
-    with mock.patch.dict(os.environ, {VARIABLE: forced(not DRY)}):
-        return once(contenders)
+    return once(contenders)
 
 
 def host(rounds: int, device: str) -> list[Row]:
@@ -194,8 +192,7 @@ def host(rounds: int, device: str) -> list[Row]:
 
         contenders[name] = both
     # By the host's clock: what it hands over is done meanwhile.
-    with mock.patch.dict(os.environ, {VARIABLE: forced(not DRY)}):
-        rows = race(contenders, 'GroupNorm', rounds, 'cpu')
+    rows = race(contenders, 'GroupNorm', rounds, 'cpu')
     return [
         {k: v / REPEATS if k in TIMES else v for k, v in row.items()}
         for row in rows
@@ -218,15 +215,14 @@ def graph(rounds: int, device: str) -> list[Row]:
         return [output, *gradients, *net.buffers()]
 
     contenders = {'eager': partial(step, eager)}
-    with mock.patch.dict(os.environ, {VARIABLE: forced(not DRY)}):
-        if not DRY:
-            captured = torch.cuda.make_graphed_callables(
-                copy.deepcopy(eager), (x,)
-            )
-            for one, other in zip(step(captured), step(eager), strict=True):
-                torch.testing.assert_close(one, other)
-            contenders['captured'] = partial(step, captured)
-        return race(contenders, 'eager', rounds, device)
+    if not DRY:
+        captured = torch.cuda.make_graphed_callables(
+            copy.deepcopy(eager), (x,)
+        )
+        for one, other in zip(step(captured), step(eager), strict=True):
+            torch.testing.assert_close(one, other)
+        contenders['captured'] = partial(step, captured)
+    return race(contenders, 'eager', rounds, device)
 
 
 class ConvWS(nn.Conv2d):
@@ -467,7 +463,9 @@ def main() -> None:
         suite[name] = baseline, partial(in_time, baseline, part)
     what = 'forward + backward, see tools/benchmark/gpu_probe.py'
     what = f'dry, no figures: {what}' if DRY else what
-    run('gpu_probe', what, suite, options)
+    # So that kernels that cannot run are errors.
+    with choosing(forced(not DRY)):
+        run('gpu_probe', what, suite, options)
 
 
 if __name__ == '__main__':

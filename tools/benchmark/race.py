@@ -10,8 +10,8 @@ time on a GPU that holds time of the host says 'waits_for_host'.
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from statistics import median, quantiles
 from typing import Any
 from unittest import mock
@@ -61,7 +61,8 @@ def race(
                 continue
             if turn >= warm_up:
                 times[name].append(took)
-                late |= set() if ahead else {name}
+                if not ahead:
+                    late.add(name)
     rows = []
     for name, values in times.items():
         row: Row = {'contender': name}
@@ -102,15 +103,19 @@ def said(error: Exception) -> str:
     return f'{type(error).__name__}: {first}'
 
 
-@contextmanager
-def kernels_of(contender: str, device: str) -> Iterator[None]:
+def kernels_of(contender: str, device: str) -> AbstractContextManager[Any]:
     """Choose the implementation that a name asks for, see :func:`race`."""
-    own = os.environ.get(VARIABLE, 'auto')
-    chosen = forced(True) if own == 'auto' and device == 'cuda' else own
-    with mock.patch.dict(os.environ):
-        plain = contender.endswith(' plain')
-        os.environ[VARIABLE] = 'plain' if plain else chosen
-        yield
+    choice = os.environ.get(VARIABLE, 'auto')
+    if contender.endswith(' plain'):
+        choice = 'plain'
+    elif choice == 'auto' and device == 'cuda':
+        choice = forced(True)
+    return choosing(choice)
+
+
+def choosing(choice: str) -> AbstractContextManager[Any]:
+    """Let the environment name an implementation, within a block."""
+    return mock.patch.dict(os.environ, {VARIABLE: choice})
 
 
 def spread(name: str, values: Sequence[float]) -> dict[str, float]:

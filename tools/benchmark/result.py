@@ -39,7 +39,9 @@ def arguments(
     parser.add_argument('--rounds', type=int, default=rounds)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument(
-        '--only', default='', help='cases whose name contains this'
+        '--only',
+        default='',
+        help='cases whose name contains this; files end in --part',
     )
     for flag in flags:
         parser.add_argument(flag, action='store_true')
@@ -146,13 +148,12 @@ def run(
     # A part is not to replace the whole.
     part = '--part' if options.only else ''
     stem = options.out_dir / f'{name}--{options.device}{part}'
-    left = list(chosen)
     for case, (baseline, measure) in chosen.items():
         rows = measure()
         cases.append({'name': case, 'baseline': baseline, 'rows': rows})
         shown = (f'{row["contender"]} {brief(row)}' for row in rows)
         print(f'{case}: {", ".join(shown)}', flush=True)
-        left.remove(case)
+        left = list(chosen)[len(cases) :]
         # What is there is kept if a later case is stopped.
         whole = result | (derive(cases) if derive else {})
         whole |= {'not_run': left} if left else {}

@@ -16,6 +16,7 @@ import os
 import sys
 from multiprocessing import Pool
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from rich.progress import track
@@ -44,28 +45,30 @@ def read_annotations(path: Path) -> tuple[dict | None, str]:
         content = json.loads(path.read_bytes())
     except (ValueError, OSError) as error:
         return None, f'{path} is not readable JSON ({error})'
+    fault = fault_of(content)
+    return (None, f'{path}{fault}') if fault else (content, '')
+
+
+def fault_of(content: Any) -> str:
+    """Say behind the name of an instance file what is wrong with it."""
     keys = ('images', 'annotations', 'categories')
     if not isinstance(content, dict) or any(k not in content for k in keys):
-        return None, f'{path} has no {", ".join(keys)}: not an instance file'
+        return f' has no {", ".join(keys)}: not an instance file'
     for key in keys:
         if not isinstance(content[key], list):
-            return None, f'{path}: {key} is no list'
+            return f': {key} is no list'
     if not content['images']:
-        return None, f'{path} lists no images'
+        return ' lists no images'
     for key, needed in NEEDED.items():
         for entry in content[key]:
-            absent = [name for name in needed if name not in entry]
-            if absent:
-                return (
-                    None,
-                    f'{path}: one of {key} has no {absent[0]}: {entry}',
-                )
+            for name in needed:
+                if name not in entry:
+                    return f': one of {key} has no {name}: {entry}'
     ids = {image['id'] for image in content['images']}
     for entry in content['annotations']:
         if entry['image_id'] not in ids:
-            unknown = entry['image_id']
-            return None, f'{path}: annotations of no image (id {unknown!r})'
-    return content, ''
+            return f': annotations of no image (id {entry["image_id"]!r})'
+    return ''
 
 
 def damaged(image: tuple[str, int, int]) -> str | None:

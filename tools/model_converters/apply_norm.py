@@ -418,11 +418,13 @@ def convert(args: argparse.Namespace) -> tuple[Config, Config, list, list]:
         )
     except ConfigError as error:
         raise SetupError(f'{args.config}: {error}') from error
-    if changes and cfg.get('work_dir'):
-        # mmengine dumps it; the new training would overwrite the old one.
-        new.work_dir = None
-        why = 'a training of its own gets a folder of its own'
-        changes = [*changes, Change(('work_dir',), cfg.work_dir, None, why)]
+    # mmengine dumps them. The new training would overwrite the old one, or
+    # go on with its optimizer.
+    for key, value in (('work_dir', None), ('resume', False)):
+        if changes and cfg.get(key):
+            new[key] = value
+            why = 'of the training that dumped the config'
+            changes = [*changes, Change((key,), cfg[key], value, why)]
     return cfg, new, changes, left
 
 

@@ -375,9 +375,10 @@ def main() -> None:
     files.write_together(folder, {name: lambda path: save(state, path)})
     affine = ", outer_affine='channel'" if source.layout == 'gn' else ''
     eps = '' if filters.eps == WS_EPS else f', eps={filters.eps}'
-    # The outer affine of a BCN has one entry per group.
-    groups = len(state['bn1.weight']) if source.layout == 'bcn' else None
-    count = f', num_groups={groups or args.num_groups}'
+    groups = args.num_groups
+    if source.layout == 'bcn':  # its outer affine has one entry per group
+        groups = len(state['bn1.weight'])
+    count = f', num_groups={groups}'
     norms = dict(
         gn=f"'GN'{count}", bcn=f"'ws_mm.BCN'{count}{affine}", bn="'BN'"
     )
