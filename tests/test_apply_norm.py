@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from in_process import tools  # noqa: F401
+from in_process import load, tools  # noqa: F401
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from shipped import apply_norm, build, by_key, counts, read
@@ -205,6 +205,34 @@ def test_the_batch_of_a_process_divides_the_batch_asked():
     apply_norm(cfg, images_per_step=3)
     assert cfg.train_dataloader.batch_size == 1
     assert cfg.optim_wrapper.optimizer.lr == 0.00375
+
+
+@pytest.mark.parametrize(
+    ('name', 'base', 'says'),
+    [
+        # Its base is that of the schedule, its name that of its authors.
+        (
+            'mmdet::rtmdet/rtmdet_l_8xb32-300e_coco.py',
+            256,
+            r'base_batch_size=16 and its name \(8xb32\) do not agree on',
+        ),
+        (
+            'mmseg::san/san-vit-b16_voc12aug-640x640.py',
+            16,
+            'nothing in the config says',
+        ),
+    ],
+)
+def test_the_batch_of_a_learning_rate_is_not_guessed(name, base, says):
+    cfg = load('apply_norm').read_config(name)
+    before, lr = cfg.to_dict(), cfg.optim_wrapper.optimizer.lr
+    why = f'{says} how many images .* lr={lr:g} is for: .*--base-batch-size'
+    with pytest.raises(ConfigError, match=why):
+        apply_norm(cfg, parts=['heads'], images_per_step=8)
+    assert cfg.to_dict() == before
+    apply_norm(cfg, parts=['heads'], images_per_step=8, base_batch_size=base)
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(lr * 8 / base)
+    assert cfg.auto_scale_lr.base_batch_size == 8
 
 
 def test_groups_of_gn_divide_all_channels_of_a_part():

@@ -23,6 +23,7 @@ pytest.importorskip('mmseg')
 
 WS = dict(type='ws_mm.WSConv2d')
 HOOK = dict(type='ws_mm.SyncEstimatesHook')
+STEP, BASE = ['--images-per-step'], ['--base-batch-size']
 
 
 @pytest.mark.parametrize(
@@ -181,6 +182,7 @@ def test_keys_that_are_none_in_the_base_are_replaced(extra, script, tmp_path):
     config = write_config(tmp_path, without_ws(SEG), extra)
     out = tmp_path / 'out.py'
     options = '--norm', 'BCN', '--images-per-step', 4
+    options += '--base-batch-size', 16
     assert script('apply_norm', config, out, *options) == 0
     cfg = loaded(out)
     assert cfg.model.backbone.conv_cfg == WS
@@ -312,8 +314,23 @@ def test_a_base_that_hosts_do_not_find_is_named(script, tmp_path, capsys):
             r"parts='neck' selects nothing: .* backbone, heads",
         ),
         (
-            ['CONFIG', 'OUT', '--images-per-step', '0'],
-            'whole number of at least 1',
+            ['CONFIG', 'OUT', *STEP, '0'],
+            'images_per_step=0 must be a whole number of at least 1',
+        ),
+        (
+            ['CONFIG', 'OUT', *BASE, '16'],
+            'images_per_step=None must be a whole number of at least 1',
+        ),
+        (
+            [
+                'CONFIG',
+                'OUT',
+                '--images-per-step',
+                '1',
+                '--base-batch-size',
+                '0',
+            ],
+            'base_batch_size=0 must be a whole number of at least 1',
         ),
         (
             ['CONFIG', 'OUT', '--norm', 'GN', '--remaining'],

@@ -251,10 +251,8 @@ def test_batch_fits_the_name(leaf: str) -> None:
     cfg, name = load(leaf), name_parts(leaf)
     images = int(name['images'])
     assert cfg.train_dataloader.batch_size == images
-    if 'auto_scale_lr' in cfg:
-        total = int(name['gpus']) * images
-        assert cfg.auto_scale_lr.base_batch_size == total
-        assert cfg.auto_scale_lr.enable is False
+    total = int(name['gpus']) * images
+    assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=total)
 
 
 @every_published

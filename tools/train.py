@@ -68,7 +68,7 @@ def apply_auto_scale_lr(cfg: Config) -> None:
         raise SetupError(
             '--auto-scale-lr needs auto_scale_lr.base_batch_size, the total '
             'batch size that the learning rate of the config is meant for. '
-            'Add it: --cfg-options auto_scale_lr.base_batch_size=16'
+            'Add it: --cfg-options auto_scale_lr.base_batch_size=N'
         )
     if 'batch_size' not in cfg.train_dataloader:
         raise SetupError(

@@ -17,6 +17,7 @@ from .hooks import MEAN_TEACHER
 from .running_statistics import RunningStatistics
 
 HOOK = dict(type='ws_mm.SyncEstimatesHook')
+BASE_KEY: Key = ('auto_scale_lr', 'base_batch_size')
 
 
 class _Absent:
@@ -186,39 +187,42 @@ def add_hook(draft: Draft, built: nn.Module) -> None:
         draft.set(('custom_hooks',), [*hooks, HOOK], why)
 
 
-def scale_lr(draft: Draft, filename: str | None, images: int) -> None:
+def scale_lr(
+    draft: Draft, filename: str | None, images: int | None, base: int | None
+) -> None:
     """Scale the learning rate by the linear rule.
 
     Args:
         draft: config to change.
         filename: file of the config, whose name may hold the batch.
         images: images in one step of the optimizer.
+        base: images per step that the learning rate is for, if given.
     """
     if not isinstance(images, int) or images < 1:
         raise ConfigError(
             f'images_per_step={images!r} must be a whole number of at least 1 '
             '(--images-per-step)'
         )
+    if base is not None and (not isinstance(base, int) or base < 1):
+        raise ConfigError(
+            f'base_batch_size={base!r} must be a whole number of at least 1 '
+            '(--base-batch-size)'
+        )
     lr_key: Key = ('optim_wrapper', 'optimizer', 'lr')
-    base_key: Key = ('auto_scale_lr', 'base_batch_size')
     batch_key: Key = ('train_dataloader', 'batch_size')
-    lr, base, batch = (
+    lr, batch = (
         None if (value := draft.get(key)) is ABSENT else value
-        for key in (lr_key, base_key, batch_key)
+        for key in (lr_key, batch_key)
     )
-    named = re.search(r'_(\d+)xb(\d+)', os.path.basename(filename or ''))
-    if not base and named:
-        base = int(named[1]) * int(named[2])
-    base = base or (8 * batch if batch else None)
-    if not base or not isinstance(lr, (int, float)):
-        why = 'not there, so the learning rate cannot be scaled'
-        draft.leave(lr_key if base else base_key, why)
+    if not isinstance(lr, (int, float)):
+        draft.leave(lr_key, 'not there, so the rate cannot be scaled')
         return
+    base = base or _base_batch_size(draft, filename, lr)
     if base == images:
         return
     why = f'linear rule: {images} images per step instead of {base}'
     draft.set(lr_key, float(f'{lr * images / base:.12g}'), why)
-    draft.set(base_key, images, 'what the learning rate is for')
+    draft.set(BASE_KEY, images, 'what the learning rate is for')
     if batch and images % batch:
         fits = math.gcd(images, batch)
         why = f'{images} images are {images // fits} processes of this many'
@@ -229,4 +233,25 @@ def scale_lr(draft: Draft, filename: str | None, images: int) -> None:
         'absolute rates (eta_min) are as before, and iterations: each has '
         f'{share:g} times the images. Where max_iters, val_interval or a '
         f'warm-up (end) count iterations, multiply them by {1 / share:g}',
+    )
+
+
+def _base_batch_size(draft: Draft, filename: str | None, lr: float) -> int:
+    """Return the images per step that the config says its rate is for."""
+    found: dict[str, int] = {}
+    base = draft.get(BASE_KEY)
+    if base is not ABSENT and base:
+        found[f'{spell(BASE_KEY)}={base}'] = base
+    name = os.path.basename(filename or '')
+    if named := re.search(r'_(\d+)xb(\d+)', name):
+        found[f'its name ({named[0][1:]})'] = int(named[1]) * int(named[2])
+    values = set(found.values())
+    if len(values) == 1:
+        return values.pop()
+    says = 'nothing in the config says'
+    if found:
+        says = f'{" and ".join(found)} do not agree on'
+    raise ConfigError(
+        f'{says} how many images per step lr={lr:g} is for: give them, '
+        '--base-batch-size N (base_batch_size=N)'
     )

@@ -65,6 +65,7 @@ def apply_norm(
     parts: Sequence[str] | None = None,
     *,
     images_per_step: int | None = None,
+    base_batch_size: int | None = None,
     remaining: bool = False,
     backbone: str = 'auto',
 ) -> tuple[list[Change], list[LeftAlone]]:
@@ -80,8 +81,8 @@ def apply_norm(
 
     Formula, for ``images_per_step``:
         lr = lr * images_per_step / base
-        base = auto_scale_lr.base_batch_size, else G * B of a file name with
-            _GxbB, else 8 * train_dataloader.batch_size
+        base = base_batch_size, else what the config says:
+            auto_scale_lr.base_batch_size, and G * B of a file name with _GxbB
 
     Args:
         cfg: config; changed in place, or not at all where this raises.
@@ -96,6 +97,8 @@ def apply_norm(
             ``'roi_head.mask_head'``; the whole model if none.
         images_per_step: images of all processes in one step of the
             optimizer.
+        base_batch_size: images in one step that the learning rate of the
+            config is for.
         remaining: let :class:`~ws_mm.converted.Converted` replace the batch
             norms that no ``norm_cfg`` reaches, on the built model.
         backbone: 'convert' as any other part; 'freeze' to keep its weights
@@ -109,13 +112,21 @@ def apply_norm(
         What changed, and what was left alone.
 
     Raises:
-        ConfigError: a layer or part is unknown; or the config has no model,
-            or one that does not build as it is; or ``remaining`` with
+        ConfigError: a layer or part is unknown; or the config does not say
+            what its learning rate is for, or twice; or it has no model, or
+            one that does not build as it is; or ``remaining`` with
             a norm without running statistics of its own; or ``backbone`` is
             another word, or cannot be, or is among the ``parts``.
     """
     changes, left, _ = convert_config(
-        cfg, conv, norm, parts, images_per_step, remaining, backbone
+        cfg,
+        conv,
+        norm,
+        parts,
+        images_per_step=images_per_step,
+        base_batch_size=base_batch_size,
+        remaining=remaining,
+        backbone=backbone,
     )
     return changes, left
 
@@ -125,7 +136,9 @@ def convert_config(
     conv: Layer = 'WSConv2d',
     norm: Layer = 'GN',
     parts: Sequence[str] | None = None,
+    *,
     images_per_step: int | None = None,
+    base_batch_size: int | None = None,
     remaining: bool = False,
     backbone: str = 'auto',
 ) -> tuple[list[Change], list[LeftAlone], nn.Module]:
@@ -180,8 +193,8 @@ def convert_config(
     if norm_cls is not None:
         _note_norms(draft, selected, frozen, everything, norm_cls, built)
     add_hook(draft, built)
-    if images_per_step is not None:
-        scale_lr(draft, cfg.filename, images_per_step)
+    if images_per_step is not None or base_batch_size is not None:
+        scale_lr(draft, cfg.filename, images_per_step, base_batch_size)
     for change in draft.changes:
         put(cfg._cfg_dict, change.key, change.new)
     return draft.changes, draft.left, built

@@ -56,3 +56,4 @@ default_hooks = dict(
     checkpoint=dict(by_epoch=False, interval=2000),
 )
 log_processor = dict(by_epoch=False)
+auto_scale_lr = dict(enable=False, base_batch_size=1)

@@ -38,3 +38,4 @@ optim_wrapper = dict(
 param_scheduler = [  # about every 200,000 clouds
     dict(type='StepLR', by_epoch=True, end=250, step_size=20, gamma=0.7)
 ]
+auto_scale_lr = dict(enable=False, base_batch_size=32)

@@ -94,6 +94,14 @@ def parse_args() -> argparse.Namespace:
         'the learning rate by the linear rule (default: leave it)',
     )
     parser.add_argument(
+        '--base-batch-size',
+        type=int,
+        metavar='N',
+        help='images in one step that the learning rate of CONFIG is for '
+        '(default: auto_scale_lr.base_batch_size, or the name of CONFIG, '
+        'which must not say another)',
+    )
+    parser.add_argument(
         '--remaining',
         action='store_true',
         help='also replace, on the built model, batch norms that no norm_cfg '
@@ -413,6 +421,7 @@ def convert(args: argparse.Namespace) -> tuple[Config, Config, list, list]:
             *layers,
             args.parts,
             images_per_step=args.images_per_step,
+            base_batch_size=args.base_batch_size,
             remaining=args.remaining,
             backbone=args.backbone,
         )
