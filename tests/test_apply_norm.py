@@ -10,6 +10,7 @@ from tiny_runs import ROOT
 from torch import nn
 
 import ws_mm
+from ws_mm import norm as bcn
 from ws_mm.configs import ConfigError, convert_config
 from ws_mm.shapes import batch_norms
 
@@ -148,7 +149,9 @@ def test_segmentors_lose_the_weights_that_the_model_names():
 )
 def test_only_the_parts_selected_change(parts, changed):
     cfg = read(MASK)
-    changes, _ = apply_norm(cfg, parts=parts)
+    changes, left = apply_norm(cfg, norm='GN', parts=parts)
+    if 'backbone' not in changed:  # its batch norms are nobody's concern
+        assert not any('remain' in one.why for one in left)
     of_model = {c.key[1] for c in changes if c.key[0] == 'model'}
     assert of_model == changed
     # The weights of a backbone that stays still fit.
@@ -363,6 +366,22 @@ def test_a_part_without_norm_gets_one_by_its_key():
     assert by_key(changes) == {
         'model.neck.norm_cfg': dict(type='GN', num_groups=32)
     }
+
+
+def test_a_norm_cfg_that_builds_no_norm_is_not_written():
+    """The norms in Mask2Former's head are those of its pixel decoder."""
+    cfg = read('mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-*')
+    before = cfg.model.to_dict()
+    changes, _ = apply_norm(cfg, norm='GN', parts=['heads'])
+    assert changes == []
+    assert cfg.model.to_dict() == before
+
+
+def test_only_layers_that_are_asked_for_say_something(monkeypatch):
+    said = []
+    monkeypatch.setattr(bcn, '_report_fallback', lambda *of: said.append(of))
+    apply_norm(read(FAST), norm='GN')
+    assert said == []
 
 
 def test_a_group_has_more_than_one_value_on_a_map_of_one_pixel():

@@ -299,7 +299,7 @@ def test_a_base_that_hosts_do_not_find_is_named(script, tmp_path, capsys):
         ),
         (
             ['CONFIG', 'OUT', '--norm-options', 'groups=4'],
-            "argument 'groups'.*--norm-options",
+            "argument 'groups'. It takes num_groups, .*--norm-options",
         ),
         (
             ['CONFIG', 'OUT', '--norm', 'BCN', '--norm-options', 'momentum=3'],

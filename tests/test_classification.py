@@ -153,6 +153,19 @@ def test_a_shipped_config_is_converted(
     )
 
 
+def test_a_layer_norm_is_left_alone(
+    tmp_path: Path,
+    script: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    new = tmp_path / 'new.py'
+    shipped = 'mmpretrain::convnext/convnext-tiny_32xb128_in1k.py'
+    assert script('apply_norm', shipped, new) == 0
+    said = capsys.readouterr().out
+    assert 'model.backbone: its norm LN2d is not' in said
+    assert 'Nothing to change' in said
+
+
 def test_mistakes_are_named(
     data: Path,
     tmp_path: Path,

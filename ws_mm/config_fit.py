@@ -23,7 +23,7 @@ from .shapes import (
 
 ALONE = 'each changed part was built alone'
 # It builds whatever the channels are, until the groups of a GN are known.
-STAND_IN = dict(type='ws_mm.BCN')
+STAND_IN = dict(type='ws_mm.BCN', num_groups=1)
 
 
 def settle(parts: list[Part], root: Part | None = None) -> nn.Module:
@@ -192,7 +192,7 @@ def fit(parts: list[Part], built: nn.Module, names: Sequence[str]) -> bool:
         if norm is None:
             continue
         is_open = _lacks_groups(norm, part.scope)
-        layers = layers_of(part, STAND_IN if is_open else norm, built)
+        layers = layers_of(part, STAND_IN if is_open else norm, built, parts)
         if not (is_open or is_named(part, names)) and any(
             isinstance(layers[name], RunningStatistics)
             for name in shared & layers.keys()
@@ -212,13 +212,28 @@ def fit(parts: list[Part], built: nn.Module, names: Sequence[str]) -> bool:
     return before != [part.layers for part in parts]
 
 
-def layers_of(part: Part, cfg: Cfg, built: nn.Module) -> dict[str, Any]:
-    """Return the layers of a cfg's type in a part by their names."""
+def layers_of(
+    part: Part, cfg: Cfg, built: nn.Module, parts: list[Part]
+) -> dict[str, Any]:
+    """Return the layers of a cfg's type in a part by their names.
+
+    Those of parts in it that have a norm of their own belong to these.
+    """
+    inner = tuple(
+        f'{one.name}.'
+        for one in parts
+        if one.name.startswith(f'{part.name}.')
+        and (one.layers.get('norm_cfg') or one.value.get('norm_cfg'))
+    )
     module, cls = part.find(built), registered(cfg.get('type'), part.scope)
     if module is None:
         return {}
     layers = module.named_modules(prefix=part.name)
-    return {name: layer for name, layer in layers if type(layer) is cls}
+    return {
+        name: layer
+        for name, layer in layers
+        if type(layer) is cls and not name.startswith(inner)
+    }
 
 
 def _lacks_groups(cfg: Any, scope: str) -> bool:
@@ -271,7 +286,7 @@ def check_groups(built: nn.Module, scope: str) -> None:
             )
 
 
-def prune(parts: list[Part], built: nn.Module) -> None:
+def prune(parts: list[Part], built: nn.Module, everything: list[Part]) -> None:
     """Remove settings from parts that build no layer from them."""
     for part in parts:
         if part.find(built) is None:
@@ -280,7 +295,7 @@ def prune(parts: list[Part], built: nn.Module) -> None:
         part.layers = {
             name: cfg
             for name, cfg in wanted.items()
-            if layers_of(part, cfg, built)
+            if layers_of(part, cfg, built, everything)
         }
         unused = wanted.keys() - part.layers.keys()
         if 'conv_cfg' in unused:
@@ -316,6 +331,6 @@ def finish(parts: list[Part], names: list[str], norm: Cfg) -> bool:
     found = [part for part in parts if part.key in owners]
     for part in found:
         part.layers |= dict(of=part.value['type'], type=CONVERTED)
-        if norm != STAND_IN:
+        if norm != dict(type='ws_mm.BCN'):
             part.layers['norm'] = norm
     return bool(found)

@@ -128,8 +128,12 @@ def asked_layer(asked: Layer, kind: str, scope: str) -> Cfg | None:
     try:
         layer = map_layer(cfg, scope)
     except (TypeError, ValueError) as error:
+        why = str(error)
+        if 'unexpected keyword' in why:
+            takes = arguments(registered(cfg['type'], scope) or nn.Module)
+            why += f'. It takes {", ".join(takes)}'
         raise ConfigError(
-            f'{kind}={asked!r}: {error} (--{kind}-options)'
+            f'{kind}={asked!r}: {why} (--{kind}-options)'
         ) from error
     if layer is None or isinstance(layer, CONVS) != (kind == 'conv'):
         raise ConfigError(
@@ -173,7 +177,8 @@ def is_replaceable(cfg: Cfg | None, scope: str) -> bool:
     """Return whether another layer may replace the one of a config.
 
     It may replace a norm of maps, a plain convolution, and a convolution
-    that standardizes the weights of a plain one. Only the type counts.
+    that standardizes the weights of a plain one. Only the type counts. A
+    layer norm has no need of one, and ConvNeXt's takes channels last.
     """
     if cfg is None:
         return True
@@ -185,7 +190,7 @@ def is_replaceable(cfg: Cfg | None, scope: str) -> bool:
         cls = registered(kind, scope)
         return cls is not None and not issubclass(cls, CONVS)
     if not isinstance(layer, CONVS):
-        return layer is not None
+        return layer is not None and not isinstance(layer, nn.LayerNorm)
     more = layer.state_dict().keys() - {'weight', 'bias'}
     return ws_type(layer) is WSConv2d or (standardizes(layer) and not more)
 

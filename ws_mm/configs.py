@@ -182,7 +182,7 @@ def convert_config(
         built = settle(everything)
     if 'num_groups' in new_norm:
         check_groups(built, scope)
-    prune(selected, built)
+    prune(selected, built, everything)
     if remaining and finish(
         selected, trained_batch_norms(built, frozen), new_norm
     ):
@@ -252,7 +252,10 @@ def _note_norms(
     # Batch norms need more than two images.
     if not issubclass(norm, BATCH_NORMS):
         rest = trained_batch_norms(built, frozen)
+        mine = [part.key for part in parts]
         for key, names in owners_of(everything, rest).items():
+            if key not in mine:
+                continue
             draft.leave(
                 key,
                 f'{len(names)} batch norms remain, since no norm_cfg reaches '
