@@ -434,6 +434,7 @@ def test_every_exact_layout_has_a_swap():
         ('gn', WS, {'layer1.0.gn2.running_var': 1}, '1 keys are not of a Res'),
         ('gn', WS, {'block1/unit01/a': 1}, "in Google's names"),
         ('gn', ('--norm', 'bn', *WS), {}, 'become gn or bcn'),
+        ('gn', ('--num-groups', '7', *WS), {}, 'groups 7: .* one of 1, 2, 4'),
         ('bcn', ('--norm', 'gn'), {}, 'become bcn'),
     ],
 )

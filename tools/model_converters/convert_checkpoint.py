@@ -18,6 +18,7 @@ which normalizes by the image.
 """
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -47,6 +48,7 @@ from model_converters.resnet import (
 )
 from support import checkpoints, checks, files, launch
 from support.checks import SetupError
+from support.layer_checks import divisors
 from support.tensors import relative_error
 
 # Layout found, norm asked for: largest relative difference of the mapping.
@@ -77,7 +79,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--num-groups',
-        type=int,
+        type=launch.positive,
         default=32,
         help='of GN and of new BCN (default: 32)',
     )
@@ -274,6 +276,25 @@ def refuse_other_function(
     )
 
 
+def check_groups(source: Source, groups: int) -> None:
+    """Reject groups that do not divide the channels of all norms.
+
+    Raises:
+        SetupError: they do not.
+    """
+    channels = {
+        len(filters)
+        for name, filters in source.state.items()
+        if KNOWN.fullmatch(name)['conv']
+    }
+    if any(count % groups for count in channels):
+        raise SetupError(
+            f'--num-groups {groups}: the GN layers of this network have '
+            f'{", ".join(map(str, sorted(channels)))} channels. Give one of '
+            f'{divisors(math.gcd(*channels))}. Nothing was written.'
+        )
+
+
 def losses(source: Source, kind: str, filters: Filters) -> list[str]:
     """List in words what the converted network loses."""
     lost = []
@@ -306,6 +327,8 @@ def main() -> None:
             f'--norm {kind}: the checkpoint has {source.layout.upper()} '
             f'layers, which become {" or ".join(legal)}.'
         )
+    if 'gn' in (source.layout, kind):
+        check_groups(source, args.num_groups)
     filters = choose_filters(args, source.layout)
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(2, 3, 64, 64, generator=generator).double()
