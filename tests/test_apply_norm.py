@@ -324,6 +324,14 @@ def test_heads_that_levels_share_get_no_estimates(name, before):
     assert cfg.model[key].norm_cfg == BCN
 
 
+@pytest.mark.parametrize('channels', [1, 4])
+def test_maps_are_measured_on_images_of_any_channels(channels):
+    cfg = read(RETINA)
+    cfg.model.backbone.in_channels = channels
+    apply_norm(cfg)
+    assert cfg.model.bbox_head.norm_cfg.type == 'GN'
+
+
 @pytest.mark.parametrize(
     ('name', 'part', 'why'),
     [

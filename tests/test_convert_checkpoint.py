@@ -220,6 +220,15 @@ def test_a_prefix_of_all_names_is_removed(convert, capsys):
 
 
 @pytest.mark.usefixtures('tools')
+@pytest.mark.parametrize('channels', [1, 4])
+def test_images_may_have_any_channels(channels, convert):
+    state = source_of('gn').state_dict()
+    stem = torch.randn(len(state['conv1.weight']), channels, 7, 7)
+    found = convert(state | {'conv1.weight': stem}, *WS)
+    assert torch.equal(found['conv1.weight'], stem)
+
+
+@pytest.mark.usefixtures('tools')
 def test_the_groups_of_a_source_are_those_of_the_config(convert, capsys):
     source = source_of('bcn')
     for module in source.modules():

@@ -100,11 +100,12 @@ def test_frozen_batch_norms_are_not_called_poor(script, tmp_path, capsys):
 def test_a_model_that_does_not_run_is_judged_by_names(
     script, tmp_path, capsys
 ):
-    config, _ = write(tmp_path, SEG, 'model["backbone"]["in_channels"] = 4\n')
+    config, _ = write(tmp_path, SEG, MISFIT)
     assert script('check_model', config) == 0
     assert 'judged by names' in capsys.readouterr().out
 
 
+MISFIT = 'model["decode_head"]["in_channels"] = 5\n'
 OWN = [name for name in ws_mm.__all__ if name[0].isupper()]
 OWN_HOOKS = [name for name in OWN if name.endswith('Hook')]
 EXTRA = f"""
@@ -333,12 +334,17 @@ def test_what_one_model_does_not_compute_is_a_difference():
 
 
 def test_a_model_that_does_not_run_is_said(refuses, tmp_path):
-    four = 'model["backbone"]["in_channels"] = 4\n'
-    config, weights = write(tmp_path, SEG.replace(BCN, GN), four)
+    config, weights = write(tmp_path, SEG.replace(BCN, GN), MISFIT)
     out = tmp_path / 'out'
-    match = 'EncoderDecoder does not run.*4 channels.*nothing was written'
+    match = 'EncoderDecoder does not run.*5 channels.*nothing was written'
     refuses(match, 'bake', config, weights, out)
     assert not out.exists()
+
+
+def test_images_may_have_any_channels(script, tmp_path):
+    four = "model['backbone']['in_channels'] = 4\n"
+    config, weights = write(tmp_path, DET.replace(BCN, GN), four)
+    assert script('bake', config, weights, tmp_path / 'out') == 0
 
 
 def test_bcn_is_refused(refuses, tmp_path):

@@ -82,7 +82,11 @@ def assert_same(actual, expected):
         assert error < 1e-5
 
 
-KINDS = {'mmdet': DET, 'mmseg': SEG + SHALLOW + ALIGNED}
+KINDS = {
+    'mmdet': DET,
+    'mmseg': SEG + SHALLOW + ALIGNED,
+    'gray': DET + "\nmodel['backbone']['in_channels'] = 1\n",
+}
 GN = SEG.replace("type='ws_mm.BCN', num_groups=4", "type='GN', num_groups=4")
 # None of them is a size that the tool itself has looked at.
 OTHER_SIZES = [(1, 64, 64), (4, 50, 81), (2, 33, 200)]
@@ -97,11 +101,13 @@ def test_onnx_computes_what_the_model_does(kind, script, tmp_path, capsys):
     assert 'at most' in told
     assert '3 x 65 x 97: ' in told
     session = onnxruntime.InferenceSession(str(out))
+    channels = session.get_inputs()[0].shape[1]
+    assert channels == (1 if kind == 'gray' else 3)
     names = [output.name for output in session.get_outputs()]
     features = [f'feature{index}' for index in range(5)]
-    assert names == (features if kind == 'mmdet' else ['logits'])
+    assert names == (['logits'] if kind == 'mmseg' else features)
     for size in OTHER_SIZES:
-        image = torch.randn(size[0], 3, *size[1:])
+        image = torch.randn(size[0], channels, *size[1:])
         actual = session.run(None, {'image': image.numpy()})
         assert_same(actual, outputs_of(model, image))
     content = onnx.load(out)
@@ -290,8 +296,8 @@ def test_pooling_is_that_of_torch(size):
 @pytest.mark.usefixtures('tools')
 def test_a_model_that_takes_no_size_is_said():
     export = load('export')
-    with pytest.raises(export.SetupError, match='4 channels.*--size'):
-        export.fitting_sizes(nn.Conv2d(4, 1, 1))
+    with pytest.raises(export.SetupError, match='multiplied.*--size'):
+        export.fitting_sizes(nn.Linear(5, 1))
 
 
 def test_a_difference_is_refused(refuses, tmp_path, monkeypatch):

@@ -156,6 +156,20 @@ def _uncalled(model: nn.Module, ran: set[nn.Module]) -> list[str]:
     return found
 
 
+def image_channels(model: nn.Module) -> int:
+    """Return how many channels the images of a model have.
+
+    Its first convolution takes them; that of YOLOX, the four pixels of a
+    square of each.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+        if type(module).__name__ == 'Focus':
+            return image_channels(module) // 4
+    return 3
+
+
 @torch.no_grad()
 def run_with_zeros(
     model: Any, scope: str, device: str = 'cpu', size: int | None = None
@@ -175,7 +189,8 @@ def run_with_zeros(
     for values in (*model.parameters(), *model.buffers()):
         values.zero_()
     size = size or SIZES[device]
-    image = torch.zeros(1, 3, size, size, device=device)
+    channels = image_channels(model)
+    image = torch.zeros(1, channels, size, size, device=device)
     if scope == 'mmdet':
         from mmdet.structures import (  # type: ignore[import-untyped]
             DetDataSample,

@@ -188,7 +188,7 @@ def fitting_sizes(
             with torch.no_grad():
                 # The odd ones first: they fail soonest.
                 for size in reversed(sizes):
-                    network(image_of(size))
+                    network(image_of(network, size))
         # Whatever the code of a model may raise.
         except Exception as error:
             reason = error
@@ -206,11 +206,14 @@ def _multiple(pixels: int, divisor: int) -> int:
     return -(-pixels // divisor) * divisor
 
 
-def image_of(size: Size) -> Tensor:
-    """A random image, or several."""
+def image_of(network: nn.Module, size: Size) -> Tensor:
+    """A random image that a network takes, or several."""
+    from ws_mm.shapes import image_channels
+
     batch, high, wide = size
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(batch, 3, high, wide, generator=generator)
+    channels = image_channels(network)
+    return torch.randn(batch, channels, high, wide, generator=generator)
 
 
 def differences(
@@ -222,7 +225,7 @@ def differences(
     """
     run = formats.runner_of(path)
     for size in sizes:
-        image = image_of(size)
+        image = image_of(network, size)
         with torch.no_grad():
             expected = network(image)
             try:
@@ -291,7 +294,7 @@ def main() -> None:
     bake.load_strictly(model, args.checkpoint)
     network = deployable(cfg, model)
     sizes, divisor = fitting_sizes(network, args.size)
-    image = image_of(sizes[0])
+    image = image_of(network, sizes[0])
     with torch.no_grad():
         outputs, again = network(image), network(image)
     if not bake.largest_difference(outputs, again) <= TOLERANCE:

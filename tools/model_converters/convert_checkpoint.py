@@ -331,7 +331,8 @@ def main() -> None:
         check_groups(source, args.num_groups)
     filters = choose_filters(args, source.layout)
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(2, 3, 64, 64, generator=generator).double()
+    channels = source.state['conv1.weight'].shape[1]
+    image = torch.randn(2, channels, 64, 64, generator=generator).double()
     bn_to_gn = (source.layout, kind) == ('bn', 'gn')
     absorbed = source.layout == 'bn' and kind != 'gn'
     expected, used = run_source(

@@ -102,9 +102,11 @@ def _ways(
     cfg: Config, model: nn.Module, size: int
 ) -> list[Callable[[nn.Module], Any]]:
     """List ways to run a model on an image of that size."""
-    image = torch.randn(
-        1, 3, size, size, generator=torch.Generator().manual_seed(0)
-    )
+    from ws_mm.shapes import image_channels
+
+    generator = torch.Generator().manual_seed(0)
+    channels = image_channels(model)
+    image = torch.randn(1, channels, size, size, generator=generator)
     if hasattr(model, 'encode_decode'):
         return [lambda model: segment(model, image)]
     if not isinstance(model, BaseModel) or cfg.get('default_scope') != 'mmdet':
