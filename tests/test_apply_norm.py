@@ -483,6 +483,25 @@ def test_a_teacher_gets_the_estimates_of_its_student():
     assert 'skip_buffer' not in cfg.custom_hooks[0]
 
 
+@pytest.mark.parametrize(
+    ('name', 'kind'),
+    [
+        ('mmdet::soft_teacher/*_180k_semi-0.01-*', 'SemiBaseDetector'),
+        ('mmdet::bytetrack/*_x_8xb4-80e_*_test-mot20test.py', 'ByteTrack'),
+    ],
+)
+def test_a_detector_in_another_is_measured(name, kind):
+    cfg = read(name)
+    cfg.model.type = kind
+    if kind == 'ByteTrack':  # its own tracker needs the package lap
+        cfg.model.tracker = dict(type='QuasiDenseTracker')
+    cfg.model.detector = read(RETINA).model
+    apply_norm(cfg)
+    norm_cfg = cfg.model.detector.bbox_head.norm_cfg
+    assert norm_cfg == dict(type='GN', num_groups=32)
+    assert build(cfg)
+
+
 # As the pure Python configs of mmdet: types are classes. One of the modules
 # has the name of a function that its package exports.
 PURE = """

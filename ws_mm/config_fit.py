@@ -135,7 +135,11 @@ def _build(root: Part, parts: list[Part]) -> nn.Module:
             if _lacks_groups(layer, part.scope):
                 layer = STAND_IN
             put(value, (*part.key[len(root.key) :], name), layer)
-    return build_without_memory(value, root.scope)
+    built = build_without_memory(value, root.scope)
+    # A semi-supervised detector builds model.detector twice.
+    if isinstance(getattr(built, 'student', None), nn.Module):
+        built.detector = built.student
+    return built
 
 
 def _mistakes(built: nn.Module) -> list[str]:
@@ -177,10 +181,14 @@ def fit(parts: list[Part], built: nn.Module, names: Sequence[str]) -> bool:
     scope = parts[0].scope
     shared: set[str] = set()
     uncalled: list[str] = []
+    # Trackers hold a detector, too.
+    inner = getattr(built, 'detector', None)
+    model, above = (inner, 'detector.') if inner else (built, '')
     # Segmentors and heads of proposals run on one size.
-    if scope != 'mmseg' and not hasattr(built, 'roi_head'):
-        sizes, uncalled = map_sizes(built, scope)
-        shared = {name for name in sizes if len(sizes[name]) > 1}
+    if scope != 'mmseg' and not hasattr(model, 'roi_head'):
+        sizes, uncalled = map_sizes(model, scope)
+        shared = {above + name for name in sizes if len(sizes[name]) > 1}
+        uncalled = [above + name for name in uncalled]
     for part in parts:
         raw = [one for one in uncalled if one.startswith(f'{part.name}.')]
         if raw and 'conv_cfg' in part.layers:
