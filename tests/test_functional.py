@@ -310,6 +310,8 @@ def test_batch_channel_norm_rejects_wrong_arguments():
     x = torch.randn(1, CHANNELS, 1, 1)
     with pytest.raises(ValueError, match=r"'ghost'.*'estimate', 'batch'"):
         batch_channel_norm(x, GROUPS, **state, mode='ghost')
+    with pytest.raises(ValueError, match='num_groups=5 does not divide.* 12'):
+        batch_channel_norm(x, 5, **state)
     for mode in ('batch', 'sync_batch'):
         with pytest.raises(ValueError, match=r"\(1, 12, 1, 1\).*'estimate'"):
             batch_channel_norm(x, GROUPS, **state, training=True, mode=mode)

@@ -88,7 +88,8 @@ def apply_norm(
         cfg: config; changed in place, or not at all where this raises.
             Applied a second time, nothing changes.
         conv: registered type of a convolution, such as 'WSConv2d'; a
-            ``conv_cfg``; or 'keep' or None.
+            ``conv_cfg``; or 'keep' or None. The default does not depend on
+            the norm; that of the command line is the norm's own.
         norm: registered type of a norm, such as 'BCN', 'GN', 'BN' or
             'SyncBN'; a ``norm_cfg``; or 'keep' or None. Without
             ``num_groups``, GN gets the largest count up to 32 that divides

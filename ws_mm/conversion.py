@@ -50,8 +50,8 @@ def convert(
         standardized convolution computes something else than the plain one
         did. GN to BCN is exact, with its groups and an affine per channel.
         BN to BCN keeps the running statistics as estimates and the affine as
-        the inner one. A norm on 1x1 maps gets at most half as many groups as
-        channels.
+        the inner one; of a BN of zeros the outer weight is 0. A norm on
+        1x1 maps gets at most half as many groups as channels.
 
     Args:
         model: any model, of MMDetection and MMSegmentation, too, before or

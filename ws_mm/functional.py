@@ -177,13 +177,19 @@ def batch_channel_norm(
         update: whether to move the running values (in training).
 
     Raises:
-        ValueError: one value per channel in a batch mode, or one value per
-            group, which has no variance. Not for one value among several
-            ranks, which only the device knows of: its running values stay.
+        ValueError: groups that do not divide the channels; one value per
+            channel in a batch mode, or one value per group, which has no
+            variance. Not for one value among several ranks, which only the
+            device knows of: its running values stay.
 
     Source: ``BCNorm`` and ``EstBN`` of the authors' BCN repository.
     """
     check_choice('mode', mode, MODES, 'norm_cfg')
+    if input.shape[1] % num_groups:
+        raise ValueError(
+            f'num_groups={num_groups} does not divide the {input.shape[1]} '
+            'channels of the input'
+        )
     check_group_size(input, num_groups)
     source = 'running'
     if training and mode == 'sync_batch' and world_size() > 1:

@@ -9,6 +9,7 @@ bytes of the input. A boolean mask of float32 activations is 0.25. Nothing is
 timed. Exits with 1 if BCN needs more than the bar.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,6 +99,7 @@ def contenders() -> dict[str, nn.Module]:
 
 def main() -> int:
     """Print the table; 1 if BCN is above the bar."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print('| norm, passes forward + backward | ReLU | sum and ReLU |')
     print('|---|---|---|')
     above = []

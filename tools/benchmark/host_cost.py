@@ -11,6 +11,7 @@ of a launch, 2 to 3 microseconds on a GPU, is in none of the figures. The last
 one is all that SyncEstimatesHook takes once per iteration.
 """
 
+import argparse
 import gc
 import os
 import sys
@@ -164,6 +165,7 @@ def composed() -> dict[str, float]:
 
 def main() -> None:
     """Print all figures."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
     stand_in.install()
     print(f'load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores')

@@ -66,7 +66,8 @@ FROZEN = Advice(
     use='the backbone as it is, its BN frozen; GN+WS in neck and heads. '
     'Compare EasedBCN in the backbone (--backbone ease)',
     options='',
-    rate=f'{LINEAR}; a third of that was better on both of our tasks',
+    rate=f'{LINEAR}; with frozen BN a third of that was better on both of '
+    'our tasks',
     why='Few images spoil pretrained statistics, and other norms or '
     'standardized filters compute another function than was pretrained. '
     'BCN that is eased in was ahead on one of our two tasks. With two '

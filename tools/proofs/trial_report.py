@@ -123,7 +123,8 @@ ids in no order, polygons and both forms of run lengths, a crowd, an image
 without objects, a gray and an RGBA one, a name that is not ASCII.
 
 `refused` is a message of the tool that names the cause and what fixes it,
-`traceback` is not. An empty cell: a step before it failed. Where a step with
+`traceback` is not. An empty cell: a step before it failed, or the model is
+not tested, such as a panoptic one. Where a step with
 the new layers failed, the last column has what became of the original config.
 
 {table(summary)}"""

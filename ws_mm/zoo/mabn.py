@@ -36,7 +36,7 @@ class MABN(RunningNorm):
         gradients = mean(g z), of the last buffer_size iterations
         dx = (g - z mean(gradients)) / sqrt(var + eps)
                                            the newest one, while t is early
-    t is early up to buffer_size, and below warmup_iters. Evaluation divides
+    t is early while t <= buffer_size or t < warmup_iters. Evaluation divides
     by sqrt(running_var + eps).
 
     Convention: that of the authors' code for detection, which made the
