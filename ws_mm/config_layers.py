@@ -177,8 +177,8 @@ def is_replaceable(cfg: Cfg | None, scope: str) -> bool:
     """Return whether another layer may replace the one of a config.
 
     It may replace a norm of maps, a plain convolution, and a convolution
-    that standardizes the weights of a plain one. Only the type counts. A
-    layer norm has no need of one, and ConvNeXt's takes channels last.
+    that standardizes the weights of a plain one. Only the type counts. Layer
+    norms stay: they work with any batch, and ConvNeXt's take channels last.
     """
     if cfg is None:
         return True
