@@ -13,6 +13,7 @@ from mmengine.registry import DefaultScope
 with contextlib.suppress(ImportError):  # environments without cv2
     from in_process import (  # noqa: F401
         config,
+        process,
         reaches,
         refuses,
         script,
@@ -38,6 +39,15 @@ def scope(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take back the default scope that a Runner leaves."""
     scopes = DefaultScope._instance_dict.copy()
     monkeypatch.setattr(DefaultScope, '_instance_dict', scopes)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def scope_of_module() -> Iterator[None]:
+    """Take back the one of a Runner in a fixture of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        scopes = DefaultScope._instance_dict.copy()
+        patch.setattr(DefaultScope, '_instance_dict', scopes)
+        yield
 
 
 @pytest.fixture(params=['auto', 'fused'])

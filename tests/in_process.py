@@ -15,8 +15,8 @@ from tiny_runs import script_of, write_config, write_data
 Script = Callable[..., None]
 
 
-@pytest.fixture(autouse=True)
-def tools(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undo what the scripts do to the process."""
     for name in (
         *('LOCAL_RANK', 'RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE'),
@@ -30,6 +30,11 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
 
 
+@pytest.fixture(autouse=True)
+def tools(process: None) -> None:
+    """Do so for all tests of a module that imports this."""
+
+
 def load(name: str) -> ModuleType:
     """A module of tools/; Python has another one that is called test."""
     path = script_of(f'{name}.py')
@@ -40,7 +45,7 @@ def load(name: str) -> ModuleType:
 
 
 @pytest.fixture
-def refuses(monkeypatch: pytest.MonkeyPatch) -> Script:
+def refuses(monkeypatch: pytest.MonkeyPatch, process: None) -> Script:
     """Run a script's main with arguments and require its error."""
 
     def run(match: str, script: str, *args: object) -> None:
@@ -53,7 +58,9 @@ def refuses(monkeypatch: pytest.MonkeyPatch) -> Script:
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def script(
+    monkeypatch: pytest.MonkeyPatch, process: None
+) -> Callable[..., int]:
     """Run a script's main with arguments; return its exit code."""
 
     def run(name: str, *args: object) -> int:
@@ -72,7 +79,9 @@ class Reached(Exception):
 
 
 @pytest.fixture
-def reaches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
+def reaches(
+    monkeypatch: pytest.MonkeyPatch, process: None
+) -> Callable[..., Config]:
     """Run a script's main up to the Runner and return the Runner's config."""
 
     def stop(cfg: Config) -> None:

@@ -794,7 +794,7 @@ def test_inputs_beyond_32_bits_run_eager(monkeypatch, shape):
 def test_groups_that_do_not_divide_are_an_error(monkeypatch):
     seen = launches(monkeypatch)
     state = [x.to(DEVICE) for x in (torch.zeros(7), torch.ones(7))]
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match='does not divide'):
         batch_channel_norm(torch.randn(1, 7, 5, device=DEVICE), 3, *state)
     assert not seen
 
