@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import relative_error
+from comparison import HALF_ON_CPU, relative_error
 from small_nets import Net, Run, image, layers, randomize
 from torch import nn
 
@@ -201,3 +201,29 @@ def test_a_fold_that_computes_something_else_is_refused(kind):
     match = 'behind conv[12] would compute something else'
     with pytest.raises(ValueError, match=match):
         bake(net, x, fold_estimates=True)
+
+
+def test_a_fold_of_a_norm_that_is_called_by_keyword():
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = WSConv2d(3, 8, 1), BCN(8, 4)
+
+        def forward(self, x):
+            return self.norm(input=self.conv(x))
+
+    model, x = randomize(ByName()).double().eval(), image(torch.float64)
+    baked = bake(model, x, fold_estimates=True)
+    assert isinstance(baked.norm, nn.GroupNorm)
+    assert not isinstance(baked.norm, BCN)
+    assert relative_error(baked.norm(baked.conv(x)), model(x)) < 1e-12
+
+
+def test_a_fold_that_overflows_is_refused():
+    if not HALF_ON_CPU:
+        pytest.skip('this torch has no float16 convolution on a CPU')
+    model = nn.Sequential(WSConv2d(3, 8, 1), BCN(8, 4)).half().eval()
+    model[1].running_mean.fill_(400)
+    model[1].running_var.zero_()  # a shift of 126,000, where 65,504 is most
+    with pytest.raises(ValueError, match='cannot fold the estimates'):
+        bake(model, image(torch.float16), fold_estimates=True)

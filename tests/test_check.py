@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.registry import HOOKS
-from small_nets import Net, Run, image, layers, randomize
+from small_nets import IMAGE, Net, Run, image, layers, randomize
 from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
 
 from ws_mm import BCN, WSConv2d, check
+from ws_mm.hooks import frozen_problems
 
 
 def norms_of(report):
@@ -163,3 +164,49 @@ def test_hook_names_what_levels_share(monkeypatch):
     assert said[0].startswith('2 BCN layers ran on maps of several sizes')
     assert 'bbox_head.0, bbox_head.1' in said[0]
     assert 'model.bbox_head.norm_cfg=dict(' in said[0]
+
+
+class Compiled(nn.Module):
+    """An operator of a library, which the dispatcher does not see."""
+
+    def forward(self, x):
+        assert x.data_ptr()
+        return torch.ones(IMAGE[0], 8, *IMAGE[2:])
+
+
+@pytest.mark.parametrize('first', ['norm', 'own'])
+def test_an_operator_that_no_dispatcher_sees_reads_what_it_is_given(first):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = WSConv2d(3, 8, 1), BCN(8, 4)
+            self.own = Compiled()
+
+        def forward(self, x):
+            x = self.conv(x)
+            if first == 'norm':
+                return self.norm(x) + self.own(x)
+            return self.own(x) + self.norm(x)
+
+    (mistake,) = check(Two(), image()).mistakes
+    assert 'own' in mistake
+
+
+def test_what_returns_its_input_reads_nothing():
+    model = nn.Sequential(
+        WSConv2d(3, 8, 1), nn.Identity(), nn.Dropout(), BCN(8, 4)
+    )
+    assert not check(model, image()).mistakes
+
+
+def test_a_norm_of_other_channels_is_not_that_of_a_name():
+    layers = dict(conv1=WSConv2d(3, 8, 1), bn1=nn.BatchNorm2d(6))
+    assert check(nn.ModuleDict(layers))[0].norms == ()
+
+
+@pytest.mark.parametrize('affine', [False, True])
+def test_frozen_group_norms_that_change_nothing_wrongly(affine):
+    norm = nn.GroupNorm(2, 8, affine=affine).requires_grad_(False)
+    if affine:
+        nn.init.uniform_(norm.bias, 0.1, 1)  # a checkpoint's
+    assert frozen_problems(nn.Sequential(WSConv2d(3, 8, 1), norm)) == []

@@ -1,5 +1,6 @@
 """Loading checkpoints of other layouts into BCN."""
 
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,16 @@ import reference
 import torch
 from mmengine.model import Sequential, initialize
 from mmengine.runner import load_checkpoint
-from mmengine.runner.checkpoint import load_state_dict, weights_to_cpu
+from mmengine.runner.checkpoint import (
+    CheckpointLoader,
+    load_state_dict,
+    weights_to_cpu,
+)
 from torch import nn
 
 from ws_mm import BCN, PretrainedGN, WSConv2d, bake
-from ws_mm.checkpoint import without_prefix
+from ws_mm.checkpoint import mark_standardized, without_prefix
+from ws_mm.conv import WSConv1d
 
 
 def authors_layout(inner: str) -> dict[str, torch.Tensor]:
@@ -23,6 +29,7 @@ def authors_layout(inner: str) -> dict[str, torch.Tensor]:
         f'{inner}.running_mean': torch.randn(12),
         f'{inner}.running_var': torch.rand(12) + 0.1,
         f'{inner}.num_batches_tracked': torch.tensor(7),
+        f'{inner}.estbn_moving_speed': torch.zeros(1),
     }
 
 
@@ -463,3 +470,21 @@ def test_half_of_the_layout_of_the_authors_is_reported_by_torch():
     found = BCN(12, 4).load_state_dict(state, strict=False)
     assert found.unexpected_keys == list(state)
     assert 'weight' in found.missing_keys
+
+
+def test_a_release_of_the_user_keeps_the_rest_of_its_file(tmp_path):
+    path = tmp_path / 'net_gn_ws.pth'
+    state = WSConv2d(3, 8, 3).state_dict()
+    content = dict(state_dict=state, meta=dict(epoch=3), optimizer={})
+    torch.save(content, path)
+    found = CheckpointLoader.load_checkpoint(str(path), 'cpu')
+    assert found['meta'] == dict(epoch=3)
+    assert 'optimizer' in found
+
+
+def test_filters_of_one_dimension_are_marked_as_standardized():
+    layer = nn.Sequential(WSConv1d(3, 8, 3))
+    state = OrderedDict(layer.state_dict())
+    mark_standardized(state)
+    expected = layer.state_dict()._metadata
+    assert state._metadata['0'] == expected['0']

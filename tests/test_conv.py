@@ -326,3 +326,33 @@ def test_meta_device_half_and_to_empty():
     if not HALF_ON_CPU:
         pytest.skip('this torch has no float16 convolution on a CPU')
     assert half(torch.randn(1, 4, 6, 6).half()).isfinite().all()
+
+
+def test_float64_stays_under_autocast():
+    layer = ws_mm.WSConv2d(3, 8, 3, dtype=torch.float64)
+    x = torch.randn(1, 3, 9, 9, dtype=torch.float64)
+    expected = layer(x)
+    with torch.autocast('cpu', torch.bfloat16):
+        actual = layer(x)
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('change', ['a dead filter', 'rounded'])
+def test_scaled_filters_are_noticed_beside(change):
+    conv = ws_mm.WSConv2d(3, 4, 3)
+    factors = torch.tensor([2.0, 3.0, 0.7, 1.5]).view(-1, 1, 1, 1)
+    if change == 'a dead filter':
+        nn.init.zeros_(conv.weight[1])
+    scaled = conv.weight.detach() * factors
+    scaled = scaled.bfloat16() if change == 'rounded' else scaled
+    with pytest.raises(RuntimeError, match='its weight, scaled'):
+        conv.weight = nn.Parameter(scaled)
+
+
+def test_a_parameter_of_somebody_may_hold_anything():
+    class Mine(nn.Parameter):
+        pass
+
+    conv = ws_mm.WSConv2d(3, 4, 3)
+    conv.weight = Mine(conv.weight.detach() * 2)

@@ -1,5 +1,7 @@
 """Layers that convert replaces, leaves or rejects."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,8 @@ from small_nets import Net, Run, image, randomize
 from torch import nn
 
 from ws_mm import BCN, WSConv2d, check, convert
+from ws_mm.replacement import ws_type
+from ws_mm.running_statistics import RunningStatistics
 
 
 class ConvWS2d(nn.Conv2d):
@@ -322,3 +326,85 @@ def test_a_weight_that_is_computed_stays():
     new = convert(model, {}, {}, inputs=image())
     assert type(new[0]) is type(conv)
     assert type(new[1]) is BCN
+
+
+def test_padding_that_is_another_at_even_sizes_is_no_plain_one():
+    class Odd(nn.Conv2d):
+        def forward(self, x):
+            sides = []
+            for size, stride in zip(x.shape[:1:-1], self.stride, strict=True):
+                total = max(-(-size // stride) * stride - stride + 3 - size, 0)
+                sides += [total // 2, total - total // 2]
+            return F.conv2d(
+                F.pad(x, sides), self.weight, self.bias, self.stride
+            )
+
+    odd, plain = Odd(3, 8, 3, 2, 1), nn.Conv2d(3, 8, 3, 2, 1)
+    plain.load_state_dict(odd.state_dict())
+    x = torch.randn(1, 3, 9, 9)
+    assert torch.equal(odd(x), plain(x))
+    assert ws_type(odd) is None
+
+
+def test_a_transposed_convolution_of_somebody_stays():
+    class Up(nn.ConvTranspose2d):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1),
+        nn.GroupNorm(4, 8),
+        Up(8, 8, 2, 2),
+        nn.GroupNorm(4, 8),
+    )
+    made = convert(model, conv={}, inputs=image())
+    assert isinstance(made[0], WSConv2d)
+    assert type(made[2]) is Up
+
+
+@pytest.mark.parametrize(
+    ('old', 'norm', 'groups'),
+    [
+        # A GN is exact at any size.
+        (lambda: nn.GroupNorm(4, 64), {}, 4),
+        (lambda: nn.BatchNorm2d(64), {}, 32),
+        (lambda: nn.BatchNorm2d(64), dict(num_groups=4), 4),
+        (lambda: nn.BatchNorm2d(128), {}, 32),
+    ],
+)
+def test_groups_on_maps_of_one_pixel(old, norm, groups):
+    old = old()
+    channels = len(old.weight)
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, channels, 1)
+    model = randomize(nn.Sequential(*pooled, old)).double().eval()
+    x = image(torch.float64)
+    made = convert(model, norm=norm, inputs=x)
+    assert made[2].num_groups == groups
+    if isinstance(old, nn.GroupNorm):
+        assert relative_error(made(x), model(x)) < 1e-9
+
+
+def test_an_affine_of_another_size_is_not_taken_over():
+    class Pairs(RunningStatistics):
+        statistics: ClassVar = {'running_mean': 0.0}
+
+        def __init__(self, num_features):
+            super().__init__()
+            self.num_features = num_features
+            self.weight = nn.Parameter(torch.ones(num_features // 2))
+            self.register_statistics(num_features)
+
+    model = nn.Sequential(nn.BatchNorm2d(8))
+    assert convert(model, norm=dict(type=Pairs))[0].weight.shape == (4,)
+
+
+def test_norms_without_values_are_converted():
+    norm = nn.GroupNorm(4, 8, device='meta')
+    made = convert(nn.Sequential(norm), norm=dict(outer_affine='group'))
+    assert made[0].weight.is_meta
+    assert made[0].weight.shape == (4,)
+
+
+def test_a_norm_that_does_not_know_its_channels_is_named():
+    with pytest.raises(ValueError, match='has not run yet'):
+        convert(nn.Sequential(nn.LazyBatchNorm2d()), norm={})

@@ -765,3 +765,23 @@ def compiled_rank(rank: int) -> None:
 
 def test_counting_compiles_once(world):
     world(2).run(compiled_rank)
+
+
+def accumulating_rank(rank: int) -> None:
+    layer, expected = make_layer('estimate'), make_layer('estimate')
+    for module in (layer, expected):
+        SyncEstimatesHook().before_train(Runner(module))
+    run = torch.compile(layer, backend='aot_eager', fullgraph=True)
+    batch, _ = make_batch(8)
+    for step, sizes in enumerate([(5, 3), (1, 7)]):
+        x = share(batch + step, sizes, rank)
+        run(x), expected(x)
+    assert layer.values_seen.compiled == expected.values_seen.on_host
+    average_estimates([layer])
+    average_estimates([expected])
+    actual, wanted = (dict(m.named_buffers()) for m in (layer, expected))
+    assert not disagreements(actual, wanted, TOLERANCE[torch.float64])
+
+
+def test_a_compiled_layer_counts_accumulated_batches(world):
+    world(2).run(accumulating_rank)

@@ -16,7 +16,7 @@ from comparison import TOLERANCE, disagreements
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import HOOKS, MODELS, DefaultScope
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from proofs import small_run
@@ -368,8 +368,8 @@ def train(folder: Path, hooks: list[Any], **options: Any) -> small_run.Small:
         nn.Dropout(0.2),
         nn.Conv2d(8, 2, 1),
     )
-    options = dict(batch_size=2, val_batch_size=6, **options)
-    options |= dict(save_best='score', rule='less')
+    best = dict(save_best='score', rule='less')
+    options = dict(batch_size=2, val_batch_size=6) | best | options
     return small_run.train(folder, model, IMAGES, hooks, **options)
 
 
@@ -513,3 +513,54 @@ def test_models_and_loaders_of_the_hosts(tmp_path, host):
         if 'running' in name:
             assert values.isfinite().all()
             assert not torch.equal(values, before[name]), name
+
+
+def test_only_a_resume_takes_the_estimates_of_training(tmp_path):
+    model = train(tmp_path, [HOOK])
+    last = saved(tmp_path)[-1]
+    hook = HOOKS.build(HOOK)
+    for resume in (False, True):
+        content = copy.deepcopy(last)
+        runner = SimpleNamespace(model=model, hooks=[hook], _resume=resume)
+        hook.after_load_checkpoint(runner, content)
+        holds = last['training_estimates'] if resume else last['state_dict']
+        for name in ESTIMATES:
+            assert torch.equal(content['state_dict'][name], holds[name])
+
+
+def rank_without_a_best(rank: int, folder: Path, options: Any) -> None:
+    hooks = [dict(type='ws_mm.SyncEstimatesHook'), HOOK]
+    train(folder, hooks, ranks=True, save_best=None, rule=None, **options)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        # The last checkpoint comes between two intervals.
+        dict(interval=3),
+        dict(interval=3, by_epoch=True),
+    ],
+)
+def test_each_checkpoint_of_ranks_is_measured(tmp_path, world, options):
+    world(2).run(rank_without_a_best, tmp_path, options)
+    found = saved(tmp_path)
+    assert found
+    for checkpoint in found:
+        assert 'training_estimates' in checkpoint
+        expected = measured(checkpoint['state_dict'])
+        actual = {k: checkpoint['state_dict'][k] for k in expected}
+        assert not disagreements(actual, expected, 1e-5)
+
+
+def test_a_measurement_draws_images_as_the_training_does():
+    data = DataLoader(small_run.make_data(6), 2, worker_init_fn=print)
+    orders = []
+    for iteration in (0, 0, 1, 2, 3):
+        loop = SimpleNamespace(dataloader=data)
+        runner = SimpleNamespace(train_loop=loop, seed=0, iter=iteration)
+        batches = ws_mm.UpdateEstimatesHook(1)._batches(runner)
+        assert batches.worker_init_fn is print
+        orders.append(str([*batches.batch_sampler]))
+    assert orders[0] == orders[1]
+    assert len(set(orders)) > 2

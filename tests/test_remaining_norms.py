@@ -1,6 +1,7 @@
 """Batch norms that no key of a config reaches."""
 
 import pytest
+from mmengine.registry import MODELS
 from shipped import apply_norm, build, by_key, counts, read
 from torch import nn
 
@@ -71,3 +72,18 @@ def test_norms_of_other_kinds_stay_in_a_converted_part():
         type(after.get_submodule(name)) is nn.GroupNorm for name in group_norms
     )
     assert not batch_norms(after)
+
+
+def test_filters_of_one_entry_stay_plain():
+    class Stem(nn.Sequential):
+        def __init__(self):
+            super().__init__(
+                nn.Conv2d(3, 8, 3),
+                nn.BatchNorm2d(8),
+                nn.Conv2d(8, 8, 1, groups=8),
+                nn.BatchNorm2d(8),
+            )
+
+    part = MODELS.build(dict(type='ws_mm.Converted', of=Stem, conv={}))
+    kinds = [ws_mm.WSConv2d, nn.BatchNorm2d, nn.Conv2d, nn.BatchNorm2d]
+    assert [type(module) for module in part] == kinds

@@ -197,7 +197,7 @@ class _Watch(TorchDispatchMode):
         self.origin: dict[
             int, tuple[Tensor, dict[nn.Module, tuple[str, ...]]]
         ] = {}
-        self.read: set[int] = set()
+        self.read: set[tuple[int, nn.Module | None]] = set()  # in a module
 
     def __torch_dispatch__(
         self,
@@ -212,7 +212,8 @@ class _Watch(TorchDispatchMode):
         output = func(*args, **kwargs)
         if not read:
             return output
-        self.read.update(map(id, read))
+        module = self.stack[-1] if self.stack else None
+        self.read.update((id(tensor), module) for tensor in read)
         layer = self.layer()
         operation = func.__name__.split('.')[0]
         own = operation.strip('_')
@@ -281,10 +282,9 @@ class _Watch(TorchDispatchMode):
             for value in tree_leaves((args, kwargs)):
                 if (
                     self.known(value)
-                    and id(value) not in self.read
+                    and (id(value), module) not in self.read
                     and id(value) not in outputs
                 ):
-                    self.read.add(id(value))
                     self.used(value, self.names[module])
 
 

@@ -143,12 +143,12 @@ def train(
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.05)),
         default_hooks=dict(
             logger=None,
-            checkpoint=dict(
-                type='CheckpointHook',
-                by_epoch=by_epoch,
-                interval=1 if by_epoch else 2,
+            checkpoint={
+                'type': 'CheckpointHook',
+                'by_epoch': by_epoch,
+                'interval': 1 if by_epoch else 2,
                 **checkpoint,
-            ),
+            },
         ),
         custom_hooks=hooks,
         launcher='pytorch' if ranks else 'none',
