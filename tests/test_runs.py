@@ -84,6 +84,7 @@ def test_a_killed_run_ends_in_the_same_bits(
     assert result['left_behind'] == result['processes_left'] == []
 
 
+@pytest.mark.usefixtures('process')
 def test_training_may_leave_the_hook_out(
     monkeypatch: pytest.MonkeyPatch, seg: Path
 ) -> None:
