@@ -34,19 +34,23 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+def keep_scopes(patch: pytest.MonkeyPatch) -> None:
+    """Have the default scopes of now again when the patch ends."""
+    scopes = DefaultScope._instance_dict.copy()
+    patch.setattr(DefaultScope, '_instance_dict', scopes)
+
+
 @pytest.fixture(autouse=True)
 def scope(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take back the default scope that a Runner leaves."""
-    scopes = DefaultScope._instance_dict.copy()
-    monkeypatch.setattr(DefaultScope, '_instance_dict', scopes)
+    keep_scopes(monkeypatch)
 
 
 @pytest.fixture(autouse=True, scope='module')
 def scope_of_module() -> Iterator[None]:
     """Take back the one of a Runner in a fixture of a module."""
     with pytest.MonkeyPatch.context() as patch:
-        scopes = DefaultScope._instance_dict.copy()
-        patch.setattr(DefaultScope, '_instance_dict', scopes)
+        keep_scopes(patch)
         yield
 
 

@@ -322,14 +322,7 @@ def test_a_base_that_hosts_do_not_find_is_named(script, tmp_path, capsys):
             'images_per_step=None must be a whole number of at least 1',
         ),
         (
-            [
-                'CONFIG',
-                'OUT',
-                '--images-per-step',
-                '1',
-                '--base-batch-size',
-                '0',
-            ],
+            ['CONFIG', 'OUT', *STEP, '1', *BASE, '0'],
             'base_batch_size=0 must be a whole number of at least 1',
         ),
         (

@@ -205,7 +205,7 @@ def test_a_norm_of_other_channels_is_not_that_of_a_name():
 
 
 @pytest.mark.parametrize('affine', [False, True])
-def test_frozen_group_norms_that_change_nothing_wrongly(affine):
+def test_frozen_group_norms_that_need_no_warning(affine):
     norm = nn.GroupNorm(2, 8, affine=affine).requires_grad_(False)
     if affine:
         nn.init.uniform_(norm.bias, 0.1, 1)  # a checkpoint's

@@ -740,10 +740,14 @@ def test_one_process_of_its_own_group_needs_no_hook(world):
     assert world(1).run(plain_rank, BCN(8)) == [0]
 
 
+def counted() -> BCN:
+    layer = make_layer('estimate')
+    SyncEstimatesHook().before_train(Runner(layer))
+    return layer
+
+
 def compiled_rank(rank: int) -> None:
-    layer, expected = make_layer('estimate'), make_layer('estimate')
-    for module in (layer, expected):
-        SyncEstimatesHook().before_train(Runner(module))
+    layer, expected = counted(), counted()
     counter = CompileCounterWithBackend('aot_eager')
     run = torch.compile(layer, backend=counter, fullgraph=True)
     batch, _ = make_batch(5)
@@ -768,9 +772,7 @@ def test_counting_compiles_once(world):
 
 
 def accumulating_rank(rank: int) -> None:
-    layer, expected = make_layer('estimate'), make_layer('estimate')
-    for module in (layer, expected):
-        SyncEstimatesHook().before_train(Runner(module))
+    layer, expected = counted(), counted()
     run = torch.compile(layer, backend='aot_eager', fullgraph=True)
     batch, _ = make_batch(8)
     for step, sizes in enumerate([(5, 3), (1, 7)]):

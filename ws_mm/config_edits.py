@@ -198,16 +198,8 @@ def scale_lr(
         images: images in one step of the optimizer.
         base: images per step that the learning rate is for, if given.
     """
-    if not isinstance(images, int) or images < 1:
-        raise ConfigError(
-            f'images_per_step={images!r} must be a whole number of at least 1 '
-            '(--images-per-step)'
-        )
-    if base is not None and (not isinstance(base, int) or base < 1):
-        raise ConfigError(
-            f'base_batch_size={base!r} must be a whole number of at least 1 '
-            '(--base-batch-size)'
-        )
+    images = _count('images_per_step', images)
+    base = base if base is None else _count('base_batch_size', base)
     lr_key: Key = ('optim_wrapper', 'optimizer', 'lr')
     batch_key: Key = ('train_dataloader', 'batch_size')
     lr, batch = (
@@ -233,6 +225,16 @@ def scale_lr(
         'absolute rates (eta_min) are as before, and iterations: each has '
         f'{share:g} times the images. Where max_iters, val_interval or a '
         f'warm-up (end) count iterations, multiply them by {1 / share:g}',
+    )
+
+
+def _count(name: str, value: Any) -> int:
+    """Return a count that was given, if it is one."""
+    if isinstance(value, int) and value >= 1:
+        return value
+    raise ConfigError(
+        f'{name}={value!r} must be a whole number of at least 1 '
+        f'(--{name.replace("_", "-")})'
     )
 
 

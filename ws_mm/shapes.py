@@ -159,8 +159,8 @@ def _uncalled(model: nn.Module, ran: set[nn.Module]) -> list[str]:
 def image_channels(model: nn.Module) -> int:
     """Return how many channels the images of a model have.
 
-    Its first convolution takes them; that of YOLOX, the four pixels of a
-    square of each.
+    Its first convolution takes them. YOLOX's Focus gives its convolution
+    four pixels of each channel.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

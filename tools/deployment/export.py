@@ -188,7 +188,7 @@ def fitting_sizes(
             with torch.no_grad():
                 # The odd ones first: they fail soonest.
                 for size in reversed(sizes):
-                    network(image_of(network, size))
+                    network(models.random_image(network, *size, seed=1))
         # Whatever the code of a model may raise.
         except Exception as error:
             reason = error
@@ -206,16 +206,6 @@ def _multiple(pixels: int, divisor: int) -> int:
     return -(-pixels // divisor) * divisor
 
 
-def image_of(network: nn.Module, size: Size) -> Tensor:
-    """A random image that a network takes, or several."""
-    from ws_mm.shapes import image_channels
-
-    batch, high, wide = size
-    generator = torch.Generator().manual_seed(1)
-    channels = image_channels(network)
-    return torch.randn(batch, channels, high, wide, generator=generator)
-
-
 def differences(
     network: nn.Module, path: str, sizes: Sequence[Size]
 ) -> Iterator[tuple[Size, float]]:
@@ -225,7 +215,7 @@ def differences(
     """
     run = formats.runner_of(path)
     for size in sizes:
-        image = image_of(network, size)
+        image = models.random_image(network, *size, seed=1)
         with torch.no_grad():
             expected = network(image)
             try:
@@ -294,7 +284,7 @@ def main() -> None:
     bake.load_strictly(model, args.checkpoint)
     network = deployable(cfg, model)
     sizes, divisor = fitting_sizes(network, args.size)
-    image = image_of(network, sizes[0])
+    image = models.random_image(network, *sizes[0], seed=1)
     with torch.no_grad():
         outputs, again = network(image), network(image)
     if not bake.largest_difference(outputs, again) <= TOLERANCE:

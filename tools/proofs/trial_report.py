@@ -124,7 +124,7 @@ without objects, a gray and an RGBA one, a name that is not ASCII.
 
 `refused` is a message of the tool that names the cause and what fixes it,
 `traceback` is not. An empty cell: a step before it failed, or the model is
-not tested, such as a panoptic one. Where a step with
-the new layers failed, the last column has what became of the original config.
+not tested, such as a panoptic one. Where a step with the new layers failed,
+the last column has what became of the original config.
 
 {table(summary)}"""

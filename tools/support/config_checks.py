@@ -21,7 +21,7 @@ from support.checks import SetupError, is_local, iter_nodes
 from support.failures import HOST_ERRORS
 from support.findings import Finding
 from ws_mm.hooks import batch_norm_problems, frozen_problems
-from ws_mm.shapes import batch_norms, image_channels
+from ws_mm.shapes import batch_norms
 
 DRAWN_BY = {'mmdet': 'DetLocalVisualizer', 'mmseg': 'SegLocalVisualizer'}
 WARM_UPS = ('LinearLR', 'ConstantLR')
@@ -119,8 +119,7 @@ class Training:
         if self.batch != 1 or not hasattr(self.model, 'encode_decode'):
             return ''
         size = self.cfg.model.get('data_preprocessor', {}).get('size')
-        channels = image_channels(self.model)
-        image = torch.randn(1, channels, *(size or (128, 128)))
+        image = models.random_image(self.model, 1, *(size or (128, 128)))
         try:
             with torch.no_grad():
                 models.segment(self.model, image)

@@ -98,15 +98,22 @@ def forward_of(
     return run
 
 
+def random_image(
+    model: nn.Module, batch: int, height: int, width: int, seed: int = 0
+) -> Tensor:
+    """An image with the channels that a model takes, or several."""
+    from ws_mm.shapes import image_channels
+
+    generator = torch.Generator().manual_seed(seed)
+    shape = batch, image_channels(model), height, width
+    return torch.randn(shape, generator=generator)
+
+
 def _ways(
     cfg: Config, model: nn.Module, size: int
 ) -> list[Callable[[nn.Module], Any]]:
     """List ways to run a model on an image of that size."""
-    from ws_mm.shapes import image_channels
-
-    generator = torch.Generator().manual_seed(0)
-    channels = image_channels(model)
-    image = torch.randn(1, channels, size, size, generator=generator)
+    image = random_image(model, 1, size, size)
     if hasattr(model, 'encode_decode'):
         return [lambda model: segment(model, image)]
     if not isinstance(model, BaseModel) or cfg.get('default_scope') != 'mmdet':
