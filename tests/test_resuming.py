@@ -76,6 +76,21 @@ def test_newest_checkpoint_goes_by_name_then_time_and_can_be_continued(
     )
 
 
+@pytest.mark.parametrize('named', ['', 'iter_4.pth'])
+def test_the_end_of_a_killed_run_is_its_newest_checkpoint(
+    tmp_path: Path, named: str
+) -> None:
+    # Killed while last_checkpoint was opened, after the last iteration.
+    kill_and_resume = importlib.import_module('proofs.kill_and_resume')
+    for iteration in (2, 4):
+        state = {'weight': torch.full((1,), float(iteration))}
+        save_run(
+            tmp_path / f'iter_{iteration}.pth', iteration, state_dict=state
+        )
+    (tmp_path / 'last_checkpoint').write_text(named)
+    assert kill_and_resume.final(tmp_path)['state_dict']['weight'] == 4
+
+
 def test_resume_from_nothing_keeps_load_from(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

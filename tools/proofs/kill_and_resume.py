@@ -176,8 +176,10 @@ def logged(work_dir: Path) -> Iterator[tuple[int, dict]]:
 
 def final(work_dir: Path) -> dict[str, Any]:
     """Return the training state of the last checkpoint."""
-    path = (work_dir / 'last_checkpoint').read_text()
-    content = torch.load(path, map_location='cpu', weights_only=False)
+    # A kill may leave last_checkpoint empty, and a run that resumes from its
+    # last iteration writes it no more.
+    path, _ = checkpoints.newest_checkpoint(str(work_dir))
+    content = checkpoints.read_checkpoint(path)
     kept = ('state_dict', 'optimizer', 'param_schedulers')
     return {name: content[name] for name in kept if name in content}
 
@@ -249,7 +251,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         else:
             # Not the first at first, so that there is what to resume from.
             save = moments.randint(1, 3) if kills else 2
-            how = kill(process, moments.uniform(0, WRITE_S), killed, save)
+            how = kill(process, moments.uniform(0, WRITE_S / 2), killed, save)
         if how != 'ended':
             kills += 1
             groups.append(process)
