@@ -241,14 +241,23 @@ def test_a_norm_comes_with_its_filters(script, tmp_path):
     config = write_config(tmp_path, without_ws(SEG))
     out = tmp_path / 'out.py'
     for options, conv in (
-        ([], 'ws_mm.CenteredConv2d'),
-        (['--conv', 'WSConv2d'], 'ws_mm.WSConv2d'),
+        ([], dict(type='ws_mm.CenteredConv2d')),
+        (['--conv', 'auto'], dict(type='ws_mm.CenteredConv2d')),
+        (
+            ['--conv-options', 'eps_mode=inside', '--norm', 'BCN'],
+            dict(type='ws_mm.WSConv2d', eps_mode='inside'),
+        ),
+        (['--conv', 'WSConv2d'], dict(type='ws_mm.WSConv2d')),
     ):
         words = [config, out, '--norm', 'MABN', '--overwrite', *options]
         assert script('apply_norm', *words) == 0
         head = Config.fromfile(out).model.decode_head
-        assert head.conv_cfg == dict(type=conv)
-        assert head.norm_cfg == dict(type='ws_mm.MABN')
+        assert head.conv_cfg == conv
+    # The function does as the command.
+    cfg = Config.fromfile(config)
+    ws_mm.apply_norm(cfg, norm='MABN')
+    assert cfg.model.decode_head.conv_cfg == dict(type='ws_mm.CenteredConv2d')
+    assert cfg.model.decode_head.norm_cfg == dict(type='ws_mm.MABN')
 
 
 def test_a_base_that_hosts_do_not_find_is_named(script, tmp_path, capsys):
@@ -281,7 +290,8 @@ def test_a_base_that_hosts_do_not_find_is_named(script, tmp_path, capsys):
         ),
         (
             ['CONFIG', 'OUT', '--conv', 'WSConv'],
-            "conv='WSConv' must be one of 'WSConv2d', 'keep', .*--conv",
+            "conv='WSConv' must be one of 'WSConv2d', 'keep', 'auto', or the"
+            '.*--conv',
         ),
         (
             ['CONFIG', 'OUT', '--norm', 'bcn'],

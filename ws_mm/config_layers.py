@@ -110,13 +110,16 @@ def map_layer(cfg: Mapping[str, Any], scope: str) -> Any:
     return None
 
 
-def asked_layer(asked: Layer, kind: str, scope: str) -> Cfg | None:
+def asked_layer(
+    asked: Layer, kind: str, scope: str, auto: str | None = None
+) -> Cfg | None:
     """Return the cfg of a layer that was asked for, None to keep.
 
     Args:
         asked: registered type, cfg, 'keep' or None.
         kind: 'conv' or 'norm'.
         scope: registry that the type is looked up in.
+        auto: what the type 'auto' stands for; it stands for nothing if None.
 
     Raises:
         ConfigError: no such layer of maps is registered, or its arguments
@@ -125,6 +128,8 @@ def asked_layer(asked: Layer, kind: str, scope: str) -> Cfg | None:
     if asked is None or asked == 'keep':
         return None
     cfg = dict(type=asked) if isinstance(asked, str) else dict(asked)
+    if auto is not None and cfg.get('type') == 'auto':
+        cfg['type'] = auto
     try:
         layer = map_layer(cfg, scope)
     except (TypeError, ValueError) as error:
@@ -136,9 +141,10 @@ def asked_layer(asked: Layer, kind: str, scope: str) -> Cfg | None:
             f'{kind}={asked!r}: {why} (--{kind}-options)'
         ) from error
     if layer is None or isinstance(layer, CONVS) != (kind == 'conv'):
+        words = [*KNOWN[kind], 'keep', *(['auto'] if auto else [])]
         raise ConfigError(
             f'{kind}={asked!r} must be one of '
-            f"{', '.join(map(repr, KNOWN[kind]))}, 'keep', or the registered "
+            f'{", ".join(map(repr, words))}, or the registered '
             f'type of another {kind} of maps (--{kind})'
             f'{_did_you_mean(cfg.get("type"))}'
         )

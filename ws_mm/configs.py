@@ -60,7 +60,7 @@ from .running_statistics import RunningStatistics
 
 def apply_norm(
     cfg: Config,
-    conv: Layer = 'WSConv2d',
+    conv: Layer = 'auto',
     norm: Layer = 'GN',
     parts: Sequence[str] | None = None,
     *,
@@ -88,8 +88,8 @@ def apply_norm(
         cfg: config; changed in place, or not at all where this raises.
             Applied a second time, nothing changes.
         conv: registered type of a convolution, such as 'WSConv2d'; a
-            ``conv_cfg``; or 'keep' or None. The default does not depend on
-            the norm; that of the command line is the norm's own.
+            ``conv_cfg``; 'keep' or None; or 'auto', which is the convolution
+            that the norm was published with, for most WSConv2d.
         norm: registered type of a norm, such as 'BCN', 'GN', 'BN' or
             'SyncBN'; a ``norm_cfg``; or 'keep' or None. Without
             ``num_groups``, GN gets the largest count up to 32 that divides
@@ -134,7 +134,7 @@ def apply_norm(
 
 def convert_config(
     cfg: Config,
-    conv: Layer = 'WSConv2d',
+    conv: Layer = 'auto',
     norm: Layer = 'GN',
     parts: Sequence[str] | None = None,
     *,
@@ -159,9 +159,10 @@ def convert_config(
         )
     scope = draft.content.get('default_scope') or _scope_of(model.get('type'))
     everything = read_parts(copy.deepcopy(model), scope)
-    new_conv = asked_layer(conv, 'conv', scope)
     new_norm = asked_layer(norm, 'norm', scope) or {}
     norm_cls = registered(new_norm.get('type'), scope)
+    filters = getattr(norm_cls, 'filters', 'WSConv2d')
+    new_conv = asked_layer(conv, 'conv', scope, auto=filters)
     if remaining and not issubclass(norm_cls or nn.Module, RunningStatistics):
         raise ConfigError(
             'remaining=True gives batch norms BCN or another norm with '

@@ -45,9 +45,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('out', help='config file to write, NAME.py')
     parser.add_argument(
         '--conv',
-        help='convolutions that the parts get: WSConv2d, keep, or another '
-        'registered class (default: those that the norm was published with, '
-        'for most WSConv2d)',
+        default='auto',
+        help='convolutions that the parts get: WSConv2d, keep, another '
+        'registered class, or auto: those that the norm was published with, '
+        'for most WSConv2d (default)',
     )
     parser.add_argument(
         '--norm',
@@ -405,8 +406,6 @@ def convert(args: argparse.Namespace) -> tuple[Config, Config, list, list]:
     from ws_mm.configs import ConfigError
 
     args.norm = args.norm or ('BCN' if args.remaining else 'GN')
-    norm = getattr(ws_mm.zoo, args.norm.removeprefix('ws_mm.'), None)
-    args.conv = args.conv or getattr(norm, 'filters', 'WSConv2d')
     layers = []
     for name in ('conv', 'norm'):
         asked, options = getattr(args, name), getattr(args, f'{name}_options')
