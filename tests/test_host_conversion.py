@@ -21,6 +21,7 @@ from networks import (  # noqa: F401
 from torch import Tensor, nn
 
 from ws_mm import BCN, WSConv2d, check, convert
+from ws_mm.shapes import build_without_memory, image_channels
 
 timm = pytest.importorskip('timm')
 
@@ -48,6 +49,27 @@ def without_weights(value: Any) -> Any:
     if isinstance(value, list):
         return [without_weights(inner) for inner in value]
     return value
+
+
+@pytest.mark.parametrize(
+    ('host', 'pattern', 'channels'),
+    [
+        ('mmdet', 'yolox/yolox_tiny_*', 3),
+        ('mmdet', 'retinanet/retinanet_r50_fpn_1x_*', 3),
+        ('mmseg', 'swin/swin-tiny-*_levir-*', 6),
+        ('mmseg', 'unet/*_hsidrive-*', 25),
+    ],
+)
+def test_images_have_the_channels_that_a_model_takes(host, pattern, channels):
+    package = pytest.importorskip(host)
+    path = min((Path(package.__file__).parent / '.mim/configs').glob(pattern))
+    model = without_weights(Config.fromfile(path).model)
+    # The preprocessors of the last two do not build.
+    model.pop('data_preprocessor', None)
+    built = build_without_memory(model, host)
+    assert image_channels(built) == channels
+    with DefaultScope.overwrite_default_scope(host):
+        assert image_channels(MODELS.build(model.backbone)) == channels
 
 
 def all_heads(model: nn.Module) -> list[Any]:

@@ -162,11 +162,12 @@ def image_channels(model: nn.Module) -> int:
     Its first convolution takes them. YOLOX's Focus gives its convolution
     four pixels of each channel.
     """
+    pixels = 1
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            return module.in_channels
         if type(module).__name__ == 'Focus':
-            return image_channels(module) // 4
+            pixels = 4
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels // pixels
     return 3
 
 
