@@ -50,6 +50,21 @@ def test_norms_that_were_trained_are_frozen() -> None:
     assert not any(norm.training for norm in norms)
 
 
+def test_a_network_of_timm_is_not_downloaded() -> None:
+    pytest.importorskip('mmpretrain', exc_type=ImportError)
+    pytest.importorskip('timm')
+    cfg = read('mmdet::timm_example/retinanet_timm-tv-resnet50_*')
+    # The host takes a bool, and True would look for the weights.
+    assert cfg.model.backbone.pretrained is True
+    changes, _ = ws_mm.apply_norm(cfg)
+    assert by_key(changes)['model.neck.norm_cfg'] == GN
+    assert cfg.model.backbone.pretrained is True
+    changes, _ = ws_mm.apply_norm(cfg, norm='BCN', remaining=True)
+    assert by_key(changes)['model.backbone.pretrained'] is False
+    model = MODELS.build({**cfg.model, '_scope_': 'mmdet'})
+    assert batch_norms(model) == []
+
+
 def test_others_are_converted() -> None:
     # It cannot be frozen: its class has no norm_eval.
     cfg = read(PIDNET)

@@ -15,6 +15,7 @@ from .config_parts import Key, Part, iter_dicts, short, spell
 from .converted import CONVERTED
 from .hooks import MEAN_TEACHER
 from .running_statistics import RunningStatistics
+from .shapes import no_weights
 
 HOOK = dict(type='ws_mm.SyncEstimatesHook')
 BASE_KEY: Key = ('auto_scale_lr', 'base_batch_size')
@@ -143,7 +144,8 @@ def _drop_weights(draft: Draft, changed: list[Part]) -> None:
         if value.get('pretrained') and (
             key in keys or (*key, 'backbone') in keys
         ):
-            draft.set((*key, 'pretrained'), None, why)
+            none = no_weights(value['pretrained'])
+            draft.set((*key, 'pretrained'), none, why)
         holds = any(other[: len(key)] == key for other in keys)
         if holds and loads(value.get('init_cfg')):
             draft.set((*key, 'init_cfg'), None, why)

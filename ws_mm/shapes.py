@@ -74,7 +74,7 @@ def _without_weights(value: Any) -> Any:
     """Copy the config of a model without its checkpoints."""
     if isinstance(value, dict):
         return {
-            key: None
+            key: no_weights(inner)
             if key in ('pretrained', 'init_cfg', 'teacher_ckpt')
             else _without_weights(inner)
             for key, inner in value.items()
@@ -82,6 +82,14 @@ def _without_weights(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_without_weights(item) for item in value)
     return value
+
+
+def no_weights(value: Any) -> bool | None:
+    """Return what a key has that loads no weights, where it has a value.
+
+    timm's networks take a bool, in a config of mmpretrain's TIMMBackbone.
+    """
+    return False if isinstance(value, bool) else None
 
 
 def batch_norms(model: nn.Module) -> list[str]:
