@@ -1,6 +1,9 @@
 """Files that are no checkpoint, or not of the model: a clear message."""
 
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +22,17 @@ from mmengine.runner import Runner
 from tiny_runs import SEG, write_config, write_data
 
 import ws_mm
+from ws_mm.shapes import build_without_memory
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
+
+# What runs with FSDP or DeepSpeed in place of Runner.
+FLEXIBLE = dict(
+    runner_type='FlexibleRunner',
+    strategy=dict(type='SingleDeviceStrategy'),
+    env_cfg=dict(cudnn_benchmark=False),
+)
 
 
 @pytest.mark.parametrize(
@@ -159,10 +170,17 @@ def test_checkpoint_with_a_typo(
     )
 
 
+@pytest.mark.parametrize('runner', [{}, FLEXIBLE], ids=['Runner', 'Flexible'])
 def test_checkpoint_of_another_model(
-    refuses: Script, config: Path, weights: Path, tmp_path: Path
+    refuses: Script,
+    config: Path,
+    weights: Path,
+    tmp_path: Path,
+    runner: dict[str, Any],
 ) -> None:
     work = ('--work-dir', tmp_path / 'work')
+    lines = (f'{name} = {value!r}' for name, value in runner.items())
+    config.write_text('\n'.join([config.read_text(), *lines]))
     refuses(
         "shares no parameter with the model: it has 'some.weight'",
         *('test', config, weights, *work),
@@ -171,6 +189,33 @@ def test_checkpoint_of_another_model(
         "shares no parameter with the model: it has 'some.weight'",
         *('train', config, *work, '--cfg-options', f'load_from={weights}'),
     )
+
+
+def test_another_runner_evaluates_whole_checkpoints(
+    script: Callable[..., int],
+    refuses: Script,
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    cfg = Config.fromfile(config)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        state = MODELS.build(cfg.model).state_dict()
+    lines = (f'{name} = {value!r}' for name, value in FLEXIBLE.items())
+    config.write_text('\n'.join([config.read_text(), *lines]))
+    path = tmp_path / 'all.pth'
+    torch.save(dict(state_dict=state, meta={}), path)
+    work = ('--work-dir', tmp_path / 'work')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        load('checkpoints').check_weights_complete(
+            path, build_without_memory(cfg.model, 'mmdet')
+        )
+    assert script('test', config, path, *work) == 0
+    assert 'coco/segm_mAP' in capsys.readouterr().out
+    del state['backbone.conv1.weight']
+    torch.save(dict(state_dict=state, meta={}), path)
+    refuses(r'lacks 1 of .*conv1\.weight', 'test', config, path, *work)
 
 
 def test_checkpoint_with_a_prefix_too_many(

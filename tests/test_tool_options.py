@@ -210,6 +210,13 @@ def test_options_of_training(refuses: Script, config: Path) -> None:
         r'needs auto_scale_lr\.base_batch_size',
         *('train', config, '--auto-scale-lr'),
     )
+    refuses(
+        r"runner_type='FlexibleRunner' .* and 4 make a step .*"
+        r'Set auto_scale_lr\.base_batch_size=3, which is 12 / 4',
+        *('train', config, '--auto-scale-lr', '--cfg-options'),
+        *('runner_type=FlexibleRunner', 'auto_scale_lr.base_batch_size=12'),
+        'optim_wrapper.accumulative_counts=4',
+    )
 
 
 def test_processes(

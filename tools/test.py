@@ -272,12 +272,13 @@ def main() -> None:
     launch.set_up_processes(cfg)
 
     runner = launch.build_runner(cfg)
+    model = launch.model_of(runner)
+    if args.tta:
+        check_tta(cfg, checkpoints.unwrapped(model))
+    checkpoints.check_weights_fit(args.checkpoint, model)
+    if not args.allow_missing:
+        checkpoints.check_weights_complete(args.checkpoint, model)
     if isinstance(runner, Runner):
-        if args.tta:
-            check_tta(cfg, checkpoints.unwrapped(runner.model))
-        checkpoints.check_weights_fit(args.checkpoint, runner.model)
-        if not args.allow_missing:
-            checkpoints.check_weights_complete(args.checkpoint, runner.model)
         launch.build_loops(runner, ('test',))
     if args.out:
         dump_predictions(runner, args.out)

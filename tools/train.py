@@ -76,6 +76,16 @@ def apply_auto_scale_lr(cfg: Config) -> None:
             'of one process in one iteration, and the config has none. Add '
             'it, or set optim_wrapper.optimizer.lr yourself.'
         )
+    counts = cfg.optim_wrapper.get('accumulative_counts', 1)
+    if cfg.get('runner_type', 'Runner') != 'Runner' and counts > 1:
+        base = cfg.auto_scale_lr.base_batch_size
+        raise SetupError(
+            f'--auto-scale-lr: runner_type={cfg.runner_type!r} takes the '
+            f'images of one iteration, and {counts} make a step '
+            '(optim_wrapper.accumulative_counts). Set '
+            f'auto_scale_lr.base_batch_size={base / counts:g}, which is '
+            f'{base} / {counts}.'
+        )
     cfg.auto_scale_lr.enable = True
 
 
@@ -140,8 +150,10 @@ def main() -> None:
     launch.set_up_processes(cfg)
 
     runner = launch.build_runner(cfg)
+    checkpoints.check_weights_fit(
+        cfg.get('load_from'), launch.model_of(runner)
+    )
     if isinstance(runner, Runner):
-        checkpoints.check_weights_fit(cfg.get('load_from'), runner.model)
         if not cfg.get('resume'):
             checkpoints.check_parts_fit(runner.model)
         launch.build_loops(runner, ('train', 'val'))
@@ -153,6 +165,12 @@ def main() -> None:
         resuming.save_atomically(runner)
         scale_lr_by_step(runner)
         runner.register_hook(resuming.BatchHook())
+    else:
+        launch.say(
+            f'warning: runner_type={cfg.runner_type!r} saves by its own '
+            'strategy: a training that is killed may leave half a checkpoint. '
+            'It opens each data set when its phase begins.'
+        )
     try:
         with failures.noted(runner):
             runner.train()

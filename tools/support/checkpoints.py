@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -234,7 +235,10 @@ def check_weights_complete(path: str, model: nn.Module) -> None:
     state = without_prefix(content.get('state_dict', content))
     model = unwrapped(model)
     try:
-        missing = model.load_state_dict(state, strict=False).missing_keys
+        with warnings.catch_warnings():
+            # The model may be one without values (launch.model_of).
+            warnings.filterwarnings('ignore', '.*copying from a non-meta')
+            missing = model.load_state_dict(state, strict=False).missing_keys
     except RuntimeError:
         return  # of another shape: the host says which
     if missing:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from torch import nn
 
 from support import data_checks
 from support.checkpoints import unwrapped
@@ -323,6 +324,19 @@ def build_runner(cfg: Config) -> Runner:
             "type in norm_cfg to 'BN', 'GN' or 'ws_mm.BCN', or run one "
             'process (without --launcher), where it is plain BN.'
         ) from error
+
+
+def model_of(runner: Any) -> nn.Module:
+    """The model of a Runner, with its names and shapes.
+
+    FlexibleRunner builds its own when it begins; this is one without values.
+    """
+    if isinstance(runner, Runner):
+        return runner.model
+    from ws_mm.shapes import build_without_memory
+
+    scope = runner.cfg.get('default_scope') or 'mmengine'
+    return build_without_memory(runner.cfg.model, scope)
 
 
 def build_loops(runner: Runner, phases: Sequence[str]) -> None:
