@@ -14,6 +14,7 @@ import tiny_runs
 import torch
 from comparison import TOLERANCE, disagreements
 from mmengine.config import Config
+from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
 from mmengine.registry import HOOKS, MODELS, DefaultScope
@@ -146,6 +147,16 @@ def test_unequal_batches_weigh_by_their_values(layer):
     assert not disagreements(actual, expected, WIDE)
 
 
+def test_one_value_per_channel_is_measured() -> None:
+    # As the hooks find it in a layer that raises only when it runs.
+    layer = BCN(8, 4, mode='batch')
+    x = torch.randn(1, 8, 1, 1)
+    count, found = layer.measure(x)
+    assert count == 1
+    assert torch.equal(found['running_mean'], x.flatten())
+    assert torch.equal(found['running_var'], torch.zeros(8))
+
+
 def test_update_bn_skips_bcn():
     # What the documentation says of it; ours is for this.
     model = randomized(BCN(8, 4))
@@ -239,6 +250,19 @@ def test_channels_that_are_not_finite_are_left_out(bad):
     batches[0][1, 3, 2, 2] = bad
     ws_mm.update_estimates(model, batches)
     assert not disagreements(buffers(model[0]), expected, WIDE)
+
+
+@pytest.mark.parametrize('bad', [torch.inf, torch.nan])
+def test_rows_that_are_not_finite_are_left_out(bad: float) -> None:
+    """A value of one channel is in the covariances of all its group."""
+    norm = MODELS.build(dict(type='ws_mm.IterNorm', num_features=8))
+    model = nn.Sequential(norm).double()
+    batches = make_batches(2, 1)
+    batches[0][1, 3, 2, 2] = bad
+    ws_mm.update_estimates(model, batches)
+    found = buffers(norm)
+    ws_mm.update_estimates(model, batches[1:])
+    assert not disagreements(found, buffers(norm), WIDE)
 
 
 def test_averaged_weights_of_torch():
@@ -357,7 +381,21 @@ HOOK = dict(type='ws_mm.UpdateEstimatesHook', num_batches=3)
 ESTIMATES = [f'body.{i}.running_{k}' for i in (1, 4) for k in ('mean', 'var')]
 
 
-def train(folder: Path, hooks: list[Any], **options: Any) -> small_run.Small:
+class Noisy(small_run.Images):
+    """Images that an augmentation changes."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        image = super().__getitem__(index)
+        noise = torch.randn_like(image['inputs'])
+        return image | dict(inputs=image['inputs'] + noise)
+
+
+def train(
+    folder: Path,
+    hooks: list[Any],
+    images: small_run.Images = IMAGES,
+    **options: Any,
+) -> small_run.Small:
     torch.manual_seed(1)
     model = small_run.Small(
         WSConv2d(3, 8, 3, bias=False),
@@ -370,7 +408,7 @@ def train(folder: Path, hooks: list[Any], **options: Any) -> small_run.Small:
     )
     best = dict(save_best='score', rule='less')
     options = dict(batch_size=2, val_batch_size=6) | best | options
-    return small_run.train(folder, model, IMAGES, hooks, **options)
+    return small_run.train(folder, model, images, hooks, **options)
 
 
 def ema(update_buffers: bool, priority: Any = 49) -> dict[str, Any]:
@@ -429,9 +467,45 @@ def test_checkpoint_holds_the_validated_statistics(tmp_path, hooks, by_epoch):
         all(torch.equal(seen[k], v) for k, v in best['state_dict'].items())
         for seen in model.validated
     )
+    # The model keeps those of its own weights, which EMAHook has replaced.
+    own = saved(tmp_path)[-1]['training_estimates'] if hooks else None
     for name in ESTIMATES if hooks != CASES['averaged, buffers, too'] else ():
-        last = model.validated[-1][name]
-        assert torch.equal(model.state_dict()[name], last)
+        expected = (own or model.validated[-1])[name]
+        assert torch.equal(model.state_dict()[name], expected)
+
+
+def test_after_averaging_the_model_has_its_own_statistics(tmp_path):
+    class Keep(Hook):
+        def after_train(self, runner):
+            self.runner = runner
+
+    keep = Keep()
+    model = train(tmp_path, [ema(False), HOOK, keep])
+    before = copy.deepcopy(model.state_dict())
+    source = saved(tmp_path)[-1]['ema_state_dict']
+    for name, values in before.items():
+        assert torch.equal(values, source[f'module.{name}']), name
+    # EMAHook begins a new average, of the weights that trained.
+    keep.runner.test()
+    for name, values in model.validated[-1].items():
+        assert torch.equal(values, before[name]), name
+
+
+def test_measured_statistics_do_not_depend_on_the_workers(tmp_path):
+    found = []
+    for workers in (0, 1, 2):
+        folder = tmp_path / str(workers)
+        model = train(
+            folder,
+            [HOOK, dict(type='ws_mm.ExactResumeHook')],
+            images=Noisy(IMAGES),
+            workers=workers,
+        )
+        found.append(model.validated)
+    for validated in found[1:]:
+        for one, other in zip(found[0], validated, strict=True):
+            for name, values in one.items():
+                assert torch.equal(values, other[name]), name
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from .estimates import measure
 from .hooks import inner_model
+from .resume import NumberedSampler, SeededSamples
 
 
 @HOOKS.register_module()
@@ -29,9 +30,10 @@ class UpdateEstimatesHook(Hook):
     Convention: training continues with its own statistics, the order of its
         images and its random numbers. A checkpoint holds these statistics
         as ``training_estimates``, and ``--resume`` takes them. After the
-        last iteration the model keeps the measured ones. The images are
-        those of ``train_dataloader``, in an order that depends on the seed
-        and the iteration.
+        last iteration the model keeps the measured ones; with ``EMAHook``
+        it keeps its own, since the averaged weights are in the checkpoints
+        only. The images are those of ``train_dataloader``, in an order that
+        depends on the seed and the iteration.
     Distributed: each rank measures on its share of the images.
 
     Args:
@@ -150,8 +152,9 @@ class UpdateEstimatesHook(Hook):
                 self._put(runner, own)
 
     def after_train(self, runner: Any) -> None:
-        """Leave the measured statistics in the model."""
-        self._put(runner, self._measure(runner))
+        """Leave the measured statistics in the model with these weights."""
+        if not _hooks(runner, EMAHook):
+            self._put(runner, self._measure(runner))
         self._in_training = False
 
     def _measure(self, runner: Any) -> dict[str, Tensor]:
@@ -184,8 +187,12 @@ class UpdateEstimatesHook(Hook):
         # shared by all.
         seeds = [runner.seed]
         broadcast_object_list(seeds)
-        samples = DefaultSampler(loader.dataset, seed=seeds[0])
+        samples: Any = DefaultSampler(loader.dataset, seed=seeds[0])
         samples.set_epoch(runner.iter)
+        fetch = getattr(loader.dataset, '__getitems__', None)
+        if isinstance(fetch, SeededSamples):
+            samples = NumberedSampler(samples)
+            samples.epoch = runner.iter
         own = loader.batch_sampler
         drawn = getattr(own, 'sampler', None)
         # mmdet's samplers of several sources: each batch has some of all.

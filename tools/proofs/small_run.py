@@ -87,7 +87,7 @@ def train(
     Args:
         folder: work dir.
         model: model to train.
-        images: data set of training and of validation.
+        images: data set of training, of validation and of a test.
         hooks: custom hooks.
         by_epoch: train half as many epochs as steps; validate and save
             after each.
@@ -123,6 +123,13 @@ def train(
         wrapped = MMDistributedDataParallel(
             model, broadcast_buffers=broadcast_buffers
         )
+    validation = dict(
+        **loader,
+        batch_size=val_batch_size,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+    )
+    # Without a folder mmengine leaves one where it was called from.
+    collect = str(folder / 'collect')
     Runner(
         model=wrapped,
         work_dir=str(folder),
@@ -131,15 +138,13 @@ def train(
             batch_size=batch_size,
             sampler=dict(type=sampler, shuffle=shuffle),
         ),
-        val_dataloader=dict(
-            **loader,
-            batch_size=val_batch_size,
-            sampler=dict(type='DefaultSampler', shuffle=False),
-        ),
+        val_dataloader=validation,
+        test_dataloader=validation,
         train_cfg=loop,
         val_cfg=dict(),
-        # Without a folder mmengine leaves one where it was called from.
-        val_evaluator=Evaluator(Score(collect_dir=str(folder / 'collect'))),
+        test_cfg=dict(),
+        val_evaluator=Evaluator(Score(collect_dir=collect)),
+        test_evaluator=Evaluator(Score(collect_dir=collect)),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.05)),
         default_hooks=dict(
             logger=None,
