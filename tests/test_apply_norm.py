@@ -203,6 +203,19 @@ def test_what_a_class_takes_through_others(monkeypatch):
     assert left == []
 
 
+@pytest.mark.parametrize('norm', ['BN', 'keep'])
+def test_norms_that_were_frozen_at_lost_weights_train(norm):
+    cfg = read('mmdet::faster_rcnn/faster-rcnn_r50-caffe_fpn_1x_coco.py')
+    assert cfg.model.backbone.norm_cfg.requires_grad is False
+    changes, _ = apply_norm(cfg, 'WSConv2d', norm, backbone='convert')
+    assert 'model.backbone.init_cfg' in by_key(changes)
+    model = MODELS.build({**cfg.model.backbone, '_scope_': 'mmdet'})
+    model.train()
+    assert all(weight.requires_grad for weight in model.parameters())
+    again, _ = apply_norm(cfg, 'WSConv2d', norm, backbone='convert')
+    assert again == []
+
+
 def test_the_batch_of_a_process_divides_the_batch_asked():
     cfg = read(MASK)
     apply_norm(cfg, images_per_step=3)
@@ -236,6 +249,33 @@ def test_the_batch_of_a_learning_rate_is_not_guessed(name, base, says):
     apply_norm(cfg, parts=['heads'], images_per_step=8, base_batch_size=base)
     assert cfg.optim_wrapper.optimizer.lr == pytest.approx(lr * 8 / base)
     assert cfg.auto_scale_lr.base_batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ('images', 'rate', 'batch'), [(16, 1, 2), (32, 2, 2), (4, 0.25, 2)]
+)
+def test_iterations_that_make_a_step_are_counted(images, rate, batch):
+    # Two iterations of 4xb2.
+    cfg = read(PSP)
+    assert '4xb2' in cfg.filename
+    cfg.optim_wrapper.accumulative_counts = 2
+    lr = cfg.optim_wrapper.optimizer.lr
+    apply_norm(cfg, parts=['decode_head'], images_per_step=images)
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(lr * rate)
+    assert cfg.train_dataloader.batch_size == batch
+
+
+def test_a_process_has_as_many_images_as_fit_into_an_iteration():
+    cfg = read(PSP)
+    cfg.optim_wrapper.accumulative_counts = 2
+    cfg.train_dataloader.batch_size = 4
+    apply_norm(cfg, parts=['decode_head'], images_per_step=4)
+    assert cfg.train_dataloader.batch_size == 2
+    before = cfg.to_dict()
+    match = r'images_per_step=3 is no multiple .*accumulative_counts=2'
+    with pytest.raises(ConfigError, match=match):
+        apply_norm(cfg, parts=['decode_head'], images_per_step=3)
+    assert cfg.to_dict() == before
 
 
 def test_groups_of_gn_divide_all_channels_of_a_part():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
+from shipped import build
 from test_apply_norm import MASK, PIDNET, PSP, by_key, counts, read
 from torch import nn
 
@@ -63,6 +64,32 @@ def test_a_network_of_timm_is_not_downloaded() -> None:
     assert by_key(changes)['model.backbone.pretrained'] is False
     model = MODELS.build({**cfg.model, '_scope_': 'mmdet'})
     assert batch_norms(model) == []
+
+
+@pytest.mark.parametrize('remaining', [False, True])
+def test_the_backbone_of_a_student_and_its_teacher_is_frozen(
+    remaining: bool,
+) -> None:
+    cfg = read('mmdet::soft_teacher/*_180k_semi-0.01-*')
+    changes, left = ws_mm.apply_norm(cfg, norm='BCN', remaining=remaining)
+    keys = {key.rpartition('.')[0] for key in by_key(changes)}
+    assert keys == {'model.detector.neck', 'custom_hooks.0', ''}
+    words = [str(one) for one in left]
+    assert 'detector.backbone: keeps its pretrained weights' in words[0]
+    assert not any('batch norms remain' in one for one in words)
+    assert len(batch_norms(build(cfg))) == 2 * 53
+
+
+def test_the_norms_of_a_student_that_remain_are_its_own() -> None:
+    cfg = read('mmdet::soft_teacher/*_180k_semi-0.01-*')
+    # An FPN without norms, and a backbone whose norms no norm_cfg reaches.
+    cfg.model.detector.backbone = dict(
+        type='ws_mm.Converted', of='ResNet', depth=50, conv={}
+    )
+    _, left = ws_mm.apply_norm(cfg, 'keep', 'BCN', backbone='convert')
+    (why,) = (one.why for one in left if 'batch norms remain' in one.why)
+    assert why.startswith('53 batch norms remain')
+    assert '(detector.backbone.bn1, ' in why
 
 
 def test_others_are_converted() -> None:

@@ -19,6 +19,7 @@ from .shapes import no_weights
 
 HOOK = dict(type='ws_mm.SyncEstimatesHook')
 BASE_KEY: Key = ('auto_scale_lr', 'base_batch_size')
+COUNTS_KEY: Key = ('optim_wrapper', 'accumulative_counts')
 
 
 class _Absent:
@@ -152,6 +153,13 @@ def _drop_weights(draft: Draft, changed: list[Part]) -> None:
     if draft.content.get('load_from'):
         draft.set(('load_from',), None, why)
     for part in changed:
+        norm_cfg = part.layers.get('norm_cfg', part.get('norm_cfg'))
+        if norm_cfg and norm_cfg.get('requires_grad') is False:
+            draft.set(
+                (*part.key, 'norm_cfg'),
+                {**norm_cfg, 'requires_grad': True},
+                'without pretrained weights no norm may stay as initialized',
+            )
         frozen = part.get('frozen_stages')
         # What freezes nothing is another number in each class.
         default = part.accepts.get('frozen_stages')
@@ -211,15 +219,23 @@ def scale_lr(
     if not isinstance(lr, (int, float)):
         draft.leave(lr_key, 'not there, so the rate cannot be scaled')
         return
-    base = base or _base_batch_size(draft, filename, lr)
+    counts = draft.get(COUNTS_KEY)
+    counts = 1 if counts is ABSENT or not counts else counts
+    if images % counts:
+        raise ConfigError(
+            f'images_per_step={images} is no multiple of the {counts} '
+            f'iterations of a step ({spell(COUNTS_KEY)}={counts})'
+        )
+    base = base or _base_batch_size(draft, filename, lr, counts)
     if base == images:
         return
     why = f'linear rule: {images} images per step instead of {base}'
     draft.set(lr_key, float(f'{lr * images / base:.12g}'), why)
     draft.set(BASE_KEY, images, 'what the learning rate is for')
-    if batch and images % batch:
-        fits = math.gcd(images, batch)
-        why = f'{images} images are {images // fits} processes of this many'
+    at_once = images // counts  # of all processes
+    if batch and at_once % batch:
+        fits = math.gcd(at_once, batch)
+        why = f'{at_once} images are {at_once // fits} processes of this many'
         draft.set(batch_key, fits, why)
     share = images / base
     draft.leave(
@@ -240,7 +256,9 @@ def _count(name: str, value: Any) -> int:
     )
 
 
-def _base_batch_size(draft: Draft, filename: str | None, lr: float) -> int:
+def _base_batch_size(
+    draft: Draft, filename: str | None, lr: float, counts: int
+) -> int:
     """Return the images per step that the config says its rate is for."""
     found: dict[str, int] = {}
     base = draft.get(BASE_KEY)
@@ -248,7 +266,10 @@ def _base_batch_size(draft: Draft, filename: str | None, lr: float) -> int:
         found[f'{spell(BASE_KEY)}={base}'] = base
     name = os.path.basename(filename or '')
     if named := re.search(r'_(\d+)xb(\d+)', name):
-        found[f'its name ({named[0][1:]})'] = int(named[1]) * int(named[2])
+        words = f'its name ({named[0][1:]})'
+        if counts > 1:
+            words += f' with {spell(COUNTS_KEY)}={counts}'
+        found[words] = int(named[1]) * int(named[2]) * counts
     values = set(found.values())
     if len(values) == 1:
         return values.pop()

@@ -136,9 +136,15 @@ def _build(root: Part, parts: list[Part]) -> nn.Module:
                 layer = STAND_IN
             put(value, (*part.key[len(root.key) :], name), layer)
     built = build_without_memory(value, root.scope)
-    # A semi-supervised detector builds model.detector twice.
-    if isinstance(getattr(built, 'student', None), nn.Module):
-        built.detector = built.student
+    student = getattr(built, 'student', None)
+    if isinstance(student, nn.Module):
+        # A semi-supervised detector builds model.detector twice. Layers are
+        # named by their keys, so once, and by this name first.
+        children = dict(built._modules)
+        built._modules.clear()
+        built.detector = student
+        for name, child in children.items():
+            built.add_module(name, student if name == 'teacher' else child)
     return built
 
 
