@@ -500,6 +500,9 @@ def test_measured_statistics_do_not_depend_on_the_workers(tmp_path):
             [HOOK, dict(type='ws_mm.ExactResumeHook')],
             images=Noisy(IMAGES),
             workers=workers,
+            # Some versions of mmengine start the workers of a loop of
+            # iterations before the hook runs.
+            by_epoch=True,
         )
         found.append(model.validated)
     for validated in found[1:]:

@@ -1,5 +1,6 @@
 """Whole checkpoints and exact resume, without a training."""
 
+import copy
 import errno
 import importlib
 import logging
@@ -15,6 +16,7 @@ import torch
 from in_process import load, save_run, tools  # noqa: F401
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.runner import loops
 from mmengine.runner.priority import get_priority
 from torch.utils.data import BatchSampler, DataLoader
 
@@ -273,6 +275,24 @@ def test_a_skipped_sampler_goes_on_with_the_numbers_it_is_at() -> None:
     assert batches(3)[:5] == batches(0)[3:]
 
 
+def test_workers_that_started_before_the_hook_are_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # What a loop of iterations takes its batches from.
+    iterator = loops._InfiniteDataloaderIterator
+    caplog.set_level(logging.INFO)
+    for workers in (0, 1):
+        hook, runner = hooked(InfiniteSampler(Samples(), seed=0), workers)
+        loop = runner.train_loop
+        loop.dataloader_iterator = iterator(loop.dataloader)
+        for begun in (not hasattr(iterator, 'skip_iter'), True):
+            caplog.clear()
+            hook.before_train(runner)
+            said = 'the same train_dataloader.num_workers=1' in caplog.text
+            assert said == (begun and workers == 1)
+            next(loop.dataloader_iterator)
+
+
 def test_samples_of_each_rank_and_seed_differ() -> None:
     resume = importlib.import_module('ws_mm.resume')
     index = resume.Numbered(4)
@@ -283,6 +303,44 @@ def test_samples_of_each_rank_and_seed_differ() -> None:
         for rank in (0, 1)
     }
     assert len(drawn) == 4
+
+
+def test_the_hook_seeds_the_samples_of_its_own_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    resume = importlib.import_module('ws_mm.resume')
+    drawn = []
+    for rank in (0, 1):
+        monkeypatch.setattr(resume, 'get_rank', lambda rank=rank: rank)
+        hook, runner = hooked(DefaultSampler(Samples(), shuffle=False))
+        hook.before_train_epoch(runner)
+        drawn += [s for b in runner.train_loop.dataloader for s in b]
+    assert [sample[0] for sample in drawn] == [*range(6), *range(6)]
+    assert len({number for sample in drawn for number in sample[1:]}) == 36
+
+
+def test_a_numbered_sampler_has_what_its_sampler_has() -> None:
+    resume = importlib.import_module('ws_mm.resume')
+    inner = DefaultSampler(Samples(), seed=0)
+    numbered = resume.NumberedSampler(inner)
+    numbered.set_epoch(3)
+    assert inner.epoch == 3
+    # mmengine calls set_epoch of each sampler that has one.
+    assert not hasattr(resume.NumberedSampler(range(6)), 'set_epoch')
+    again = copy.deepcopy(numbered)
+    assert list(again) == list(numbered)
+
+
+@pytest.mark.skipif(
+    not hasattr(InfiniteSampler, 'skip'),
+    reason='this mmengine loads what it passes over',
+)
+def test_a_skip_counts_from_the_start_of_the_samples() -> None:
+    resume = importlib.import_module('ws_mm.resume')
+    numbered = resume.NumberedSampler(InfiniteSampler(Samples(), seed=0))
+    numbered.skip(4)
+    numbered.skip(6)
+    assert next(iter(numbered)).place == (0, 6)
 
 
 def test_an_iteration_draws_by_its_number() -> None:

@@ -31,7 +31,10 @@ class ExactResumeHook(Hook):
         for the same seed. The hook does not restore values that a
         transform, a preprocessor or a model carries from one sample to the
         next outside of its state_dict (CachedMosaic's images, the last size
-        of BatchSyncRandomResize).
+        of BatchSyncRandomResize), nor what mmdet's GroupMultiSourceSampler
+        draws. Where mmengine starts the workers before any hook runs (its
+        releases, in loops of iterations), their samples keep the workers'
+        own random numbers: resume with the same ``num_workers``.
     """
 
     # Before any other hook draws a number for the iteration.
@@ -45,6 +48,14 @@ class ExactResumeHook(Hook):
             'others than without it (tools/train.py --no-exact-resume).'
         )
         loader = runner.train_loop.dataloader
+        batches = getattr(runner.train_loop, 'dataloader_iterator', None)
+        if loader.num_workers and getattr(batches, '_iterator', None):
+            runner.logger.info(
+                'ExactResumeHook: this mmengine has started the workers '
+                'already, so that their samples have random numbers of the '
+                'workers. Resume with the same train_dataloader.num_workers='
+                f'{loader.num_workers}.'
+            )
         self._samples: NumberedSampler | None = None
         sampler = getattr(loader.batch_sampler, 'sampler', None)
         if sampler is None:
