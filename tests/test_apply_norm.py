@@ -5,7 +5,7 @@ import torch
 from in_process import load, tools  # noqa: F401
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
-from shipped import apply_norm, build, by_key, counts, read
+from shipped import apply_norm, build, by_key, counts, find, read
 from tiny_runs import ROOT
 from torch import nn
 
@@ -223,6 +223,26 @@ def test_the_batch_of_a_process_divides_the_batch_asked():
     assert cfg.optim_wrapper.optimizer.lr == 0.00375
 
 
+def test_a_base_without_images_is_refused() -> None:
+    with pytest.raises(ConfigError, match='images_per_step=None must be a wh'):
+        apply_norm(read(MASK), parts=['neck'], base_batch_size=16)
+
+
+def test_dicts_that_are_none_hold_nothing() -> None:
+    cfg = read(MASK)
+    cfg.auto_scale_lr = cfg.train_dataloader = None
+    apply_norm(cfg, parts=['neck'], images_per_step=8, base_batch_size=16)
+    assert cfg.optim_wrapper.optimizer.lr == 0.01
+    assert cfg.auto_scale_lr == dict(base_batch_size=8)
+    assert cfg.train_dataloader is None
+    cfg.optim_wrapper.optimizer = None
+    changes, left = apply_norm(
+        cfg, parts=['neck'], images_per_step=16, base_batch_size=8
+    )
+    assert changes == []
+    assert 'the rate cannot be scaled' in ' '.join(map(str, left))
+
+
 @pytest.mark.parametrize(
     ('name', 'base', 'says'),
     [
@@ -327,6 +347,29 @@ def test_weights_of_what_stays_are_kept():
     }
 
 
+@pytest.mark.parametrize(('name', 'norm'), [(GN_ALL, 'BN'), (MASK, 'BCN')])
+def test_weights_of_other_norms_are_dropped(name: str, norm: str) -> None:
+    cfg = read(name)
+    assert cfg.model.backbone.init_cfg.checkpoint
+    apply_norm(cfg, 'keep', norm, ['backbone'])
+    assert 'conv_cfg' not in cfg.model.backbone
+    assert cfg.model.backbone.init_cfg is None
+
+
+def test_batch_norms_that_were_asked_for_do_not_remain() -> None:
+    _, left = apply_norm(read(PIDNET), norm='BN')
+    assert not any('remain' in one.why for one in left)
+
+
+def test_weights_of_the_whole_model_go_with_one_part() -> None:
+    cfg = read(MASK)
+    before = cfg.model.backbone.to_dict()
+    cfg.model.init_cfg = dict(type='Pretrained', checkpoint='whole.pth')
+    apply_norm(cfg, parts=['neck'])
+    assert cfg.model.init_cfg is None
+    assert cfg.model.backbone.to_dict() == before
+
+
 def test_a_norm_cfg_without_a_type_above_it_is_found():
     cfg = read('mmdet::condinst/condinst_r50_fpn_ms-poly-90k_*')
     _, left = apply_norm(cfg)
@@ -416,6 +459,42 @@ def test_a_part_without_norm_gets_one_by_its_key():
     }
 
 
+def test_defaults_of_a_class_count_as_written() -> None:
+    cfg = read(RETINA)
+    cfg.model.backbone = dict(type='ResNet', depth=18)
+    # It has batch norms, in eval mode, by default.
+    changes, _ = apply_norm(cfg, 'keep', 'GN', ['backbone'])
+    assert by_key(changes) == {
+        'model.backbone.norm_cfg': dict(type='GN', num_groups=32),
+        'model.backbone.norm_eval': False,
+    }
+
+
+def test_a_part_of_another_scope_is_converted() -> None:
+    cfg = read(RETINA)
+    cfg.model.backbone = dict(
+        type='ResNetV1c', depth=18, num_stages=4, _scope_='mmseg'
+    )
+    changes, _ = apply_norm(cfg, norm='GN', parts=['backbone'])
+    assert by_key(changes)['model.backbone.conv_cfg'] == WS
+    assert counts(cfg)[0] == 22
+
+
+def test_a_head_of_a_list_of_heads_is_no_part_of_its_own() -> None:
+    _, left = apply_norm(read('mmdet::cascade_rcnn/cascade-rcnn_r18_*'))
+    keys = {'.'.join(map(str, one.key)) for one in left}
+    assert 'model.roi_head.bbox_head.2' in keys
+    assert 'model.roi_head' not in keys
+
+
+def test_norms_alone_go_where_norms_were() -> None:
+    cfg = read(MASK)
+    changes, left = apply_norm(cfg, 'keep', 'GN')
+    assert {change.key[1] for change in changes} == {'backbone'}
+    why = {'.'.join(map(str, one.key)): one.why for one in left}
+    assert 'its key gives it one' in why['model.neck']
+
+
 def test_a_norm_cfg_that_builds_no_norm_is_not_written():
     """The norms in Mask2Former's head are those of its pixel decoder."""
     cfg = read('mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-*')
@@ -503,6 +582,33 @@ def test_hooks_and_checkpoints_of_the_config(tmp_path):
     assert 'custom_hooks' not in cfg
 
 
+def test_the_hook_is_added_once_and_weights_of_a_list_are_dropped() -> None:
+    cfg = read(MASK)
+    own = dict(type='ws_mm.SyncEstimatesHook', priority='LOW')
+    cfg.custom_hooks = [own]
+    weights = cfg.model.backbone.init_cfg.to_dict()
+    kaiming = dict(type='Kaiming', layer='Conv2d')
+    cfg.model.backbone.init_cfg = [weights, kaiming]
+    cfg.model.neck.init_cfg = kaiming
+    apply_norm(cfg)
+    assert cfg.custom_hooks == [own]
+    assert cfg.model.backbone.init_cfg is None
+    assert cfg.model.neck.init_cfg == kaiming
+
+
+def test_a_teacher_in_a_config_of_its_own_is_named() -> None:
+    cfg = read('mmdet::ld/ld_r18-gflv1-r101_fpn_1x_coco.py')
+    teacher = str(find('mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py'))
+    # No weights are looked for.
+    cfg.model.update(teacher_config=teacher, teacher_ckpt='gone.pth')
+    changes, left = apply_norm(cfg)
+    assert 'model.backbone.norm_cfg' in by_key(changes)
+    said = [str(one) for one in left]
+    why = f'{teacher} is a config of its own: convert that'
+    assert f'model.teacher_config: {why}' in said
+    assert cfg.model.teacher_ckpt == 'gone.pth'
+
+
 def test_one_part_may_be_named_without_a_list():
     found = []
     for parts in ('neck', ['neck']):
@@ -510,6 +616,17 @@ def test_one_part_may_be_named_without_a_list():
         apply_norm(cfg, parts=parts)
         found.append(cfg.to_dict())
     assert found[0] == found[1] != read(MASK).to_dict()
+
+
+def test_keys_may_be_written_from_the_top_of_the_config() -> None:
+    found = []
+    # Asked for by its key, a head that levels share gets the norm itself.
+    for parts in (['bbox_head', 'neck'], ['model.bbox_head', 'model.neck']):
+        cfg = read(RETINA)
+        apply_norm(cfg, parts=parts)
+        found.append(cfg.to_dict())
+    assert found[0] == found[1]
+    assert found[0]['model']['bbox_head']['norm_cfg'] == BCN
 
 
 def test_a_teacher_gets_the_estimates_of_its_student():

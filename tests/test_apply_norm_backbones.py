@@ -213,3 +213,42 @@ def test_the_tool_freezes_by_default(
     assert cfg.model.backbone.norm_eval
     assert cfg.model.backbone.init_cfg.checkpoint == 'torchvision://resnet50'
     assert cfg.model.neck.norm_cfg.type == 'GN'
+
+
+def test_a_backbone_without_batch_norms_is_converted() -> None:
+    cfg = read('mmdet::gn+ws/mask-rcnn_r50_fpn_gn-ws-all_2x_coco.py')
+    assert cfg.model.backbone.init_cfg.checkpoint
+    ws_mm.apply_norm(cfg, norm='BCN')
+    assert cfg.model.backbone.norm_cfg == dict(type='ws_mm.BCN')
+    assert cfg.model.backbone.init_cfg is None
+
+
+def test_weights_that_the_backbone_itself_names_are_kept() -> None:
+    cfg, other = read(MASK), read(MASK)
+    for one in (cfg, other):
+        name = one.model.backbone.pop('init_cfg').checkpoint
+        one.model.backbone.pretrained = name
+    before = cfg.model.backbone.to_dict()
+    changes, _ = ws_mm.apply_norm(cfg)
+    assert 'model.neck.norm_cfg' in by_key(changes)
+    assert cfg.model.backbone.to_dict() == before
+    ws_mm.apply_norm(other, backbone='convert')
+    assert other.model.backbone.pretrained is None
+
+
+def test_what_a_frozen_backbone_holds_stays() -> None:
+    cfg = read(MASK)
+    block = dict(type='NonLocal2d', norm_cfg=dict(type='BN'))
+    cfg.model.backbone.plugins = [dict(cfg=block, position='after_conv3')]
+    before = cfg.model.backbone.to_dict()
+    ws_mm.apply_norm(cfg)
+    assert cfg.model.backbone.to_dict() == before
+    ws_mm.apply_norm(cfg, backbone='convert')
+    assert cfg.model.backbone.plugins[0].cfg.norm_cfg == GN
+
+
+def test_a_backbone_that_does_not_build_is_named() -> None:
+    cfg = read(MASK)
+    cfg.model.backbone.norm_cfg.type = 'BNN'
+    with pytest.raises(ConfigError, match='does not build as it is: KeyE'):
+        ws_mm.apply_norm(cfg)

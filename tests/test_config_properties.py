@@ -382,3 +382,29 @@ def test_convolution_that_cannot_exist(
     conv = dict(in_channels=4, out_channels=8, kernel_size=3) | arguments
     with pytest.raises(ValueError, match=match):
         bricks.build_conv_layer(dict(type='ws_mm.WSConv2d'), **conv)
+
+
+@pytest.mark.parametrize(
+    ('key', 'kind', 'argument'),
+    [
+        ('norm_cfg', 'ws_mm.BCN', dict(mode='sync')),
+        ('norm_cfg', 'ws_mm.BCN', dict(momentum=0)),
+        ('norm_cfg', 'ws_mm.IterNorm', dict(iterations=0)),
+        ('conv_cfg', 'ws_mm.WSConv2d', dict(eps_mode='in')),
+        ('conv_cfg', 'ws_mm.WSConv2d', dict(eps=-1)),
+    ],
+)
+def test_an_illegal_value_is_answered_with_the_line_to_set(
+    key: str, kind: str, argument: dict[str, Any]
+) -> None:
+    (name,) = argument
+    cfgs = {key: dict(type=kind, **argument)}
+    match = rf'{name}=.* must be .*\({key}=dict\({name}=\.\.\.\)\)$'
+    with pytest.raises(ValueError, match=match):
+        bricks.ConvModule(4, 8, 3, **cfgs)
+
+
+def test_an_argument_like_no_other_is_answered_with_all() -> None:
+    match = "no argument 'zzz'; it takes .*eps, .*mode, momentum, .*Fix or rem"
+    with pytest.raises(TypeError, match=match):
+        bricks.ConvModule(4, 8, 3, norm_cfg=dict(type='ws_mm.BCN', zzz=1))

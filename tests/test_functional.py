@@ -10,6 +10,7 @@ from comparison import TOLERANCE, disagreements, values_and_gradients
 from torch import Tensor
 
 from ws_mm import batch_channel_norm, standardize_weight
+from ws_mm.functional import updated_estimates
 
 pytestmark = pytest.mark.usefixtures('kernels')
 
@@ -267,6 +268,22 @@ def test_estimates_find_the_total_variance_at_one_image():
         )
     assert mean.mean() == pytest.approx(3, abs=0.05)
     assert var.mean() == pytest.approx(1.25, abs=0.05)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_estimates_of_half_precision_are_moved_in_float32(
+    dtype: torch.dtype,
+) -> None:
+    x = (torch.randn(2, 3, 50, 60) * 3 + 1).to(dtype)
+    mean, var = torch.randn(3), torch.rand(3)
+    found = updated_estimates(x, mean, var, 0.5)
+    wide, mean, var = x.double(), mean.double(), var.double()
+    around = (wide - mean.view(-1, 1, 1)).square().mean((0, 2, 3))
+    expected = (mean + wide.mean((0, 2, 3))) / 2, (var + around) / 2
+    close = dict(rtol=1e-5, atol=1e-6)
+    for values, oracle in zip(found, expected, strict=True):
+        assert values.dtype == torch.float32
+        torch.testing.assert_close(values.double(), oracle, **close)
 
 
 def test_empty_batch_changes_nothing_and_has_gradients():

@@ -4,6 +4,7 @@ The oracles of test_functional.py run on whatever implementation is chosen;
 here are both of them by name, and what only the fused one can get wrong.
 """
 
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 
@@ -11,7 +12,12 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from comparison import TOLERANCE, disagreements, values_and_gradients
+from comparison import (
+    TOLERANCE,
+    disagreements,
+    relative_error,
+    values_and_gradients,
+)
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -227,6 +233,100 @@ def test_statistics_of_inputs_far_from_zero(kernels):
 
 
 @pytest.mark.parametrize('mode', MODES)
+def test_estimates_stay_where_only_the_variance_overflows(
+    kernels: str, mode: str
+) -> None:
+    x = torch.randn(2, 16, 5, 5)
+    x[:, 3] *= 1e25
+    layer = BCN(16, 4, mode=mode)
+    layer(x)
+    assert layer.running_mean[3] == 0
+    assert layer.running_var[3] == 1
+    assert (layer.running_mean != 0).sum() == 15
+    assert (layer.running_var != 1).sum() == 15
+
+
+@pytest.mark.parametrize('outer', [8, 64], ids=['group', 'channel'])
+@pytest.mark.parametrize('mode', MODES)
+def test_input_without_positions_equals_formula(
+    kernels: str, mode: str, outer: int
+) -> None:
+    shape = 17, 64
+    state = state_of(64, torch.float64, outer)
+    names = 'running_mean', 'running_var'
+    running = {name: state.pop(name) for name in names}
+
+    def ours(x: Tensor, **affine: Tensor) -> Tensor:
+        new = {k: v.clone() for k, v in running.items()}
+        return batch_channel_norm(
+            x, 8, **new, **affine, training=True, momentum=0.2, mode=mode
+        )
+
+    def oracle(x: Tensor, **affine: Tensor) -> Tensor:
+        output, _ = reference.batch_channel_norm(
+            x.view(*shape, 1, 1),
+            {**affine, **running},
+            8,
+            training=True,
+            momentum=0.2,
+            mode=mode,
+        )
+        return output.view(shape)
+
+    inputs = {'x': input_of(shape, torch.float64), **state}
+    actual = values_and_gradients(ours, inputs, 'bcn')
+    expected = values_and_gradients(oracle, inputs, 'bcn')
+    assert not disagreements(actual, expected, TOLERANCE[torch.float64])
+
+
+def test_few_values_far_from_zero_keep_their_digits(kernels: str) -> None:
+    # Four values to a group, at a mean of 1000 deviations.
+    state = state_of(64, torch.float32, 16)
+    x = torch.randn(2, 64, 1, 1) + 1000
+    running = {
+        'running_mean': 1000 + 0.1 * torch.randn(64),
+        'running_var': state.pop('running_var'),
+    }
+    del state['running_mean']
+
+    def ours(x: Tensor, **affine: Tensor) -> Tensor:
+        return batch_channel_norm(x, 16, **running, **affine)
+
+    def oracle(x: Tensor, **affine: Tensor) -> Tensor:
+        return reference.batch_channel_norm(
+            x, {**affine, **running}, 16, training=False, momentum=0.2
+        )[0]
+
+    inputs = {'x': x, **state}
+    actual = values_and_gradients(ours, inputs, 'bcn')
+    double = {k: v.double() for k, v in inputs.items()}
+    expected = values_and_gradients(oracle, double, 'bcn')
+    assert not disagreements(actual, expected, 5e-6)
+
+
+@pytest.mark.parametrize(
+    ('shape', 'groups', 'mode', 'times'),
+    [
+        ((2, 64, 1, 1), 8, 'estimate', 1),
+        ((2, 64, 1, 1), 8, 'batch', 0),
+        ((15, 64, 1, 1), 8, 'batch', 0),
+        ((16, 64, 1, 1), 8, 'batch', 1),
+        ((16, 64, 1, 1), 16, 'estimate', 0),
+    ],
+)
+def test_few_values_run_composed(
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    groups: int,
+    mode: str,
+    times: int,
+) -> None:
+    norm = calls(monkeypatch, cpu.BatchChannelNorm)
+    BCN(64, groups, mode=mode)(torch.randn(shape))
+    assert len(norm) == times
+
+
+@pytest.mark.parametrize('mode', MODES)
 def test_differentiates_twice(kernels, mode):
     state = state_of(6, torch.float64, 3)
     running = {k: state.pop(k) for k in ('running_mean', 'running_var')}
@@ -246,6 +346,72 @@ def test_differentiates_twice(kernels, mode):
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_state_in_float64_takes_an_input_in_float32(
+    kernels: str, mode: str
+) -> None:
+    layer = BCN(32, 8, mode=mode, momentum=0.1, dtype=torch.float64)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, mean=0.5)
+    x = input_of((2, 32, 5, 7), torch.float32).requires_grad_()
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    expected, running = reference.batch_channel_norm(
+        x, state, 8, training=True, momentum=0.1, mode=mode
+    )
+    output = layer(x)
+    assert output.dtype == torch.float32
+    cotangent = torch.randn_like(output)
+    (gradient,) = torch.autograd.grad(output, x, cotangent)
+    (expected_gradient,) = torch.autograd.grad(expected, x, cotangent.double())
+    assert layer.running_var.dtype == torch.float64
+    assert not disagreements(
+        {'output': output, 'dx': gradient, 'var': layer.running_var},
+        {
+            'output': expected,
+            'dx': expected_gradient,
+            'var': running['running_var'],
+        },
+        TOLERANCE[torch.float32],
+    )
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_second_derivatives_of_half_precision(
+    kernels: str, dtype: torch.dtype
+) -> None:
+    # At a mean of 100, half precision between the steps leaves no digit.
+    state = state_of(16, torch.float32, 4)
+    state |= {
+        'bn_weight': torch.full((16,), 0.7),
+        'running_mean': torch.zeros(16),
+        'running_var': torch.ones(16),
+    }
+    x = (torch.randn(2, 16, 5, 5) + 100).to(dtype)
+    cotangent = torch.randn(x.shape).to(dtype)
+    direction = torch.randn(x.shape, dtype=torch.float64)
+
+    def second(function: Callable[..., Tensor], leaf: Tensor) -> Tensor:
+        leaf.requires_grad_()
+        (first,) = torch.autograd.grad(
+            function(leaf), leaf, cotangent.to(leaf.dtype), create_graph=True
+        )
+        (found,) = torch.autograd.grad((first * direction).sum(), leaf)
+        return found
+
+    def ours(x: Tensor) -> Tensor:
+        return batch_channel_norm(x, 4, **state)
+
+    def oracle(x: Tensor) -> Tensor:
+        return reference.batch_channel_norm(
+            x, state, 4, training=False, momentum=0.1
+        )[0]
+
+    actual = second(ours, x.clone())
+    assert actual.dtype == dtype
+    expected = second(oracle, x.double())
+    assert relative_error(actual, expected) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize('frozen', ['input', 'affine', 'no affine'])
@@ -372,6 +538,19 @@ def test_fused_equals_plain(monkeypatch, dtype, mode, layout):
             }
         )
     assert not disagreements(*results, TOLERANCE[dtype])
+
+
+def test_subclasses_of_a_tensor_see_plain_operations() -> None:
+    class Marked(Tensor):
+        """Whoever made it wants to see the operations."""
+
+    x = torch.randn(2, 8, 3, 3)
+    assert choose(x) is choose(torch.nn.Parameter(x)) is cpu
+    marked = x.as_subclass(Marked)
+    assert choose(marked) is plain
+    torch.testing.assert_close(
+        standardize_weight(marked).as_subclass(Tensor), standardize_weight(x)
+    )
 
 
 def test_unknown_kernel_choice_is_rejected(monkeypatch):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -425,9 +426,12 @@ def test_half_precision_parameters(dtype):
 
 
 @pytest.mark.parametrize('layout', ['NCHW', 'channels_last'])
-def test_statistics_of_inputs_far_from_zero(small_tiles, layout):
+@pytest.mark.parametrize('size', [(9, 5), (3, 3)], ids=['blocks', 'part'])
+def test_statistics_of_inputs_far_from_zero(
+    small_tiles: None, size: tuple[int, int], layout: str
+) -> None:
     # mean / std = 1000, and a first value off the others, as in a corner.
-    x = torch.randn(2, 6, 9, 5) * 0.01 + 10
+    x = torch.randn(2, 6, *size) * 0.01 + 10
     x[..., 0, 0] = 9.9
     layer = BCN(6, 3, momentum=1.0).to(DEVICE)
     layer.running_mean.fill_(10)
@@ -462,7 +466,7 @@ def test_padding_of_a_tile_does_not_count_without_eps():
 @pytest.mark.parametrize('value', [float('inf'), float('nan')])
 @pytest.mark.parametrize('mode', ['estimate', 'batch'])
 def test_estimates_stay_finite(mode, value):
-    x = torch.randn(1, 6, 3, 3)
+    x = torch.randn(1, 6, 4, 4)
     x[0, 1, 2, 2] = value
     layer = BCN(6, 3, mode=mode).to(DEVICE)
     output = layer(x.to(DEVICE))
@@ -563,7 +567,7 @@ def test_only_required_gradients_are_computed(monkeypatch, frozen):
 
 
 def test_differentiates_twice():
-    x = torch.randn(2, 6, 3, 2).to(DEVICE)
+    x = torch.randn(2, 6, 3, 3).to(DEVICE)
     direction, cotangent = torch.randn_like(x), torch.randn_like(x)
     layer, conv = BCN(6, 3, mode='batch').to(DEVICE), WSConv2d(6, 4, 2)
     weight = conv.weight.detach().to(DEVICE)
@@ -777,7 +781,27 @@ def test_unsupported_inputs_run_eager(monkeypatch, change):
     assert not seen
 
 
-@pytest.mark.parametrize('shape', [(2, 6, 1, 1), (1, 6, 3, 4), (1, 6, 3, 3)])
+@pytest.mark.parametrize(
+    ('shape', 'mode', 'runs'),
+    [
+        ((2, 12, 2, 1), 'estimate', True),
+        ((2, 12, 2, 1), 'batch', False),
+        ((2, 12, 4, 2), 'batch', True),
+        ((2, 12, 1, 1), 'estimate', False),
+    ],
+)
+def test_few_values_run_eager(
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    mode: str,
+    runs: bool,
+) -> None:
+    seen = launches(monkeypatch)
+    BCN(12, 3, mode=mode).to(DEVICE)(torch.randn(shape, device=DEVICE))
+    assert bool(seen) == runs
+
+
+@pytest.mark.parametrize('shape', [(2, 6, 2, 2), (1, 6, 3, 4), (1, 6, 3, 3)])
 def test_inputs_beyond_32_bits_run_eager(monkeypatch, shape):
     monkeypatch.setattr(plans, 'LONGEST', 12)
     seen = launches(monkeypatch)
@@ -1005,6 +1029,40 @@ def test_choice_by_device(monkeypatch):
     assert choose(x.cpu()) is ws_mm.kernels.cpu
     assert choose(x.cpu(), lambda _: False) is plain
     assert choose(x.to('meta')) is plain
+
+
+def test_only_a_variant_for_aligned_tensors_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """That of any others would run for all later calls, and be slower."""
+    ran: list[str] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def launch(*args: Any, **meta: Any) -> SimpleNamespace:
+                ran.append('jit')
+                return SimpleNamespace(
+                    function=0,
+                    packed_metadata=0,
+                    run=lambda *args: ran.append('compiled'),
+                    src=SimpleNamespace(signature=dict.fromkeys(args, 'i32')),
+                )
+
+            return launch
+
+    monkeypatch.setattr(triton_kernels, 'affine', Kernel())
+    launch = plans.Launch(
+        'affine',
+        ('input', 'kept', 'output'),
+        programs=1,
+        warps=4,
+        **dict(rows=1, units=2, channels=3, splits=4, UNIT=1, ROWS=1),
+        **dict(BLOCK=4, CHANNELS_LAST=False),
+    )
+    values = 10, 11, 12
+    for addresses in (None, [*values], [*values], None, [*values]):
+        launch(values, addresses, 0)
+    assert ran == ['jit', 'jit', 'compiled', 'jit', 'compiled']
 
 
 # What the interpreter cannot see

@@ -160,6 +160,13 @@ def test_half_keeps_the_estimates_in_float32():
     assert layer.double().running_mean.dtype == torch.float64
 
 
+def test_half_on_another_device_takes_the_estimates_along() -> None:
+    layer = BCN(8, 4).to('meta', torch.half)
+    assert all(values.is_meta for values in layer.state_dict().values())
+    assert all(p.dtype == torch.half for p in layer.parameters())
+    assert all(b.dtype == torch.float32 for b in layer.buffers())
+
+
 def test_survives_copy_pickle_and_state_dict():
     layer = randomized(12, 4, mode='batch', outer_affine='channel')
     file = io.BytesIO()

@@ -87,3 +87,74 @@ def test_filters_of_one_entry_stay_plain():
     part = MODELS.build(dict(type='ws_mm.Converted', of=Stem, conv={}))
     kinds = [ws_mm.WSConv2d, nn.BatchNorm2d, nn.Conv2d, nn.BatchNorm2d]
     assert [type(module) for module in part] == kinds
+
+
+class Bare(nn.Sequential):
+    """One convolution with a batch norm, and one without a norm."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
+        )
+
+
+def test_only_convolutions_under_a_norm_get_the_options() -> None:
+    conv = dict(eps=1e-3, eps_mode='inside')
+    part = MODELS.build(dict(type='ws_mm.Converted', of=Bare, conv=conv))
+    kinds = [ws_mm.WSConv2d, nn.BatchNorm2d, nn.Conv2d]
+    assert [type(module) for module in part] == kinds
+    assert (part[0].eps, part[0].eps_mode) == (1e-3, 'inside')
+    norm = dict(type='ws_mm.BCN', num_groups=2)
+    cfg = dict(type='ws_mm.Converted', of=Bare, conv={}, norm=norm)
+    part = MODELS.build(cfg)
+    kinds = [ws_mm.WSConv2d, ws_mm.BCN, nn.Conv2d]
+    assert [type(module) for module in part] == kinds
+    assert part[1].num_groups == 2
+
+
+def test_convolutions_of_ours_keep_their_options() -> None:
+    class Mixed(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(
+                ws_mm.WSConv2d(3, 8, 3, eps=1e-3),
+                nn.BatchNorm2d(8),
+                nn.Conv2d(8, 8, 3),
+                nn.BatchNorm2d(8),
+            )
+
+    cfg = dict(type='ws_mm.Converted', of=Mixed, conv=dict(eps=1e-4))
+    part = MODELS.build(cfg)
+    assert type(part[2]) is ws_mm.WSConv2d
+    assert [part[0].eps, part[2].eps] == [1e-3, 1e-4]
+
+
+def test_a_part_without_batch_norms_is_what_it_was() -> None:
+    part = MODELS.build(dict(type='ws_mm.Converted', of=Bare))
+    assert type(part[1]) is ws_mm.BCN
+    shape = dict(in_channels=3, out_channels=4, kernel_size=1)
+    part = MODELS.build(dict(type='ws_mm.Converted', of=nn.Conv2d, **shape))
+    assert type(part) is nn.Conv2d
+
+
+@pytest.mark.parametrize(
+    ('options', 'error', 'match'),
+    [
+        (
+            dict(norm=dict(type='GN', num_groups=4)),
+            ValueError,
+            r"norm=dict\(type='GN'\) must be of type 'ws_mm.BCN'",
+        ),
+        (dict(conv=dict(epss=1)), TypeError, "did you mean 'eps'"),
+        (dict(conv=dict(eps_mode='in')), ValueError, "eps_mode='in' must be"),
+        (
+            dict(conv={}, of=nn.Identity),
+            ValueError,
+            'Identity has no plain convolution with a norm after it',
+        ),
+    ],
+)
+def test_what_cannot_replace_layers_is_refused(
+    options: dict, error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        MODELS.build(dict(type='ws_mm.Converted', of=Bare) | options)

@@ -1,12 +1,15 @@
 """Kernels that compute something else are found out at their first use."""
 
 import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import ws_mm.kernels
-from ws_mm import BCN, WSConv2d
+from ws_mm import BCN, WSConv2d, standardize_weight
 
 pytest.importorskip('triton', '3.0', reason='no Triton 3 on this platform')
 from ws_mm.kernels import plans, self_check, triton_kernels
@@ -129,6 +132,84 @@ def test_a_fault_in_a_kernel_is_caught_and_named(
     assert 'eager operations' in said[0]
 
 
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+def test_right_kernels_pass_far_from_zero(said: list[str], mode: str) -> None:
+    # Rounding grows with the mean: here by 300 deviations.
+    x = torch.randn(2, 8, 5, 4, device=DEVICE) + 300
+    step(random_norm(8, 2, mode=mode), x, torch.randn_like(x))
+    assert not said
+
+
+# The numbers of 16 rows, 8 channels and 2 groups that one kernel leaves to
+# others: its argument, and which of it.
+NUMBERS = [
+    ('moments', 1, (0, 16)),
+    ('moments', 1, (16, 32)),
+    ('coefficients', 0, (32, 48)),
+    ('coefficients', 0, (48, 64)),
+    ('coefficients', 0, (64, 72)),
+    ('coefficients', 0, (72, 80)),
+    ('coefficients', 1, (0, 8)),
+    ('coefficients', 2, (0, 8)),
+    ('sums', 3, (0, 16)),
+    ('sums', 3, (16, 32)),
+    ('slopes', 1, (32, 48)),
+    ('slopes', 1, (48, 64)),
+    ('slopes', 2, (0, 8)),
+    ('slopes', 2, (8, 16)),
+    ('slopes', 2, (16, 18)),
+    ('slopes', 2, (18, 20)),
+]
+
+
+@pytest.mark.parametrize(('kernel', 'place', 'which'), NUMBERS)
+def test_each_number_of_a_kernel_is_compared(
+    monkeypatch: pytest.MonkeyPatch,
+    said: list[str],
+    kernel: str,
+    place: int,
+    which: tuple[int, int],
+) -> None:
+    norm = random_norm(8, 2)
+    x = torch.randn(2, 8, 5, 4, device=DEVICE)
+    right = getattr(triton_kernels, kernel)
+
+    class Faulty:
+        def __getitem__(self, grid):
+            def launch(*args, **meta):
+                right[grid](*args, **meta)
+                args[place][slice(*which)].mul_(1.001)
+
+            return launch
+
+    monkeypatch.setattr(triton_kernels, kernel, Faulty())
+    step(norm, x, torch.randn_like(x))
+    assert len(said) == 1
+    assert f"the kernel '{kernel}' is off by" in said[0]
+
+
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+@pytest.mark.parametrize('kind', ['inf', 'nan', 'constant', 'far'])
+def test_what_has_no_right_result_is_no_fault(
+    said: list[str], kind: str, mode: str
+) -> None:
+    norm = random_norm(8, 2, mode=mode)
+    x = torch.randn(2, 8, 5, 4, device=DEVICE)
+    weight = torch.randn(3, 4, 2, 2, device=DEVICE)
+    for values in (x, weight):
+        if kind == 'constant':
+            values.fill_(0.3)
+        elif kind == 'far':
+            values.mul_(1e-3).add_(1e3)
+        else:
+            values[-1, -1, 1, 1] = float(kind)
+    step(norm, x, torch.randn_like(x))
+    weight.requires_grad_()
+    output = standardize_weight(weight)
+    output.backward(torch.randn_like(output))
+    assert not said
+
+
 @pytest.fixture
 def check(monkeypatch, tmp_path) -> self_check.Check:
     """That of a first use on a GPU, which need not be there."""
@@ -153,6 +234,41 @@ def test_what_has_passed_is_remembered(monkeypatch, check):
     assert self_check.Check(torch.device('cuda', 0), 'filters').pending
     monkeypatch.setattr(self_check, '_machine', lambda device: 'another')
     assert self_check.Check(torch.device('cuda', 0), 'norm').pending
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(
+    check: self_check.Check, tmp_path: Path
+) -> None:
+    (tmp_path / 'file').touch()
+    check.marker = tmp_path / 'file/below/marker'
+    for way in ('forward', 'backward'):
+        check.compare(way, right(1.0), 1.0)
+    assert not check.pending
+
+
+@pytest.mark.parametrize(
+    'part', ['driver', 'name', 'capability', 'triton', 'torch']
+)
+def test_what_has_passed_is_of_one_machine(
+    monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    places: dict[str, tuple[Any, str]] = {
+        'driver': (self_check.compat, 'gpu_driver'),
+        'name': (torch.cuda, 'get_device_name'),
+        'capability': (torch.cuda, 'get_device_capability'),
+        'triton': (self_check.triton, '__version__'),
+        'torch': (torch, '__version__'),
+    }
+
+    def machine(changed: str) -> str:
+        for name, (module, attribute) in places.items():
+            value: Any = changed if name == part else 'this one'
+            if callable(getattr(module, attribute)):
+                value = mock.Mock(return_value=value)
+            monkeypatch.setattr(module, attribute, value)
+        return self_check._machine.__wrapped__(torch.device('cuda', 0))
+
+    assert machine('this one') == machine('this one') != machine('another')
 
 
 def test_what_says_nothing_does_not_pass(check):

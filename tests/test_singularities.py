@@ -2,6 +2,9 @@
 
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -206,3 +209,78 @@ def test_wrong_arguments_and_configs_are_rejected(tmp_path):
         runner(tmp_path, SingularitiesHook(), False, name='a').train()
     with pytest.raises(ValueError, match='no ReLU module'):
         runner(tmp_path, SingularitiesHook(), relu=False, name='b').train()
+
+
+def test_shares_at_the_threshold_are_not_below_it() -> None:
+    # One positive value of a hundred.
+    x = torch.full((1, 1, 10, 10), -1.0)
+    x[..., 0, 0] = 1
+    report = Moments.of(x).report()
+    assert report['empirical_below_0.01'] == 0
+    assert Moments.of(x[..., 1:]).report()['empirical_below_0.01'] == 1
+
+
+@pytest.mark.parametrize(
+    'norm',
+    [
+        nn.BatchNorm2d(8),
+        nn.SyncBatchNorm(8),
+        nn.GroupNorm(4, 8),
+        ws_mm.BCN(8, 4),
+    ],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_relus_after_each_kind_of_norm_are_measured(norm: nn.Module) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU())
+    found = measure(net, lambda model: model(torch.randn(2, 3, 9, 9)))
+    assert list(found) == ['1']
+
+
+class Branches(nn.Module):
+    """A ReLU that runs twice in place, and late behind the first norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(3)
+        self.norm2 = nn.BatchNorm2d(3)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.norm1(x)
+        second = self.norm2(first)
+        y = self.relu(self.relu(second))
+        return y + self.relu(first)
+
+
+def test_what_a_norm_gave_counts_once_and_until_the_next() -> None:
+    x = torch.randn(2, 3, 9, 9)
+    net = Branches()
+    found = measure(net, lambda model: model(x))
+    assert list(found) == ['norm2']
+    with torch.no_grad():
+        net.eval()
+        seen = net.norm2(net.norm1(x))
+    assert found['norm2'] == Moments.of(seen).report()
+
+
+def test_only_the_first_rank_writes_what_all_measure(tmp_path: Path) -> None:
+    runner = SimpleNamespace(
+        rank=1,
+        iter=7,
+        model=nn.DataParallel(Trained()),
+        val_loop=object(),
+        val_dataloader=[[torch.randn(2, 3, 9, 9)]],
+        work_dir=str(tmp_path),
+        visualizer=mock.Mock(),
+    )
+    hook = SingularitiesHook()
+    hook.before_train(runner)
+    assert not list(tmp_path.iterdir())
+    assert not runner.visualizer.mock_calls
+    runner.rank = 0
+    hook.before_train(runner)
+    line = json.loads((tmp_path / FILE).read_text())
+    # Where the run goes on, and by names without those of a wrapper.
+    assert line['iteration'] == 7
+    assert list(line['layers']) == ['net.norm1', 'net.norm3']
+    assert runner.visualizer.add_scalars.call_args.kwargs == dict(step=7)

@@ -8,7 +8,7 @@ import copy
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -127,6 +127,36 @@ def test_frozen_as_built_is_reported(monkeypatch):
     assert 'learned' not in lines[0].split('estimates: ')[1]
 
 
+@pytest.mark.parametrize('name', ['running_square', 'weight'])
+def test_what_was_learned_or_measured_is_not_as_built(name: str) -> None:
+    model = layer()
+    assert model.is_as_built()
+    with torch.no_grad():
+        getattr(model, name).normal_()
+    assert not model.is_as_built()
+
+
+@pytest.mark.parametrize(
+    ('given', 'arguments', 'eps'),
+    [
+        (1e-3, {}, 1e-3),
+        (1e-3, {'eps': 1e-2}, 1e-2),
+        (0.0, {}, 1e-5),
+        (None, {}, 1e-5),
+    ],
+)
+def test_eps_is_that_of_the_norm_before(
+    given: float | None, arguments: dict[str, float], eps: float
+) -> None:
+    norm = nn.BatchNorm2d(CHANNELS)
+    if given is None:
+        del norm.eps
+    else:
+        norm.eps = given
+    made, _ = RunningRMS.from_norm(norm, arguments)
+    assert made.eps == eps
+
+
 @pytest.mark.parametrize('dtype', [torch.half, torch.bfloat16])
 def test_half_keeps_the_statistics_in_float32(dtype):
     model = RunningRMS(CHANNELS)
@@ -138,6 +168,21 @@ def test_half_keeps_the_statistics_in_float32(dtype):
     model.running_square = before.to(dtype)  # as FSDP's buffer_dtype does
     model(images(1).to(dtype))
     assert model.running_square.dtype == torch.float32
+
+
+def test_a_subclass_keeps_its_own_statistics_in_float32() -> None:
+    class Two(RunningRMS):
+        statistics: ClassVar = {
+            **RunningRMS.statistics,
+            'running_peak': 0.0,
+        }
+
+    model = Two(CHANNELS)
+    for name in Two.statistics:  # as FSDP's buffer_dtype does
+        setattr(model, name, model.get_buffer(name).half())
+    model(images(1).float())
+    for values in model.buffers():
+        assert values.dtype == torch.float32
 
 
 def test_statistics_move_once_where_activations_are_recomputed():
