@@ -1,11 +1,16 @@
 """Batch norms that no key of a config reaches."""
 
+import copy
+from pathlib import Path
+
 import pytest
+import torch
 from mmengine.registry import MODELS
 from shipped import apply_norm, build, by_key, counts, read
 from torch import nn
 
 import ws_mm
+from ws_mm.configs import ConfigError
 from ws_mm.shapes import batch_norms
 
 pytest.importorskip('mmdet')
@@ -158,3 +163,55 @@ def test_what_cannot_replace_layers_is_refused(
 ) -> None:
     with pytest.raises(error, match=match):
         MODELS.build(dict(type='ws_mm.Converted', of=Bare) | options)
+
+
+def test_weights_that_a_class_loads_when_it_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    for module in ('converted', 'conversion'):
+        monkeypatch.setattr(
+            f'ws_mm.{module}.print_log', lambda line, **_: said.append(line)
+        )
+    timm = pytest.importorskip('timm')
+    small = dict(model_name='resnet10t', features_only=True)
+    path = tmp_path / 'w.pth'
+    torch.save(timm.create_model(**small).state_dict(), path)
+    cfg = read('mmseg::pspnet/pspnet_r50-d8_4xb2-40k_cityscapes-512x1024.py')
+    cfg.model.pretrained = cfg.model.auxiliary_head = None
+    cfg.model.decode_head.in_channels = 512
+    cfg.model.backbone = dict(
+        type='mmseg.TIMMBackbone', **small, pretrained=False
+    )
+    cfg.model.backbone.update(checkpoint_path=str(path))
+    given = copy.deepcopy(cfg)
+    for norm, other in (('freeze', 'convert'), ('ease', 'convert')):
+        with pytest.raises(ConfigError, match=f"backbone='{other}'"):
+            ws_mm.apply_norm(cfg, norm='BCN', backbone=norm)
+    changes, _ = apply_norm(cfg, norm='BCN', remaining=True)
+    assert by_key(changes)['model.backbone.checkpoint_path'] is None
+    assert cfg.model.backbone.pretrained is False
+    said.clear()
+    MODELS.build(cfg.model.backbone)
+    assert said == ['ws_mm.convert: 14 norms are now BCN']
+    # Written by hand, with a file of plain filters.
+    for options, warns in (
+        ({}, True),
+        (dict(conv={}), True),
+        (dict(norm=dict(type='EasedBCN')), False),
+        (dict(norm=dict(type='EasedBCN'), conv={}), True),
+    ):
+        backbone = given.model.backbone | dict(of='mmseg.TIMMBackbone')
+        backbone |= dict(type='ws_mm.Converted', **options)
+        said.clear()
+        MODELS.build(backbone)
+        warning, lines = 'TIMMBackbone has loaded weights when it was', said
+        if warns:
+            first, *lines = lines
+            assert warning in first
+            assert f'(checkpoint_path={str(path)!r})' in first
+        assert warning not in str(lines)
+        # By names, bn1 does not follow the last of conv1.
+        convs = '13 convolutions of TIMMBackbone now standardize'
+        assert (convs in str(lines)) == ('conv' in options)
+        assert len(lines) == ('conv' in options) + (options != dict(conv={}))

@@ -9,7 +9,7 @@ from .config_edits import Draft, loads
 from .config_layers import Cfg, ConfigError, registered
 from .config_parts import Part, decide, select
 from .replacement import BATCH_NORMS
-from .shapes import batch_norms, build_without_memory
+from .shapes import LOADED_WHEN_BUILT, batch_norms, build_without_memory
 
 CHOICES = ('auto', 'convert', 'freeze', 'ease')
 EASED = dict(type='ws_mm.EasedBCN')
@@ -74,7 +74,7 @@ def _is_pretrained(part: Part, model: Cfg) -> bool:
     # Checkpoints of whole models do not fit the other parts' new layers.
     return bool(
         loads(part.value.get('init_cfg'))
-        or part.value.get('pretrained')
+        or any(part.value.get(key) for key in LOADED_WHEN_BUILT)
         or (len(part.key) == 2 and model.get('pretrained'))
     )
 
@@ -125,9 +125,10 @@ def ease_in(part: Part) -> None:
         decide(part, None, EASED, False)
         if 'norm_cfg' not in part.layers or not _builds_batch_norms(part):
             reason = part.why[0] if part.why else 'it has no batch norms'
+            other = 'freeze' if 'norm_eval' in part.accepts else 'convert'
             raise ConfigError(
                 f"{part.name}: {reason}, so that backbone='ease' (--backbone) "
-                "cannot be. Use backbone='freeze'"
+                f'cannot be. Use backbone={other!r}'
             )
     part.why.append(
         'keeps its pretrained weights, and EasedBCN continues its batch norms'

@@ -15,7 +15,7 @@ from .config_parts import Key, Part, iter_dicts, short, spell
 from .converted import CONVERTED
 from .hooks import MEAN_TEACHER
 from .running_statistics import RunningStatistics
-from .shapes import no_weights
+from .shapes import LOADED_WHEN_BUILT, no_weights
 
 HOOK = dict(type='ws_mm.SyncEstimatesHook')
 BASE_KEY: Key = ('auto_scale_lr', 'base_batch_size')
@@ -142,11 +142,9 @@ def _drop_weights(draft: Draft, changed: list[Part]) -> None:
     keys = [part.key for part in changed]
     for key, value, _ in [*iter_dicts(draft.content['model'], ('model',))]:
         # A segmentor's own is the checkpoint of its backbone.
-        if value.get('pretrained') and (
-            key in keys or (*key, 'backbone') in keys
-        ):
-            none = no_weights(value['pretrained'])
-            draft.set((*key, 'pretrained'), none, why)
+        for name in LOADED_WHEN_BUILT:
+            if value.get(name) and (key in keys or (*key, 'backbone') in keys):
+                draft.set((*key, name), no_weights(value[name]), why)
         holds = any(other[: len(key)] == key for other in keys)
         if holds and loads(value.get('init_cfg')):
             draft.set((*key, 'init_cfg'), None, why)

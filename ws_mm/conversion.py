@@ -106,7 +106,7 @@ def convert(
         )
         if layer is not None:
             replacement.become(copies[name], layer)
-    plan.report(kind.__name__)
+    plan.report(conv is not None, kind if norm is not None else None)
     return converted
 
 
@@ -252,12 +252,16 @@ class _Plan:
         with _own_words(name):
             return replacement.replacement_of(copied, kind, arguments)
 
-    def report(self, kind: str) -> None:
-        """Log what was done, and what was not."""
-        message = (
-            f'ws_mm.convert: {len(self.convs)} convolutions now standardize '
-            f'their filters, {len(self.norms)} norms are now {kind}'
-        )
+    def report(self, has_conv: bool, kind: type | None) -> None:
+        """Log what was asked for and done, and what was not."""
+        done = []
+        if has_conv:
+            done.append(
+                f'{len(self.convs)} convolutions now standardize their filters'
+            )
+        if kind is not None:
+            done.append(f'{len(self.norms)} norms are now {kind.__name__}')
+        message = f'ws_mm.convert: {", ".join(done)}'
         if self.left:
             message += f'. Left as they are: {_listed(self.left)}'
         if self.notes:

@@ -1,8 +1,10 @@
 """Replace layers that no key of a config reaches."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -11,7 +13,7 @@ from .checking import check
 from .conv import WSConv2d
 from .conversion import convert
 from .running_statistics import norm_class
-from .shapes import batch_norms
+from .shapes import LOADED_WHEN_BUILT, batch_norms
 
 CONVERTED = 'ws_mm.Converted'
 
@@ -26,9 +28,10 @@ def converted(
     """Build a part of a model, and replace every batch norm in it by BCN.
 
     For classes that build ``nn.BatchNorm2d`` themselves, whatever their
-    config says. It is built and converted before any weights are loaded, so
-    optimizers, hooks and checkpoints see the new layers. Norms of other
-    kinds stay.
+    config says. It is built and converted before ``init_cfg`` loads weights,
+    so optimizers, hooks and checkpoints see the new layers. A class that
+    loads some when it is built (``pretrained`` and ``checkpoint_path`` of
+    timm's) gets a warning. Norms of other kinds stay.
 
     With ``conv``, plain convolutions become WS convolutions instead. For
     backbones that refuse ``conv_cfg``, as those with ``dcn`` do. Those that
@@ -61,6 +64,18 @@ def converted(
     if conv is not None:
         WSConv2d(2, 2, 1, **conv)  # so that it says what is wrong
     part: nn.Module = MODELS.build(dict(type=of, **arguments))
+    continues = getattr(norm_class(kind), 'continues_batch_norm', False)
+    for name in LOADED_WHEN_BUILT:
+        if arguments.get(name) and (conv is not None or not continues):
+            print_log(
+                f'ws_mm.Converted: {type(part).__name__} has loaded weights '
+                f'when it was built ({name}={arguments[name]!r}). They are '
+                'those of plain convolutions and batch norms, and compute '
+                'something else in the new layers. To start from random '
+                f'weights, remove {name}',
+                logger='current',
+                level=logging.WARNING,
+            )
     if conv is not None:
         _standardize(part, conv)
         if norm is None:
@@ -94,3 +109,8 @@ def _standardize(part: nn.Module, conv: Mapping[str, Any]) -> None:
         )
     for layer in chosen:
         replacement.standardize(layer, **conv)
+    print_log(
+        f'ws_mm.Converted: {len(chosen)} convolutions of '
+        f'{type(part).__name__} now standardize their filters',
+        logger='current',
+    )

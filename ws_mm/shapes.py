@@ -17,6 +17,8 @@ from .running_statistics import RunningStatistics
 
 # Pixels: whatever a host pools or strides by fits in. On a CPU it takes time.
 SIZES = {'meta': 1024, 'cpu': 256}
+# With these a class loads weights when it is built. timm has the second.
+LOADED_WHEN_BUILT = ('pretrained', 'checkpoint_path')
 # In place, whether torch.nn.init or a tensor calls them.
 INITIALIZERS = {name for name in vars(nn.init) if name.endswith('_')}
 
@@ -75,7 +77,7 @@ def _without_weights(value: Any) -> Any:
     if isinstance(value, dict):
         return {
             key: no_weights(inner)
-            if key in ('pretrained', 'init_cfg', 'teacher_ckpt')
+            if key in (*LOADED_WHEN_BUILT, 'init_cfg', 'teacher_ckpt')
             else _without_weights(inner)
             for key, inner in value.items()
         }
