@@ -10,6 +10,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.utils import ManagerMixin
 from tiny_runs import script_of, write_config, write_data
 
 Script = Callable[..., None]
@@ -44,12 +45,27 @@ def load(name: str) -> ModuleType:
     return module
 
 
+def as_started(
+    patch: pytest.MonkeyPatch, script: str, arguments: tuple[object, ...]
+) -> None:
+    """Have the arguments of a script, and no run before it.
+
+    Runs of files of one name that start within one second are one to
+    mmengine: the second would get the scope, log and visualizer of the first.
+    """
+    patch.setattr('sys.argv', [script, *map(str, arguments)])
+    kinds: list[type] = [ManagerMixin]
+    for kind in kinds:
+        patch.setattr(kind, '_instance_dict', {})
+        kinds += kind.__subclasses__()
+
+
 @pytest.fixture
 def refuses(monkeypatch: pytest.MonkeyPatch, process: None) -> Script:
     """Run a script's main with arguments and require its error."""
 
     def run(match: str, script: str, *args: object) -> None:
-        monkeypatch.setattr('sys.argv', [script, *map(str, args)])
+        as_started(monkeypatch, script, args)
         module = load(script)
         with pytest.raises(module.SetupError, match=f'(?s){match}'):
             module.main()
@@ -64,7 +80,7 @@ def script(
     """Run a script's main with arguments; return its exit code."""
 
     def run(name: str, *args: object) -> int:
-        monkeypatch.setattr('sys.argv', [name, *map(str, args)])
+        as_started(monkeypatch, name, args)
         try:
             load(name).main()
         except SystemExit as stop:
@@ -88,7 +104,7 @@ def reaches(
         raise Reached(cfg)
 
     def run(script: str, *args: object) -> Config:
-        monkeypatch.setattr('sys.argv', [script, *map(str, args)])
+        as_started(monkeypatch, script, args)
         module = load(script)
         monkeypatch.setattr(module.launch, 'build_runner', stop)
         with pytest.raises(Reached) as reached:

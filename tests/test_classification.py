@@ -34,7 +34,6 @@ test_dataloader = val_dataloader
 train_cfg = dict(max_epochs=1, val_interval=1)
 default_hooks = dict(logger=dict(interval=1))
 randomness = dict(seed=0)
-visualizer = dict(name='DATA')  # one for each test of the process
 """
 # The names of mmpretrain's deep stem are not those of mmseg's.
 HOSTS = {

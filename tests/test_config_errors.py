@@ -117,6 +117,7 @@ def test_key_of_the_class_that_another_option_sets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
     work = ('--work-dir', config.parent / 'work', '--amp', '--cfg-options')
     cfg = reaches('train', config, *work, 'optim_wrapper.dtype=bfloat16')
     assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
