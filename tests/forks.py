@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 120  # seconds that one script may take
+LIMIT = 600  # seconds that one script may take
 
 
 class Forks:
@@ -23,7 +23,8 @@ class Forks:
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            # A buffer would hide from select() what it holds.
+            bufsize=0,
             env=os.environ
             | {
                 'OMP_NUM_THREADS': '1',
@@ -55,8 +56,7 @@ class Forks:
             environment=environment,
             folder=os.getcwd(),
         )
-        self.server.stdin.write(json.dumps(order) + '\n')
-        self.server.stdin.flush()
+        self.server.stdin.write(f'{json.dumps(order)}\n'.encode())
         while True:
             answer = json.loads(self.server.stdout.readline())
             if 'started' in answer:

@@ -225,8 +225,10 @@ def write_shipped(
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)
     logging.disable(logging.INFO)  # the values of each tensor
-    model.init_weights()
-    logging.disable(logging.NOTSET)
+    try:
+        model.init_weights()
+    finally:
+        logging.disable(logging.NOTSET)
     for layer in model.modules():
         if isinstance(layer, torch.nn.GroupNorm):
             torch.nn.init.uniform_(layer.weight, 0.5, 1.5)

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -64,12 +65,15 @@ def scripts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Scripts:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> object:
+def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     def run(*options: str) -> None:
         monkeypatch.setattr('sys.argv', ['demo.py', *options])
         demo.main()
 
-    return run
+    before = signal.getsignal(signal.SIGTERM)
+    yield run
+    # The demo sets its own.
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_every_step_is_run_once(
@@ -143,9 +147,5 @@ def test_a_request_to_end_ends_the_script_that_runs(
     monkeypatch.setattr(
         demo.subprocess, 'run', lambda _: signal.raise_signal(signal.SIGTERM)
     )
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit, match='143'):
-            run('--offline')
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(SystemExit, match='143'):
+        run('--offline')

@@ -359,17 +359,22 @@ def test_a_training_that_outlives_its_runner_keeps_the_folder(
     cells = [dict(task='tiny', norm='GN', options=options(images))]
     path = write_grid(tmp_path / 'grid.py', cells, images=100000)
     command = [sys.executable, run.__file__, path, tmp_path / 'out']
+    runs = tmp_path / 'out/runs'
+    until = time.monotonic() + 240
     with subprocess.Popen(command, start_new_session=True) as runner:
-        log = tmp_path / 'out/runs'
-        while not [*log.glob('*/output.log')]:
-            time.sleep(0.1)
-        time.sleep(1)
-        runner.kill()
-    try:
-        said = refusal(path, tmp_path / 'out')
-        assert 'a training that a killed' in said
-    finally:
-        os.killpg(runner.pid, signal.SIGKILL)
+        try:
+            # Written by the training itself, which runs from then on.
+            while not [*runs.glob('*/*/vis_data')]:
+                assert runner.poll() is None
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            runner.kill()
+            runner.wait()
+            said = refusal(path, tmp_path / 'out')
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(runner.pid, signal.SIGKILL)
+    assert 'a training that a killed' in said
 
 
 def test_a_detector_that_finds_nothing_has_0(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import DET, SEG, call, write_config, write_data
+from tiny_runs import DET, SEG, call, free_port, write_config, write_data
 
 from ws_mm import BCN, WSConv2d
 
@@ -127,7 +127,7 @@ def test_two_processes(host: str, config: Path, tmp_path: Path) -> None:
         *(tool(host, 'dist_train.sh'), config, 2, '--work-dir', run),
         cwd=tmp_path,  # The hosts leave an empty .dist_test there.
         PYTHONPATH=f'{tmp_path}:{Path(__file__).parents[1]}',
-        PORT=str(29600 + ['mmdet', 'mmseg'].index(host)),
+        PORT=free_port(),
     )
     assert done.returncode == 0, done.stdout
     assert 'nothing averages their estimates' not in done.stdout

@@ -198,7 +198,9 @@ def averages(states, kind, update_buffers, momentum, gamma=2000):
         ('mmdet.ExpMomentumEMA', True),
     ],
 )
-def test_averaged_weights_of_a_run(kind, update_buffers, tmp_path, capsys):
+def test_averaged_weights_of_a_run(
+    kind, update_buffers, tmp_path, capsys, monkeypatch
+):
     ema = dict(ema_type=kind, update_buffers=update_buffers, momentum=0.3)
     if '.' in kind:
         pytest.importorskip('mmdet.models')
@@ -232,7 +234,7 @@ def test_averaged_weights_of_a_run(kind, update_buffers, tmp_path, capsys):
     )
     for number, option in enumerate(('--ema', '--no-ema')):
         out = tmp_path / option
-        pytest.MonkeyPatch().setattr(
+        monkeypatch.setattr(
             'sys.argv',
             ['publish', str(run / 'iter_4.pth'), str(out), option],
         )

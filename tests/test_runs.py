@@ -256,22 +256,30 @@ def processes_with(word: str) -> list[str]:
 
 def wait_for(path: Path, alive: object) -> None:
     """Wait until a file appears; fail if what writes it has ended."""
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600
     while not path.exists():
         assert alive(), f'it ended without {path}'
         assert time.monotonic() < until
         time.sleep(0.02)
 
 
-def assert_whole(work_dir: Path) -> int:
-    """The last checkpoint is named and whole: its iteration."""
-    named = Path((work_dir / 'last_checkpoint').read_text())
+def assert_whole(work_dir: Path, killed: bool = False) -> int:
+    """The last checkpoint is named and whole: its iteration.
+
+    Args:
+        work_dir: of the run.
+        killed: its first rank got a signal, which may have come while it
+            wrote a checkpoint or between opening and writing last_checkpoint.
+    """
+    named = (work_dir / 'last_checkpoint').read_text()
     newest, broken = tool('support.checkpoints').newest_checkpoint(work_dir)
     assert broken == []
-    # A kill between renaming a checkpoint and naming it is no harm.
-    steps = [int(Path(p).stem.split('_')[1]) for p in (named, newest)]
-    assert 0 <= steps[1] - steps[0] <= 1
-    assert not list(work_dir.glob('*.part'))
+    if named or not killed:
+        # A kill between renaming a checkpoint and naming it is no harm.
+        steps = [int(Path(p).stem.split('_')[1]) for p in (named, newest)]
+        assert 0 <= steps[1] - steps[0] <= 1
+    if not killed:
+        assert not list(work_dir.glob('*.part'))
     return torch.load(newest, weights_only=False)['meta']['iter']
 
 
@@ -306,11 +314,12 @@ def test_a_rank_that_is_killed_ends_the_run(seg: Path, tmp_path: Path) -> None:
                 ranks[int(path.parent.name)] = command
     assert len(ranks) == 1
     os.kill(next(iter(ranks)), signal.SIGKILL)
-    assert run.wait(60) != 0
+    assert run.wait(300) != 0
     assert processes_with(str(work_dir)) == []
     said = (tmp_path / 'log').read_text()
     assert 'Signal 9 (SIGKILL)' in said
-    assert assert_whole(work_dir) >= 3
+    # torchrun ends rank 0 at any moment.
+    assert assert_whole(work_dir, killed=True) >= 3
 
 
 def test_a_rank_that_hangs_ends_the_others_within_the_timeout(
@@ -320,13 +329,13 @@ def test_a_rank_that_hangs_ends_the_others_within_the_timeout(
     options = ('--cfg-options', 'train_cfg.max_iters=100000')
     ranks = forks.start_ranks(
         *('train', seg, '--work-dir', work_dir, *options),
-        'env_cfg.dist_cfg.timeout=5',
+        'env_cfg.dist_cfg.timeout=15',
         logs=tmp_path,
     )
     wait_for(work_dir / 'iter_2.pth', lambda: forks.poll(ranks[0]) is None)
     os.kill(ranks[1], signal.SIGSTOP)
     # Far below the default of half an hour, far above what it takes.
-    assert forks.wait(ranks[0], 60) == 1
+    assert forks.wait(ranks[0], 300) == 1
     os.kill(ranks[1], signal.SIGKILL)
     assert forks.wait(ranks[1]) == -signal.SIGKILL
     said = (tmp_path / 'log 0').read_text()
@@ -428,8 +437,13 @@ def test_a_hundred_images_one_by_one(forks: Forks, tmp_path: Path) -> None:
     # All layers with estimates have them, and the mask head saw no RoI.
     assert result['buffers'] > 40
     assert result['iterations_without_rois'] >= 10
-    # So few iterations on a busy machine say nothing of the speed.
-    assert [line for line in result['failures'] if 'ms rose' not in line] == []
+    # So few iterations on a busy machine say nothing of the speed, nor of
+    # the memory: pages of files count, which the machine may take and reload.
+    assert [
+        line
+        for line in result['failures']
+        if not line.startswith(('ms rose', 'mib rose'))
+    ] == []
     assert code == bool(result['failures'])
 
 

@@ -20,6 +20,7 @@ from tiny_runs import (
     SEG,
     call,
     fake_commands,
+    free_port,
     write_config,
     write_data,
 )
@@ -216,12 +217,6 @@ def fake_slurm(folder: Path) -> Path:
     for path in folder.iterdir():
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return folder
-
-
-def free_port() -> str:
-    """A port that nothing listens on."""
-    with socket.create_server(('127.0.0.1', 0)) as server:
-        return str(server.getsockname()[1])
 
 
 def test_segmentation_trains_under_slurm_and_is_tested_augmented(

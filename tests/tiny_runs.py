@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ __all__ = [
     'SEG',
     'call',
     'fake_commands',
+    'free_port',
     'script_of',
     'write_config',
     'write_data',
@@ -66,6 +68,12 @@ def fake_commands(folder: Path) -> str:
         )
         path.chmod(0o755)
     return f'{folder}:{os.environ["PATH"]}'
+
+
+def free_port() -> str:
+    """A port that nothing listens on."""
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        return str(server.getsockname()[1])
 
 
 def without_ws(text: str) -> str:

@@ -36,7 +36,7 @@ CLOCK = {'time', 'data_time', 'memory'}
 # A dataloader's workers see within this time that their parent was killed.
 ORPHANS_S = 15
 # What a checkpoint takes to write, at least.
-WRITE_S = 0.03
+WRITE_S = 0.2
 
 
 def write_slowly(self: LocalBackend, obj: bytes, path: str) -> None:
@@ -251,7 +251,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         else:
             # Not the first at first, so that there is what to resume from.
             save = moments.randint(1, 3) if kills else 2
-            how = kill(process, moments.uniform(0, WRITE_S / 2), killed, save)
+            # Early: a busy machine is late to see it, and to kill it.
+            how = kill(process, moments.uniform(0, WRITE_S / 4), killed, save)
         if how != 'ended':
             kills += 1
             groups.append(process)
