@@ -48,7 +48,7 @@ def load(name: str) -> ModuleType:
 def as_started(
     patch: pytest.MonkeyPatch, script: str, arguments: tuple[object, ...]
 ) -> None:
-    """Have the arguments of a script, and no run before it.
+    """Set the arguments of a script, and forget earlier runs.
 
     Runs of files of one name that start within one second are one to
     mmengine: the second would get the scope, log and visualizer of the first.

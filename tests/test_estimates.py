@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import logging
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import tiny_runs
 import torch
 from comparison import TOLERANCE, disagreements
 from mmengine.config import Config
+from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
@@ -23,7 +25,7 @@ from mmengine.structures import InstanceData
 from proofs import small_run
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader
 
 import ws_mm
 from ws_mm import BCN, WSConv2d
@@ -358,6 +360,36 @@ def test_the_size_of_the_next_images_stays():
     MessageHub.get_current_instance().update_info('iter', 0)
     ws_mm.update_estimates(Model(), [batch])
     assert augment._input_size == before
+
+
+@pytest.mark.parametrize('kind', ['BatchSampler', 'AspectRatioBatchSampler'])
+def test_samples_are_numbered_in_the_batches_of_the_training(kind):
+    if kind == 'BatchSampler':
+        batches = BatchSampler
+    else:
+        samplers = pytest.importorskip('mmdet.datasets.samplers')
+        batches = getattr(samplers, kind)
+
+    class Sizes(list):
+        def get_data_info(self, index):
+            return dict(width=1 + index % 2, height=1.5)
+
+    data = Sizes(range(8))
+    sampler = batches(DefaultSampler(data, seed=0), 2, False)
+    loader = DataLoader(data, batch_sampler=sampler)
+    runner = SimpleNamespace(
+        train_loop=SimpleNamespace(dataloader=loader),
+        seed=0,
+        iter=5,
+        logger=logging.getLogger('runner'),
+    )
+    hook = ws_mm.UpdateEstimatesHook()
+    expected = [*hook._batches(runner).batch_sampler]
+    ws_mm.ExactResumeHook().before_train(runner)
+    found = [*hook._batches(runner).batch_sampler]
+    assert found == expected
+    places = sorted(index.place for batch in found for index in batch)
+    assert places == [(5, number) for number in range(8)]
 
 
 def test_a_sampler_of_several_sources_is_refused_before_training():

@@ -42,6 +42,7 @@ param_scheduler = [dict(type='PolyLR', by_epoch=False, begin=0, end=6)]
 EPOCHS = """
 train_cfg.update(max_epochs=2, val_interval=1)
 train_dataloader['batch_sampler'] = dict(type='AspectRatioBatchSampler')
+custom_hooks = [dict(type='ws_mm.UpdateEstimatesHook', num_batches=2)]
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=4)
 ]

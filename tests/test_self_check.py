@@ -140,8 +140,8 @@ def test_right_kernels_pass_far_from_zero(said: list[str], mode: str) -> None:
     assert not said
 
 
-# The numbers of 16 rows, 8 channels and 2 groups that one kernel leaves to
-# others: its argument, and which of it.
+# Kernel, place of an output among its arguments, slice of that output: for 16
+# rows, 8 channels and 2 groups.
 NUMBERS = [
     ('moments', 1, (0, 16)),
     ('moments', 1, (16, 32)),

@@ -150,9 +150,8 @@ def main() -> None:
     launch.set_up_processes(cfg)
 
     runner = launch.build_runner(cfg)
-    checkpoints.check_weights_fit(
-        cfg.get('load_from'), launch.model_of(runner)
-    )
+    if cfg.get('load_from'):
+        checkpoints.check_weights_fit(cfg.load_from, launch.model_of(runner))
     if isinstance(runner, Runner):
         if not cfg.get('resume'):
             checkpoints.check_parts_fit(runner.model)

@@ -9,7 +9,7 @@ from .config_edits import Draft, loads
 from .config_layers import Cfg, ConfigError, registered
 from .config_parts import Part, decide, select
 from .replacement import BATCH_NORMS
-from .shapes import LOADED_WHEN_BUILT, batch_norms, build_without_memory
+from .shapes import WEIGHTS, batch_norms, build_without_memory
 
 CHOICES = ('auto', 'convert', 'freeze', 'ease')
 EASED = dict(type='ws_mm.EasedBCN')
@@ -74,7 +74,7 @@ def _is_pretrained(part: Part, model: Cfg) -> bool:
     # Checkpoints of whole models do not fit the other parts' new layers.
     return bool(
         loads(part.value.get('init_cfg'))
-        or any(part.value.get(key) for key in LOADED_WHEN_BUILT)
+        or any(part.value.get(key) for key in WEIGHTS)
         or (len(part.key) == 2 and model.get('pretrained'))
     )
 

@@ -15,7 +15,7 @@ from .config_parts import Key, Part, iter_dicts, short, spell
 from .converted import CONVERTED
 from .hooks import MEAN_TEACHER
 from .running_statistics import RunningStatistics
-from .shapes import LOADED_WHEN_BUILT, no_weights
+from .shapes import WEIGHTS, no_weights
 
 HOOK = dict(type='ws_mm.SyncEstimatesHook')
 BASE_KEY: Key = ('auto_scale_lr', 'base_batch_size')
@@ -142,7 +142,7 @@ def _drop_weights(draft: Draft, changed: list[Part]) -> None:
     keys = [part.key for part in changed]
     for key, value, _ in [*iter_dicts(draft.content['model'], ('model',))]:
         # A segmentor's own is the checkpoint of its backbone.
-        for name in LOADED_WHEN_BUILT:
+        for name in WEIGHTS:
             if value.get(name) and (key in keys or (*key, 'backbone') in keys):
                 draft.set((*key, name), no_weights(value[name]), why)
         holds = any(other[: len(key)] == key for other in keys)
@@ -151,8 +151,11 @@ def _drop_weights(draft: Draft, changed: list[Part]) -> None:
     if draft.content.get('load_from'):
         draft.set(('load_from',), None, why)
     for part in changed:
-        norm_cfg = part.layers.get('norm_cfg', part.get('norm_cfg'))
-        if norm_cfg and norm_cfg.get('requires_grad') is False:
+        norm_cfg: Any = part.get('norm_cfg') or {}
+        if (
+            norm_cfg.get('requires_grad') is False
+            and 'norm_cfg' not in part.layers  # else it was asked for
+        ):
             draft.set(
                 (*part.key, 'norm_cfg'),
                 {**norm_cfg, 'requires_grad': True},
@@ -219,14 +222,14 @@ def scale_lr(
         return
     counts = draft.get(COUNTS_KEY)
     counts = 1 if counts is ABSENT or not counts else counts
-    if images % counts:
-        raise ConfigError(
-            f'images_per_step={images} is no multiple of the {counts} '
-            f'iterations of a step ({spell(COUNTS_KEY)}={counts})'
-        )
     base = base or _base_batch_size(draft, filename, lr, counts)
     if base == images:
         return
+    if images % counts:
+        raise ConfigError(
+            f'images_per_step={images} must be a multiple of {counts}, the '
+            f'iterations of one step ({spell(COUNTS_KEY)})'
+        )
     why = f'linear rule: {images} images per step instead of {base}'
     draft.set(lr_key, float(f'{lr * images / base:.12g}'), why)
     draft.set(BASE_KEY, images, 'what the learning rate is for')
@@ -259,19 +262,22 @@ def _base_batch_size(
 ) -> int:
     """Return the images per step that the config says its rate is for."""
     found: dict[str, int] = {}
+    says = 'nothing in the config says'
     base = draft.get(BASE_KEY)
     if base is not ABSENT and base:
         found[f'{spell(BASE_KEY)}={base}'] = base
     name = os.path.basename(filename or '')
     if named := re.search(r'_(\d+)xb(\d+)', name):
         words = f'its name ({named[0][1:]})'
-        if counts > 1:
-            words += f' with {spell(COUNTS_KEY)}={counts}'
-        found[words] = int(named[1]) * int(named[2]) * counts
+        images = int(named[1]) * int(named[2])
+        # It may or may not count the iterations of a step.
+        if counts == 1 or (found and base not in (images, images * counts)):
+            found[words] = images
+        elif not found:
+            says = f'{words} with {spell(COUNTS_KEY)}={counts} does not say'
     values = set(found.values())
     if len(values) == 1:
         return values.pop()
-    says = 'nothing in the config says'
     if found:
         says = f'{" and ".join(found)} do not agree on'
     raise ConfigError(

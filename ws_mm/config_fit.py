@@ -137,14 +137,11 @@ def _build(root: Part, parts: list[Part]) -> nn.Module:
             put(value, (*part.key[len(root.key) :], name), layer)
     built = build_without_memory(value, root.scope)
     student = getattr(built, 'student', None)
-    if isinstance(student, nn.Module):
-        # A semi-supervised detector builds model.detector twice. Layers are
-        # named by their keys, so once, and by this name first.
-        children = dict(built._modules)
-        built._modules.clear()
-        built.detector = student
-        for name, child in children.items():
-            built.add_module(name, student if name == 'teacher' else child)
+    if 'detector' in value and isinstance(student, nn.Module):
+        # It builds model.detector twice. A module is listed once, by its
+        # first name: here by that of its key.
+        others = built._modules
+        built._modules = {'detector': student, **others, 'teacher': student}
     return built
 
 

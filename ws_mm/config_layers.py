@@ -176,7 +176,8 @@ def unless_there(new: Cfg | None, old: Cfg | None, scope: str) -> Cfg | None:
     same = registered(old.get('type'), scope) is registered(new['type'], scope)
     options = new.keys() - {'type'}
     there = all(old.get(name) == new[name] for name in options)
-    return None if same and there else new
+    # One that shall be frozen is to stay so where weights go.
+    return None if same and there and 'requires_grad' not in options else new
 
 
 def is_replaceable(cfg: Cfg | None, scope: str) -> bool:

@@ -82,8 +82,10 @@ def apply_norm(
     Formula, for ``images_per_step``:
         lr = lr * images_per_step / base
         base = base_batch_size, else what the config says:
-            auto_scale_lr.base_batch_size, and of a file name with _GxbB
-            G * B * optim_wrapper.accumulative_counts
+            auto_scale_lr.base_batch_size, and G * B of a file name with _GxbB
+
+    One step has ``optim_wrapper.accumulative_counts`` iterations. With more
+    than one, a file name alone is not enough.
 
     Args:
         cfg: config; changed in place, or not at all where this raises.

@@ -13,7 +13,7 @@ from .checking import check
 from .conv import WSConv2d
 from .conversion import convert
 from .running_statistics import norm_class
-from .shapes import LOADED_WHEN_BUILT, batch_norms
+from .shapes import WEIGHTS, batch_norms
 
 CONVERTED = 'ws_mm.Converted'
 
@@ -65,8 +65,13 @@ def converted(
         WSConv2d(2, 2, 1, **conv)  # so that it says what is wrong
     part: nn.Module = MODELS.build(dict(type=of, **arguments))
     continues = getattr(norm_class(kind), 'continues_batch_norm', False)
-    for name in LOADED_WHEN_BUILT:
-        if arguments.get(name) and (conv is not None or not continues):
+    for name in WEIGHTS:
+        if (
+            arguments.get(name)
+            and (conv is not None or not continues)
+            # mmdet and mmseg make one of pretrained, which is loaded later.
+            and not getattr(part, 'init_cfg', None)
+        ):
             print_log(
                 f'ws_mm.Converted: {type(part).__name__} has loaded weights '
                 f'when it was built ({name}={arguments[name]!r}). They are '

@@ -187,12 +187,8 @@ class UpdateEstimatesHook(Hook):
         # shared by all.
         seeds = [runner.seed]
         broadcast_object_list(seeds)
-        samples: Any = DefaultSampler(loader.dataset, seed=seeds[0])
+        samples = DefaultSampler(loader.dataset, seed=seeds[0])
         samples.set_epoch(runner.iter)
-        fetch = getattr(loader.dataset, '__getitems__', None)
-        if isinstance(fetch, SeededSamples):
-            samples = NumberedSampler(samples)
-            samples.epoch = runner.iter
         own = loader.batch_sampler
         drawn = getattr(own, 'sampler', None)
         # mmdet's samplers of several sources: each batch has some of all.
@@ -204,6 +200,11 @@ class UpdateEstimatesHook(Hook):
             )
         except (AttributeError, TypeError) as error:
             raise _cannot_draw(own) from error
+        fetch = getattr(loader.dataset, '__getitems__', None)
+        if isinstance(fetch, SeededSamples):
+            # Once built: mmdet's refuse what is no Sampler of torch.
+            batches.sampler = NumberedSampler(samples)
+            batches.sampler.epoch = runner.iter
         return DataLoader(
             loader.dataset,
             batch_sampler=batches,

@@ -24,7 +24,7 @@ class ExactResumeHook(Hook):
         before iteration i: state = f(seed, i)
         before sample k of epoch e on rank r: state = f(seed, r, e, k)
     with k the place in the order of the sampler. Which worker loads the
-    sample, and how many there are, makes no difference.
+    sample, and how many there are, makes no difference (but see below).
 
     Convention: runs with this hook draw other numbers than runs without, so
         use it from the start. mmengine restores the order of the samples
@@ -32,9 +32,9 @@ class ExactResumeHook(Hook):
         transform, a preprocessor or a model carries from one sample to the
         next outside of its state_dict (CachedMosaic's images, the last size
         of BatchSyncRandomResize), nor what mmdet's GroupMultiSourceSampler
-        draws. Where mmengine starts the workers before any hook runs (its
-        releases, in loops of iterations), their samples keep the workers'
-        own random numbers: resume with the same ``num_workers``.
+        draws. Releases of mmengine start the workers of a loop of iterations
+        before any hook runs. Their samples keep the workers' own random
+        numbers: resume with the same ``num_workers``.
     """
 
     # Before any other hook draws a number for the iteration.
@@ -49,7 +49,8 @@ class ExactResumeHook(Hook):
         )
         loader = runner.train_loop.dataloader
         batches = getattr(runner.train_loop, 'dataloader_iterator', None)
-        if loader.num_workers and getattr(batches, '_iterator', None):
+        started = getattr(batches, '_iterator', None)
+        if loader.num_workers and started is not None:
             runner.logger.info(
                 'ExactResumeHook: this mmengine has started the workers '
                 'already, so that their samples have random numbers of the '

@@ -17,8 +17,8 @@ from .running_statistics import RunningStatistics
 
 # Pixels: whatever a host pools or strides by fits in. On a CPU it takes time.
 SIZES = {'meta': 1024, 'cpu': 256}
-# With these a class loads weights when it is built. timm has the second.
-LOADED_WHEN_BUILT = ('pretrained', 'checkpoint_path')
+# Keys of weights beside init_cfg. timm's networks load them when built.
+WEIGHTS = ('pretrained', 'checkpoint_path')
 # In place, whether torch.nn.init or a tensor calls them.
 INITIALIZERS = {name for name in vars(nn.init) if name.endswith('_')}
 
@@ -26,7 +26,7 @@ INITIALIZERS = {name for name in vars(nn.init) if name.endswith('_')}
 def build_without_memory(model: Mapping[str, Any], scope: str) -> nn.Module:
     """Build a model whose weights take no memory and have no values.
 
-    Pretrained weights are not looked for, and nothing is printed.
+    Pretrained weights are not looked for, and hosts print nothing.
 
     Args:
         model: ``model`` of a config.
@@ -42,7 +42,7 @@ def build_without_memory(model: Mapping[str, Any], scope: str) -> nn.Module:
         try:
             with _WeightsOnMeta():
                 return MODELS.build(ConfigDict(bare))  # type: ignore[no-any-return]
-        except (NotImplementedError, RuntimeError) as error:
+        except (NotImplementedError, RuntimeError, TypeError) as error:
             # A constructor that computes with the values of its weights.
             if 'meta' not in str(error):
                 raise
@@ -77,7 +77,7 @@ def _without_weights(value: Any) -> Any:
     if isinstance(value, dict):
         return {
             key: no_weights(inner)
-            if key in (*LOADED_WHEN_BUILT, 'init_cfg', 'teacher_ckpt')
+            if key in (*WEIGHTS, 'init_cfg', 'teacher_ckpt')
             else _without_weights(inner)
             for key, inner in value.items()
         }
@@ -87,9 +87,9 @@ def _without_weights(value: Any) -> Any:
 
 
 def no_weights(value: Any) -> bool | None:
-    """Return what a key has that loads no weights, where it has a value.
+    """Return the value in the place of this one that loads no weights.
 
-    timm's networks take a bool, in a config of mmpretrain's TIMMBackbone.
+    mmpretrain's TIMMBackbone takes a bool.
     """
     return False if isinstance(value, bool) else None
 
