@@ -16,6 +16,7 @@ from tiny_runs import SEG, write_config, write_data
 pytest.importorskip('mmseg')
 
 UNET = 'mmseg::unet/unet-s5-d16_fcn_4xb4-160k_cityscapes-512x1024.py'
+PAA = 'mmdet::paa/paa_r50_fpn_1x_coco.py'
 BISENET = (
     'mmseg::bisenetv1/bisenetv1_r18-d32_4xb4-160k_cityscapes-1024x1024.py'
 )
@@ -93,4 +94,20 @@ def test_training_names_the_batch_norm_on_one_value(
         r'Training stopped .*a batch norm \(backbone\.context_path\.gap_conv'
         r'\.1\.bn\) had one value per channel.*--remaining',
         *('train', config, '--work-dir', tmp_path / 'work'),
+    )
+
+
+def test_training_names_the_package_of_a_head(
+    refuses: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from mmdet.models.dense_heads import paa_head
+
+    monkeypatch.setattr(paa_head, 'skm', None)
+    config = shipped_on_odd_data(PAA, tmp_path)
+    refuses(
+        r'Training stopped \(Please .*sklearn first\.\): the package is '
+        'called scikit-learn',
+        *('train', config, '--work-dir', tmp_path / 'work', '--cfg-options'),
+        *('model.backbone.depth=18', 'model.backbone.base_channels=8'),
+        'model.neck.in_channels=[8,16,32,64]',
     )

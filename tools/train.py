@@ -181,7 +181,7 @@ def main() -> None:
         if reason is None:
             raise
         raise reason from error
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except (AssertionError, ImportError, RuntimeError, ValueError) as error:
         if reason := failures.known_cause(error, runner):
             raise reason from error
         if isinstance(error, RuntimeError):

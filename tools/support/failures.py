@@ -89,6 +89,10 @@ HOST_ERRORS = {
         'the images have fewer places than the model has queries. Train on '
         'larger images, or set a smaller model.num_queries'
     ),
+    'to install sklearn': (
+        'the package is called scikit-learn. Install it: '
+        'pip install scikit-learn'
+    ),
 }
 
 
