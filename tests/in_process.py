@@ -29,6 +29,10 @@ def process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '0')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    # Layout of a printed config takes a large part of a short run.
+    monkeypatch.setattr(
+        'yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True)
+    )
 
 
 @pytest.fixture(autouse=True)
