@@ -249,7 +249,7 @@ def table(summary: dict[str, Any]) -> str:
         f'{100 * good / max(able, 1):.1f} %: {good - apart} as whole models '
         f'({100 * (good - apart) / max(able, 1):.1f} %), and {apart} part by '
         'part, because their model needs a package that is not installed '
-        'here (transformers, fairscale, lap or mmpretrain).',
+        'here, such as transformers, fairscale or lap.',
         '',
         '| not converted, because | configs | such as |',
         '|---|---|---|',
