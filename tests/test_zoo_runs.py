@@ -34,7 +34,7 @@ norms = pytest.mark.parametrize(
     [case for case in CASES if not case.is_conv],
     ids=lambda case: case.name,
 )
-ITERATIONS = 50
+ITERATIONS = 25
 
 
 def parts_of(case: Case) -> dict[str, Any]:
