@@ -128,6 +128,9 @@ class Forks:
             except ProcessLookupError:
                 continue
         self.server.stdin.close()
+        # A process that was forked meanwhile, such as a DataLoader's worker,
+        # may hold the other end open, so that the server waits for a line.
+        self.server.kill()
         self.server.stdout.close()
         self.server.wait(LIMIT)
 
