@@ -35,6 +35,18 @@ FLEXIBLE = dict(
 )
 
 
+def add_lines(config: Path, settings: dict[str, Any]) -> None:
+    """Append settings to a config file."""
+    lines = (f'{name} = {value!r}' for name, value in settings.items())
+    config.write_text('\n'.join([config.read_text(), *lines]))
+
+
+def state_of(config: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a detector with random weights."""
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        return MODELS.build(Config.fromfile(config).model).state_dict()
+
+
 @pytest.mark.parametrize(
     ('kind', 'match'),
     [
@@ -110,9 +122,7 @@ def test_half_a_checkpoint_is_not_evaluated(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cfg = Config.fromfile(config)
-    with DefaultScope.overwrite_default_scope('mmdet'):
-        state = MODELS.build(cfg.model).state_dict()
+    state = state_of(config)
     half = {k: v for k, v in state.items() if 'mask_head' not in k}
     path = tmp_path / 'half.pth'
     torch.save(dict(state_dict=half), path)
@@ -179,8 +189,7 @@ def test_checkpoint_of_another_model(
     runner: dict[str, Any],
 ) -> None:
     work = ('--work-dir', tmp_path / 'work')
-    lines = (f'{name} = {value!r}' for name, value in runner.items())
-    config.write_text('\n'.join([config.read_text(), *lines]))
+    add_lines(config, runner)
     refuses(
         "shares no parameter with the model: it has 'some.weight'",
         *('test', config, weights, *work),
@@ -198,18 +207,15 @@ def test_another_runner_evaluates_whole_checkpoints(
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    cfg = Config.fromfile(config)
-    with DefaultScope.overwrite_default_scope('mmdet'):
-        state = MODELS.build(cfg.model).state_dict()
-    lines = (f'{name} = {value!r}' for name, value in FLEXIBLE.items())
-    config.write_text('\n'.join([config.read_text(), *lines]))
+    state = state_of(config)
+    add_lines(config, FLEXIBLE)
     path = tmp_path / 'all.pth'
     torch.save(dict(state_dict=state, meta={}), path)
     work = ('--work-dir', tmp_path / 'work')
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         load('checkpoints').check_weights_complete(
-            path, build_without_memory(cfg.model, 'mmdet')
+            path, build_without_memory(Config.fromfile(config).model, 'mmdet')
         )
     assert script('test', config, path, *work) == 0
     assert 'coco/segm_mAP' in capsys.readouterr().out
