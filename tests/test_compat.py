@@ -297,6 +297,41 @@ def test_is_tracing():
     assert seen == [False, True, True, False]
 
 
+@pytest.mark.parametrize('known', [True, False])
+def test_environment_variable(
+    monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    if not known:  # a Python with another os.environ
+        monkeypatch.setattr(compat, '_variables', None)
+    name, seen = 'WS_MM_TEST_VARIABLE', []
+    for value in (None, 'first', 'second', None):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+        seen.append(compat.environment_variable(name, 'default'))
+    assert seen == ['default', 'first', 'second', 'default']
+
+
+def test_is_eager() -> None:
+    seen = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.append(compat.is_eager())
+        return x + 1
+
+    x = torch.ones(1)
+    function(x)
+    torch.jit.trace(function, x, check_trace=False)
+    make_fx(function)(x)
+    torch.func.vmap(function)(x)
+    with torch.autograd.forward_ad.dual_level():
+        function(x)
+    torch.compile(function, backend='eager')(x)
+    function(x)
+    assert seen == [True, False, False, False, False, False, True]
+
+
 def test_is_backward():
     seen = []
 

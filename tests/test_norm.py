@@ -10,6 +10,7 @@ import reference
 import torch
 from comparison import TOLERANCE, disagreements
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 from ws_mm import BCN, norm, running_statistics
@@ -51,6 +52,35 @@ def test_sequence_of_steps_equals_formula(mode, outer_affine):
         assert not disagreements(
             actual, {'output': expected, **running}, TOLERANCE[torch.float64]
         )
+
+
+class Doubled(nn.Module):
+    """A parametrization: the value that is used, and back."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return 2 * values
+
+    def right_inverse(self, values: Tensor) -> Tensor:
+        return values / 2
+
+
+@pytest.mark.parametrize('name', ['bn_weight', 'bn_bias', 'weight', 'bias'])
+def test_a_parametrized_affine_equals_formula(name: str) -> None:
+    """torch takes it out of the parameters of the layer."""
+    layer = randomized(12, 4, momentum=0.3)
+    state = {k: v.detach().clone() for k, v in layer.state_dict().items()}
+    register_parametrization(layer, name, Doubled())
+    with torch.no_grad():
+        layer.parametrizations[name].original.mul_(1.5)
+    state[name] *= 1.5
+    x = make_input()
+    expected, _ = reference.batch_channel_norm(
+        x, state, 4, training=True, momentum=0.3, mode='estimate'
+    )
+    actual = {'output': layer(x)}
+    assert not disagreements(
+        actual, {'output': expected}, TOLERANCE[torch.float64]
+    )
 
 
 def test_is_its_group_norm_until_the_estimates_move():

@@ -232,19 +232,40 @@ def is_exporting() -> bool:
     return asked is None or bool(asked())
 
 
+# The dict behind os.environ, where a missing name raises nothing.
+_variables: Any = getattr(os.environ, '_data', None)
+_key: Any = getattr(os.environ, 'encodekey', None)
+
+
+def environment_variable(name: str, default: str) -> str:
+    """Return ``os.environ.get(name, default)``, in a fifth of its time."""
+    known = _variables is not None and _key is not None
+    if known and _key(name) not in _variables:
+        return default
+    return os.environ.get(name, default)
+
+
+# Bound once: each layer asks them in each forward.
+_trace: Any = getattr(torch._C, '_get_tracing_state', lambda: None)
+_transforms: Any = getattr(
+    torch._C, '_are_functorch_transforms_active', lambda: False
+)
+_mode: Any = getattr(torch._C, '_get_dispatch_mode', None)
+_PROXY = None
+if _mode is not None:
+    _PROXY = torch._C._TorchDispatchModeKey.PROXY
+
+
 def is_tracing() -> bool:
     """Return whether ``torch.jit.trace`` or ``make_fx`` runs; else False.
 
     Both record operations, and would record an autograd function without its
     backward.
     """
-    state = getattr(torch._C, '_get_tracing_state', None)
-    if state is not None and state() is not None:
+    if _trace() is not None:
         return True
-    mode = getattr(torch._C, '_get_dispatch_mode', None)
-    if mode is not None:
-        keys: Any = torch._C
-        return mode(keys._TorchDispatchModeKey.PROXY) is not None
+    if _mode is not None:
+        return _mode(_PROXY) is not None
     names = {type(each).__name__ for each in _dispatch_modes()}
     return 'ProxyTorchDispatchMode' in names
 
@@ -254,10 +275,18 @@ def is_recording() -> bool:
     return bool(is_compiling()) or is_tracing()
 
 
-def is_transformed() -> bool:
-    """Return whether a transform of ``torch.func`` runs; else False."""
-    active = getattr(torch._C, '_are_functorch_transforms_active', None)
-    return active is not None and bool(active())
+def is_eager() -> bool:
+    """Return whether operations run as they are called.
+
+    Not so in a compiler, an exporter or a tracer, under a transform of
+    ``torch.func``, and within ``forward_ad.dual_level``.
+    """
+    return not (
+        is_compiling()
+        or is_tracing()
+        or _transforms()
+        or getattr(torch.autograd.forward_ad, '_current_level', -1) >= 0
+    )
 
 
 # Of a tensor: whether a finished transform of ``torch.func`` has left it
@@ -273,11 +302,6 @@ def gpu_driver() -> int:
     """Return the version of CUDA that the driver knows; 0 if unknown."""
     version = getattr(torch._C, '_cuda_getDriverVersion', None)
     return 0 if version is None else int(version())
-
-
-def is_forward_ad() -> bool:
-    """Return whether ``forward_ad.dual_level`` is entered; else False."""
-    return getattr(torch.autograd.forward_ad, '_current_level', -1) >= 0
 
 
 COMPILES_SUBCLASSES = _numbers(torch.__version__) >= (2, 10)

@@ -232,8 +232,9 @@ def check_group_size(
         num_groups: groups of channels.
         layer: class name of the layer.
     """
-    # numel() would tie an exported program to the sizes of its example.
-    if math.prod(input.shape[1:]) != num_groups:
+    # Groups divide the channels. numel() would tie an exported program to the
+    # sizes of its example.
+    if input.shape[1] != num_groups or math.prod(input.shape[2:]) != 1:
         return
     fix = 'no norm (norm_cfg=None)'
     if num_groups > 1:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -367,11 +367,10 @@ def average_estimates(layers: Sequence[RunningStatistics]) -> None:
         counts.append(layer.values_seen)
     # A get_buffer for each would take longer than all that follows.
     buffers: list[Any] = [
-        values if values.dim() == 1 else values.view(-1)
-        for layer in layers
-        for name in layer.statistics
-        for values in cast(list[Tensor], [layer._buffers[name]])
+        layer._buffers[name] for layer in layers for name in layer.statistics
     ]
+    if any(values.dim() > 1 for values in buffers):
+        buffers = [values.view(-1) for values in buffers]
     sizes = [values.numel() for values in buffers]
     old = torch.cat(buffers)
     of_each = tuple(len(x.statistics) for x in layers)

@@ -29,7 +29,19 @@ from .symbolic import recorded
 
 # Of Group Normalization and of the authors' BCN.
 DEFAULT_GROUPS = 32
+VALUES = (
+    'running_mean',
+    'running_var',
+    'bn_weight',
+    'bn_bias',
+    'weight',
+    'bias',
+)
 OUTER_AFFINES = ('group', 'channel')
+ARGUMENTS = (
+    *('running_mean', 'running_var'),
+    *('bn_weight', 'bn_bias', 'weight', 'bias'),
+)
 
 
 @MODELS.register_module()
@@ -178,21 +190,34 @@ class BCN(RunningStatistics, nn.GroupNorm):
         update = self.begin_forward(input)
         if self.training and self.num_groups == self.num_features > 1:
             _report_instance_norm(self.num_features)
+        mean, var, bn_weight, bn_bias, weight, bias = self._values()
         return batch_channel_norm(
             input,
             self.num_groups,
-            self.running_mean,
-            self.running_var,
-            self.bn_weight,
-            self.bn_bias,
-            self.weight,
-            self.bias,
+            mean,
+            var,
+            bn_weight,
+            bn_bias,
+            weight,
+            bias,
             training=self.training,
             momentum=self.momentum,
             eps=self.eps,
             mode=self.mode,
             update=update,
         )
+
+    def _values(self) -> list[Tensor]:
+        """Running values and affines, in the order of the function.
+
+        FSDP and parametrizations take parameters out of torch's own dicts,
+        which are four times as fast as attributes of a module.
+        """
+        own: dict[str, Any] = {**self._buffers, **self._parameters}
+        return [
+            own[name] if name in own else getattr(self, name)
+            for name in ARGUMENTS
+        ]
 
     def extra_repr(self) -> str:
         """Constructor arguments."""

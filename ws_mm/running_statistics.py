@@ -141,8 +141,9 @@ class RunningStatistics(nn.Module):
         Counts the values of the input where a hook asks for them.
         """
         for name in self._names:
-            values = getattr(self, name)
-            if values.dtype in HALF:
+            # Attributes of a module take the host a microsecond.
+            values = self._buffers[name]
+            if values is not None and values.dtype in HALF:
                 # FSDP with a buffer_dtype casts past _apply, once.
                 setattr(self, name, values.float())
         # Activation checkpointing repeats the forward inside the backward.
@@ -157,11 +158,11 @@ class RunningStatistics(nn.Module):
             return False
         if self.estimating:
             if not compiling:  # a compiler takes it for a constant
-                self._moves += 1
-            if self.values_seen is None:
-                _report_unsynchronized(type(self).__name__)
-            else:
+                vars(self)['_moves'] = self._moves + 1
+            if self.values_seen is not None:
                 self.values_seen.add(values_per_channel(input))
+            elif self._moves < 2:  # the first one, or in a compiler
+                _report_unsynchronized(type(self).__name__)
         return True
 
     def count_values(self) -> None:

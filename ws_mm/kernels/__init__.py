@@ -63,12 +63,12 @@ def choose(
         ValueError: the environment variable has no legal value, or asks for
             Triton kernels on a CPU without Triton's interpreter.
     """
-    if compat.is_recording():
+    if not compat.is_eager():
         # First: a compiler cannot read the environment.
         compiles = compat.is_compiling() and not compat.is_exporting()
         return compiled if compiles else plain
-    choice = os.environ.get(VARIABLE, 'auto')
-    if choice != 'auto' and choice not in CHOICES:
+    choice = compat.environment_variable(VARIABLE, 'auto')
+    if choice not in CHOICES:
         raise ValueError(
             f'{VARIABLE}={choice!r} in the environment is not one of '
             f'{", ".join(map(repr, CHOICES))}'
@@ -76,23 +76,20 @@ def choose(
     if (
         choice == 'plain'
         or input.numel() == 0
-        or compat.is_transformed()
-        or compat.is_forward_ad()
         or type(input) not in (Tensor, torch.nn.Parameter)
+        or not (input.is_cuda or input.is_cpu)
     ):
         return plain
-    device = input.device.type
-    if device == 'cpu' and choice not in ('triton', 'check'):
-        return cpu if choice == 'fused' or is_faster(input) else plain
-    if device == 'cpu' and os.environ.get('TRITON_INTERPRET') != '1':
-        raise ValueError(
-            f'{VARIABLE}={choice!r} needs a GPU. Set TRITON_INTERPRET=1 '
-            'before Python starts to interpret the kernels on a CPU (slow), '
-            f'or {VARIABLE}=auto'
-        )
-    if device in ('cpu', 'cuda'):
-        return attempt(_cuda) or plain
-    return plain
+    if input.is_cpu:
+        if choice not in ('triton', 'check'):
+            return cpu if choice == 'fused' or is_faster(input) else plain
+        if os.environ.get('TRITON_INTERPRET') != '1':
+            raise ValueError(
+                f'{VARIABLE}={choice!r} needs a GPU. Set TRITON_INTERPRET=1 '
+                'before Python starts to interpret the kernels on a CPU '
+                f'(slow), or {VARIABLE}=auto'
+            )
+    return attempt(_cuda) or plain
 
 
 class CannotLaunch(Exception):

@@ -70,16 +70,12 @@ class StandardizeWeight(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, plan: plans.FilterPlan) -> Tensor:
         output = torch.empty_like(weight, dtype=plan.dtype)
         kept = weight.new_empty(3 * plan.rows, dtype=torch.float32)
-        values = weight, output, kept
-        with plans.on(weight.device):
-            plan.forward(
-                values, plans.addresses(values), plans.stream(weight.device)
-            )
-            if plan.check.pending and plan.check.is_due('forward'):
-                with plans.checking():
-                    self_check.filters_forward(
-                        plan.check, weight, output, plan.eps, plan.inside
-                    )
+        plans.launch(plan.forward, (weight, output, kept))
+        if plan.check.pending and plan.check.is_due('forward'):
+            with plans.checking():
+                self_check.filters_forward(
+                    plan.check, weight, output, plan.eps, plan.inside
+                )
         ctx.save_for_backward(weight, kept)
         ctx.plan = plan
         return output
@@ -107,16 +103,12 @@ def _standardize_backward(ctx: Any, grad: Tensor) -> Tensor:
     plan = ctx.plan
     gradient = torch.empty_like(weight)
     grad = grad.contiguous(memory_format=plan.memory_format)
-    values = grad, weight, kept, gradient
-    with plans.on(weight.device):
-        plan.backward(
-            values, plans.addresses(values), plans.stream(weight.device)
-        )
-        if plan.check.pending and plan.check.is_due('backward'):
-            with plans.checking():
-                self_check.filters_backward(
-                    plan.check, weight, grad, gradient, plan.eps, plan.inside
-                )
+    plans.launch(plan.backward, (grad, weight, kept, gradient))
+    if plan.check.pending and plan.check.is_due('backward'):
+        with plans.checking():
+            self_check.filters_backward(
+                plan.check, weight, grad, gradient, plan.eps, plan.inside
+            )
     return gradient
 
 
@@ -137,19 +129,17 @@ def batch_channel_norm(
     output: Tensor | None = None
     plan: plans.NormPlan | None = None
     memory_format = plans.dense_format(input)
-    mean, var = running
-    fit = plans.is_dense_float32(mean) and plans.is_dense_float32(var)
-    if source == 'ranks' and fit:
+    if source == 'ranks':
         output = cuda_ranks.batch_channel_norm(
             input, num_groups, running, affines, momentum, eps, update
         )
-    elif fit:
+    else:
         plan = plans.norm_plan(
             input.shape,
             input.dtype,
             memory_format,
             input.device,
-            *plans.known(mean, var, *affines),
+            plans.known(*running, *affines),
             num_groups,
             eps,
             source == 'batch',
@@ -159,12 +149,7 @@ def batch_channel_norm(
         output = attempt(
             _apply(BatchChannelNorm, input),
             input.contiguous(memory_format=memory_format),
-            *[
-                x
-                if x is None or plans.is_dense_float32(x)
-                else x.float().contiguous()
-                for x in affines
-            ],
+            *(affines if plan.takes else plans.dense_float32(affines)),
             (running, float(momentum), plan),
         )
     if output is None:  # nothing has been updated
@@ -197,43 +182,37 @@ class BatchChannelNorm(torch.autograd.Function):
         kept = input.new_empty(plan.kept, dtype=torch.float32)
         output = torch.empty_like(input)
         tensors = input, kept, output, *running, *affines
-        addresses = plans.addresses(tensors)
-        if addresses is not None:
-            addresses.append(momentum)
-        values = *tensors, momentum
         before: list[Tensor] | None = None
         if plan.check.pending and plan.check.is_due('forward'):
             before = [moved.clone() for moved in running]
-        with plans.on(input.device):
-            stream = plans.stream(input.device)
-            for launch in plan.statistics:
-                launch(values, addresses, stream)
-            if plan.update:
-                for moved in running:
-                    torch.autograd.graph.increment_version(moved)
-            try:
-                plan.affine(values, addresses, stream)
-            except CannotLaunch as failure:
-                # The running values have moved: no way back.
-                attempt(plans.fail, failure)
-                mean, var = plans.used(kept, plan)
-                output = plain.normalize(
-                    input.float(), *affines, mean, var, *plan.settings
-                ).to(input.dtype)
-            if before is not None:
-                with plans.checking(running, before):
-                    self_check.norm_forward(
-                        plan.check,
-                        input,
-                        kept,
-                        output,
-                        before,
-                        running,
-                        affines,
-                        momentum,
-                        plan.update,
-                        plan.settings,
-                    )
+        try:
+            plans.launch(plan.forward, tensors, momentum)
+        except CannotLaunch as failure:
+            if str(failure) != 'affine':
+                raise
+            # The running values have moved: no way back.
+            attempt(plans.fail, failure)
+            mean, var = plans.used(kept, plan)
+            output = plain.normalize(
+                input.float(), *affines, mean, var, *plan.settings
+            ).to(input.dtype)
+        if plan.update:
+            for moved in running:
+                torch.autograd.graph.increment_version(moved)
+        if before is not None:
+            with plans.checking(running, before):
+                self_check.norm_forward(
+                    plan.check,
+                    input,
+                    kept,
+                    output,
+                    before,
+                    running,
+                    affines,
+                    momentum,
+                    plan.update,
+                    plan.settings,
+                )
         ctx.save_for_backward(input, *affines, kept)
         ctx.plan = plan
         return output
@@ -262,18 +241,12 @@ def _batch_channel_norm_backward(
 ) -> list[Tensor | None]:
     input, *affines, kept = ctx.saved_tensors
     plan = ctx.plan
-    values, addresses = plans.backward_values(
-        plan, grad, input, kept, affines, ctx.needs_input_grad[0]
+    needs_input = ctx.needs_input_grad[0]
+    tensors = plans.backward_tensors(
+        plan, grad, input, kept, affines, needs_input
     )
-    with plans.on(input.device):
-        stream = plans.stream(input.device)
-        for launch in plan.reductions:
-            launch(values, addresses, stream)
-        if ctx.needs_input_grad[0]:
-            plan.affine_backward(values, addresses, stream)
-        if plan.check.pending and plan.check.is_due('backward'):
-            with plans.checking():
-                self_check.norm_backward(
-                    plan.check, values, plan.entries, plan.settings
-                )
-    return plans.gradients(plan, values)
+    plans.launch(plan.backward if needs_input else plan.backward[:2], tensors)
+    if plan.check.pending and plan.check.is_due('backward'):
+        with plans.checking():
+            self_check.norm_backward(plan.check, tensors, plan.settings)
+    return plans.gradients(tensors)

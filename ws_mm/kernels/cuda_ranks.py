@@ -36,7 +36,7 @@ def batch_channel_norm(
             input.dtype,
             memory_format,
             input.device,
-            *plans.known(*running, *affines),
+            plans.known(*running, *affines),
             num_groups,
             eps,
             of_batch,
@@ -49,7 +49,7 @@ def batch_channel_norm(
     output: Tensor | None = attempt(
         SynchronizedNorm.apply,
         input.contiguous(memory_format=memory_format),
-        *[None if x is None else x.float().contiguous() for x in affines],
+        *plans.dense_float32(affines),
         (running, float(momentum), update, of_batch, given),
     )
     return output
@@ -84,18 +84,14 @@ class SynchronizedNorm(torch.autograd.Function):
             launches: Sequence[plans.Launch], used: Sequence[Tensor]
         ) -> None:
             tensors = input, kept, output, *used, *affines
-            addresses = plans.addresses(tensors)
-            if addresses is not None:
-                addresses.append(momentum)
-            for launch in launches:
-                launch((*tensors, momentum), addresses, stream)
+            plans.launch(launches, tensors, momentum)
 
         def check(plan: plans.NormPlan, before: Sequence[Tensor]) -> None:
             """Check on numbers of this rank, before another one gets any."""
             if not (plan.check.pending and plan.check.is_due('forward')):
                 return
             mean, var = (values.clone() for values in before)
-            run((*plan.statistics, plan.affine), (mean, var))
+            run(plan.forward, (mean, var))
             with plans.checking():
                 self_check.norm_forward(
                     *(plan.check, input, kept, output),
@@ -107,33 +103,31 @@ class SynchronizedNorm(torch.autograd.Function):
                     settings=plan.settings,
                 )
 
-        with plans.on(input.device):
-            stream = plans.stream(input.device)
-            check(of_batch, running)
-            run(of_batch.statistics, running)
-            own = plans.used(kept, given)
-            check(given, [values.clone() for values in own])
-            mean, var, total = plain.statistics_of_ranks(
-                own, count, running, momentum, update
-            )
-            try:
-                run((given.statistics[1], given.affine), (mean, var))
-            except CannotLaunch as failure:
-                attempt(plans.fail, failure)
-                output = plain.normalize(
-                    input.float(), *affines, mean, var, *given.settings
-                ).to(input.dtype)
+        check(of_batch, running)
+        run(of_batch.forward[:2], running)
+        own = plans.used(kept, given)
+        check(given, [values.clone() for values in own])
+        mean, var, total = plain.statistics_of_ranks(
+            own, count, running, momentum, update
+        )
+        try:
+            run(given.forward[1:], (mean, var))
+        except CannotLaunch as failure:
+            attempt(plans.fail, failure)
+            output = plain.normalize(
+                input.float(), *affines, mean, var, *given.settings
+            ).to(input.dtype)
         ctx.save_for_backward(input, *affines, kept, mean, var, total)
         ctx.plan = given
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values = None
+        tensors = None
         if not torch.is_grad_enabled():  # else someone differentiates twice
-            values = attempt(_reduced, ctx, grad)
-        if values is not None:
-            return *_finished(ctx, *values), None
+            tensors = attempt(_reduced, ctx, grad)
+        if tensors is not None:
+            return *_finished(ctx, tensors), None
         input, *affines, _, mean, var, total = ctx.saved_tensors
         num_groups, eps, _ = ctx.plan.settings
         gradients = plain.gradients(
@@ -147,35 +141,27 @@ class SynchronizedNorm(torch.autograd.Function):
         return *gradients, None
 
 
-def _reduced(
-    ctx: Any, grad: Tensor
-) -> tuple[tuple[Any, ...], plans.Addresses | None]:
+def _reduced(ctx: Any, grad: Tensor) -> plans.Tensors:
     """The gradient as if the statistics were constants, not yet applied."""
     input, *affines, kept, _, _, _ = ctx.saved_tensors
     plan = ctx.plan
-    values, addresses = plans.backward_values(
-        plan, grad, input, kept, affines, ctx.needs_input_grad[0]
+    needs_input = ctx.needs_input_grad[0]
+    tensors = plans.backward_tensors(
+        plan, grad, input, kept, affines, needs_input
     )
-    with plans.on(input.device):
-        stream = plans.stream(input.device)
-        for launch in plan.reductions:
-            launch(values, addresses, stream)
-        if plan.check.pending and plan.check.is_due('backward'):
-            if ctx.needs_input_grad[0]:
-                plan.affine_backward(values, addresses, stream)
-            with plans.checking():
-                self_check.norm_backward(
-                    plan.check, values, plan.entries, plan.settings
-                )
-    return values, addresses
+    plans.launch(plan.backward[:2], tensors)
+    if plan.check.pending and plan.check.is_due('backward'):
+        if needs_input:
+            plans.launch(plan.backward[2:], tensors)
+        with plans.checking():
+            self_check.norm_backward(plan.check, tensors, plan.settings)
+    return tensors
 
 
-def _finished(
-    ctx: Any, values: tuple[Any, ...], addresses: plans.Addresses | None
-) -> list[Tensor | None]:
+def _finished(ctx: Any, tensors: plans.Tensors) -> list[Tensor | None]:
     """All gradients, of which that of the input is corrected and applied."""
-    grad, input, kept, scratch, gradient, grads, *affines = values
-    *_, mean, var, total = ctx.saved_tensors
+    grad, input, kept, scratch, gradient = tensors[:5]
+    _, bn_weight, *_, mean, var, total = ctx.saved_tensors
     plan = ctx.plan
     if gradient is not None:
         channels = len(mean)
@@ -184,16 +170,14 @@ def _finished(
         means, _, scales = _rows(kept, channels, input.shape[0])[:3]
         _, _, along, constants = _rows(scratch, channels, input.shape[0])
         inverse = torch.rsqrt(var + plan.settings[1])
-        scale = inverse if affines[0] is None else inverse * affines[0]
-        sums = all_reduced(grads[: 2 * channels]).view(2, channels)
+        scale = inverse if bn_weight is None else inverse * bn_weight
+        sums = all_reduced(torch.stack(tensors[5:7]))
         slope, constant = sums * (-scale / total)
         slope = slope * inverse
         along += slope
         constants += torch.addcmul(constant, slope, means - mean)
         try:
-            with plans.on(input.device):
-                stream = plans.stream(input.device)
-                plan.affine_backward(values, addresses, stream)
+            plans.launch(plan.backward[2:], tensors)
         except CannotLaunch as failure:
             attempt(plans.fail, failure)
             scales, means, along, constants = (
@@ -202,7 +186,7 @@ def _finished(
             )
             d = (input.float() - means) * along + constants
             gradient.copy_(grad.float() * scales + d)
-    return plans.gradients(plan, values)
+    return plans.gradients(tensors)
 
 
 def _rows(buffer: Tensor, channels: int, samples: int) -> Tensor:

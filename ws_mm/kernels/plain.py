@@ -351,11 +351,7 @@ def _synchronized_norm(
     eps: float,
     update: bool,
 ) -> Tensor:
-    if (
-        compat.is_recording()
-        or compat.is_transformed()
-        or compat.is_forward_ad()
-    ):
+    if not compat.is_eager():
         y, *found = _composed_synchronized(x, *affines[:2], eps)
         if update:
             with torch.no_grad():

@@ -6,9 +6,9 @@ kernel goes through Triton's JIT once per plan.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, lru_cache
-from operator import itemgetter
+from contextlib import contextmanager
+from functools import cache, lru_cache, reduce
+from operator import itemgetter, or_
 from typing import Any, NamedTuple
 
 import torch
@@ -43,8 +43,8 @@ ARGUMENTS = {
 }
 INTERPRETED = not isinstance(kernels.affine, JITFunction)
 
-Addresses = list[Any]
-Known = tuple[int, torch.device] | None
+Tensors = tuple[Any, ...]  # some of them None
+Known = tuple[int, torch.device, bool] | None
 
 
 class Launch:
@@ -79,51 +79,12 @@ class Launch:
         self.numbers = tuple(constants[key] for key in rest if key.islower())
         self.meta = {key: constants[key] for key in rest if key.isupper()}
         self.options = {'num_warps': warps, **_options()}
-        self.compiled: Any = None
+        self.run: Any = None  # of the compiled kernel
         self.first: tuple[Any, ...] = ()
         self.last: tuple[Any, ...] = ()
 
-    def __call__(
-        self,
-        values: tuple[Any, ...],
-        addresses: Addresses | None,
-        stream: int,
-    ) -> None:
-        """Launch on the current device.
-
-        Args:
-            values: tensors and numbers that were announced as given.
-            addresses: the same with addresses for tensors; None if one of
-                them is not aligned.
-            stream: current one of the device.
-
-        Raises:
-            CannotLaunch: the kernel could not be compiled, loaded or started.
-            RuntimeError: the device failed. CUDA reports an error of earlier
-                work at the next launch, and nothing can be computed after it.
-        """
-        try:
-            if self.compiled is None or addresses is None:
-                self._through_jit(values, addresses is not None)
-            else:
-                self.compiled.run(
-                    self.programs,
-                    1,
-                    1,
-                    stream,
-                    *self.first,
-                    *self.take(addresses),
-                    *self.last,
-                )
-        except Exception as error:
-            no_memory = isinstance(error, torch.cuda.OutOfMemoryError)
-            if no_memory or (
-                isinstance(error, RuntimeError) and 'CUDA' in str(error)
-            ):
-                raise
-            raise CannotLaunch from error
-
-    def _through_jit(self, values: tuple[Any, ...], aligned: bool) -> None:
+    def through_jit(self, values: Sequence[Any], aligned: bool) -> None:
+        """Launch as Triton does, and keep what it compiled if aligned."""
         arguments = *self.take(values), *self.numbers
         compiled = getattr(kernels, self.name)[(self.programs,)](
             *arguments, **self.meta, **self.options
@@ -138,7 +99,7 @@ class Launch:
             # Without hooks: of all tools, only Triton's profiler has some.
             packed = compiled.packed_metadata
             self.first = compiled.function, packed, None, None, None
-            self.compiled, self.last = compiled, last
+            self.run, self.last = compiled.run, last
 
 
 @cache
@@ -152,32 +113,51 @@ def _options() -> dict[str, bool]:
     return {name: True} if hasattr(CUDAOptions, name) else {}
 
 
-def addresses(tensors: tuple[Tensor | None, ...]) -> Addresses | None:
-    """Addresses, 0 where there is no tensor; None if one is not aligned."""
-    found, together = [], 0
-    for x in tensors:
-        address = 0 if x is None else x.data_ptr()
-        together |= address
-        found.append(address)
-    return None if together & 15 else found
+def launch(
+    launches: Sequence[Launch], tensors: Tensors, *numbers: float
+) -> None:
+    """Launch kernels one after the other on the device of their tensors.
 
+    Args:
+        launches: the kernels.
+        tensors: what was announced as given, the first is not None.
+        numbers: the rest of it.
 
-HERE: AbstractContextManager[Any] = nullcontext()
-
-
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever its arguments."""
+    Raises:
+        CannotLaunch: a kernel could not be compiled, loaded or started.
+        RuntimeError: the device failed. CUDA reports an error of earlier
+            work at the next launch, and nothing can be computed after it.
+    """
+    device = tensors[0].device
     if device.type == 'cuda' and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return HERE
-
-
-def stream(device: torch.device) -> int:
-    """The current one, as Triton asks for it at a launch."""
-    if INTERPRETED:
-        return 0
-    stream: int = driver.active.get_current_stream(device.index or 0)
-    return stream
+        # Triton launches on the current device, whatever its arguments.
+        with torch.cuda.device(device):
+            launch(launches, tensors, *numbers)
+        return
+    stream = 0
+    if not INTERPRETED:
+        stream = driver.active.get_current_stream(device.index or 0)
+    addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    aligned = reduce(or_, addresses) & 15 == 0
+    addresses += numbers
+    try:
+        for each in launches:
+            if aligned and each.run is not None:
+                each.run(
+                    *(each.programs, 1, 1, stream),
+                    *each.first,
+                    *each.take(addresses),
+                    *each.last,
+                )
+            else:
+                each.through_jit((*tensors, *numbers), aligned)
+    except Exception as error:
+        no_memory = isinstance(error, torch.cuda.OutOfMemoryError)
+        if no_memory or (
+            isinstance(error, RuntimeError) and 'CUDA' in str(error)
+        ):
+            raise
+        raise CannotLaunch(each.name) from error
 
 
 @contextmanager
@@ -227,8 +207,8 @@ def _power_of_4(number: int) -> int:
 class FilterPlan(NamedTuple):
     """Launches for filters of one shape, layout and dtype."""
 
-    forward: Launch
-    backward: Launch
+    forward: tuple[Launch]
+    backward: tuple[Launch]
     rows: int
     memory_format: torch.memory_format
     eps: float
@@ -264,8 +244,8 @@ def filter_plan(
     if block < FILTERS:
         together = min(_power_of_2(rows // FEW), FILTERS // block)
 
-    def launch(name: str, *given: str) -> Launch:
-        return Launch(
+    def alone(name: str, *given: str) -> tuple[Launch]:
+        only = Launch(
             name,
             given,
             -(-rows // together),
@@ -278,10 +258,11 @@ def filter_plan(
             BLOCK=block,
             WHOLE=fan_in <= block,
         )
+        return (only,)
 
     return FilterPlan(
-        launch('standardize', 'weight', 'output', 'kept'),
-        launch('standardize_backward', 'grad', 'weight', 'kept', 'output'),
+        alone('standardize', 'weight', 'output', 'kept'),
+        alone('standardize_backward', 'grad', 'weight', 'kept', 'output'),
         rows,
         memory_format,
         float(eps),
@@ -297,10 +278,8 @@ def filter_plan(
 class NormPlan(NamedTuple):
     """Launches for activations of one shape, layout and dtype."""
 
-    statistics: tuple[Launch, Launch]
-    affine: Launch
-    reductions: tuple[Launch, Launch]
-    affine_backward: Launch
+    forward: tuple[Launch, Launch, Launch]
+    backward: tuple[Launch, Launch, Launch]
     kept: int
     scratch: int
     entries: tuple[int, int, int, int]
@@ -308,6 +287,7 @@ class NormPlan(NamedTuple):
     memory_format: torch.memory_format
     settings: tuple[int, float, bool]
     update: bool
+    takes: bool
     check: self_check.Check
 
 
@@ -317,7 +297,8 @@ FORWARD = (
     + (AFFINES := ('bn_weight', 'bn_bias', 'weight', 'bias'))
     + ('momentum',)
 )
-BACKWARD = ('grad', 'input', 'kept', 'scratch', 'output', 'grads', *AFFINES)
+GRADIENTS = tuple(f'grad_{name}' for name in AFFINES)
+BACKWARD = 'grad', 'input', 'kept', 'scratch', 'output', *GRADIENTS, *AFFINES
 
 
 @lru_cache(maxsize=4096)
@@ -326,12 +307,7 @@ def norm_plan(
     dtype: torch.dtype,
     memory_format: torch.memory_format,
     device: torch.device,
-    mean: Known,
-    var: Known,
-    bn_weight: Known,
-    bn_bias: Known,
-    weight: Known,
-    bias: Known,
+    given: tuple[Known, ...],
     num_groups: int,
     eps: float,
     of_batch: bool,
@@ -344,12 +320,7 @@ def norm_plan(
         dtype: their dtype.
         memory_format: their layout.
         device: their device.
-        mean: size and device of the running means.
-        var: those of the running variances.
-        bn_weight: those of the inner scale, None if there is none.
-        bn_bias: likewise.
-        weight: likewise.
-        bias: likewise.
+        given: what is :func:`known` of the running values and the affines.
         num_groups: groups of the second step.
         eps: added to both variances.
         of_batch: whether statistics are those of the batch.
@@ -357,9 +328,9 @@ def norm_plan(
     """
     samples, channels = shape[:2]
     rows, length = samples * channels, shape[2:].numel()
-    per_channel = [x for x in (mean, var, bn_weight, bn_bias) if x]
-    outer = [x for x in (weight, bias) if x]
-    sizes = {x[0] for x in outer}
+    tensors = [x for x in given if x]
+    per_channel = {x[0] for x in given[:4] if x}
+    outer = {x[0] for x in given[4:] if x}
     if (
         dtype not in DTYPES
         or plain.has_few_values(
@@ -367,15 +338,16 @@ def norm_plan(
         )
         or channels % num_groups
         or max(rows, length) >= LONGEST
-        or any(x[0] != channels for x in per_channel)
-        or sizes not in (set(), {channels}, {num_groups})
-        or any(x[1] != device for x in (*per_channel, *outer))
+        or per_channel != {channels}
+        or outer not in (set(), {channels}, {num_groups})
+        or any(x[1] != device for x in tensors)
+        or not all(x[2] for x in tensors[:2])
     ):
         return None
     last = memory_format != torch.contiguous_format
     unit = 1 if last else _unit(length, dtype)
     tile = _tile(rows, length, channels, last, unit)
-    entries = channels if sizes == {channels} else num_groups
+    entries = channels if outer == {channels} else num_groups
     group_size = channels // num_groups
     width = 8 if group_size <= 8 else max(64, _power_of_2(group_size))
     at_once = max(GROUP_TILE // width, 1)
@@ -437,13 +409,13 @@ def norm_plan(
                 UPDATE=update,
                 **parted,
             ),
+            pass_over('affine', FORWARD),
         ),
-        pass_over('affine', FORWARD),
         (
             pass_over('sums', BACKWARD, blocks=each, **summed),
             for_groups('slopes', BACKWARD, size=float(length), **summed),
+            pass_over('affine_backward', BACKWARD),
         ),
-        pass_over('affine_backward', BACKWARD),
         kept + parts,
         scratch + parts,
         (channels, channels, entries, entries),
@@ -451,6 +423,7 @@ def norm_plan(
         memory_format,
         (num_groups, eps, of_batch),
         update,
+        all(x[2] for x in tensors),
         self_check.check_of(device, 'norm', dtype, memory_format, of_batch),
     )
 
@@ -492,38 +465,51 @@ def _unit(length: int, dtype: torch.dtype) -> int:
     return 1
 
 
-def is_dense_float32(x: Tensor) -> bool:
-    """Return whether kernels take a tensor per channel as it is."""
-    return x.dtype is torch.float32 and x.is_contiguous()
+def known(*tensors: Tensor | None) -> tuple[Known, ...]:
+    """What a plan depends on of tensors per channel or per group.
+
+    That is their size, their device, and whether kernels take them as they
+    are.
+    """
+    return tuple(
+        [
+            None
+            if x is None
+            else (
+                x.numel(),
+                x.device,
+                x.dtype is torch.float32 and x.is_contiguous(),
+            )
+            for x in tensors
+        ]
+    )
 
 
-def known(*tensors: Tensor | None) -> list[Known]:
-    """What a plan depends on of tensors per channel or per group."""
-    return [None if x is None else (x.numel(), x.device) for x in tensors]
+def dense_float32(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """What kernels take of tensors per channel or per group."""
+    return [None if x is None else x.float().contiguous() for x in tensors]
 
 
-def backward_values(
+def backward_tensors(
     plan: NormPlan,
     grad: Tensor,
     input: Tensor,
     kept: Tensor,
     affines: Sequence[Tensor | None],
     needs_input: bool,
-) -> tuple[tuple[Any, ...], Addresses | None]:
-    """Tensors of a backward in the order of BACKWARD, and their addresses."""
+) -> Tensors:
+    """Tensors of a backward in the order of BACKWARD."""
     grad = grad.contiguous(memory_format=plan.memory_format)
     gradient = torch.empty_like(input) if needs_input else None
     scratch = kept.new_empty(plan.scratch)
-    grads = kept.new_empty(sum(plan.entries))
-    values = grad, input, kept, scratch, gradient, grads, *affines
-    return values, addresses(values)
+    grads = [kept.new_empty(number) for number in plan.entries]
+    return grad, input, kept, scratch, gradient, *grads, *affines
 
 
-def gradients(plan: NormPlan, values: tuple[Any, ...]) -> list[Tensor | None]:
+def gradients(tensors: Tensors) -> list[Tensor | None]:
     """Gradients of the input and the affines, from a finished backward."""
-    _, _, _, _, gradient, grads, *affines = values
-    pairs = zip(affines, grads.split_with_sizes(plan.entries), strict=True)
-    return [gradient, *[None if x is None else dx for x, dx in pairs]]
+    pairs = zip(tensors[5:9], tensors[9:], strict=True)
+    return [tensors[4], *[None if x is None else dx for dx, x in pairs]]
 
 
 def fail(failure: CannotLaunch) -> None:

@@ -324,7 +324,6 @@ def norm_forward(
 def norm_backward(
     check: Check,
     tensors: tuple[Any, ...],
-    entries: tuple[int, int, int, int],
     settings: tuple[int, float, bool],
 ) -> None:
     """Check the gradients of the last group.
@@ -332,13 +331,13 @@ def norm_backward(
     Args:
         check: of this kind of layer.
         tensors: what the kernels were given.
-        entries: sizes of the affines' gradients.
         settings: groups, eps and whether statistics are the batch's.
 
     Raises:
         WrongResult: they are not the formula's.
     """
-    grad, input, kept, scratch, gradient, grads, *affines = tensors
+    grad, input, kept, scratch, gradient = tensors[:5]
+    grads, affines = tensors[5:9], tensors[9:]
     num_groups, eps, of_batch = settings
     group = Group(input, affines, num_groups, eps)
     g, m = group.of(grad), group.m
@@ -366,7 +365,7 @@ def norm_backward(
     wide_terms = dy * (inner[:, None] / deviation).abs()
     slopes: list[Compared] = []
     for values, affine, expected, part in zip(
-        grads.split_with_sizes(entries), affines, found, terms, strict=True
+        grads, affines, found, terms, strict=True
     ):
         if affine is not None:
             size = part.sum((0, 2))

@@ -6,14 +6,12 @@ Arithmetic is float32 whatever the type in memory. No two programs write to
 the same place, so equal inputs give equal bits. Offsets into activations are
 64 bits wide; row and column numbers are 32, which :mod:`.cuda` checks.
 
-What BCN keeps between launches lies in three float32 buffers, given by their
-base pointers. With one number per row, or per channel (C), or per entry of
-the outer affine (E), they hold
+What BCN keeps between launches lies in two float32 buffers, given by their
+base pointers. With one number per row, or per channel (C), they hold
     kept: means, variances, scales, shifts, used_mean (C), used_var (C)
     scratch: sums of grad, of grad * (input - mean), along, constants
-    grads: bn_weight (C), bn_bias (C), weight (E), bias (E)
-and kept and scratch after that, from parts_at on, the moments and sums of
-each split, if there are several. Else parts_at is 0.
+and after that, from parts_at on, the moments and sums of each split, if there
+are several. Else parts_at is 0.
 """
 
 import triton
@@ -551,7 +549,10 @@ def _slopes(s, t, m, v, mean, a, bn_shift, scale, mask, size, group_size, eps):
 def slopes(
     kept,
     scratch,
-    grads,
+    grad_bn_weight,
+    grad_bn_bias,
+    grad_weight,
+    grad_bias,
     bn_weight,
     bn_bias,
     weight,
@@ -584,9 +585,6 @@ def slopes(
     products = totals + rows
     along_input = products + rows
     constants = along_input + rows
-    grad_bn_weight = grads
-    grad_bn_bias = grad_bn_weight + channels
-    grad_weight = grad_bn_bias + channels
     group = tl.program_id(0)
     inside = tl.arange(0, CHANNELS)[None, :]
     channel = group * group_size + inside
@@ -644,11 +642,9 @@ def slopes(
     tl.store(grad_bn_weight + channel, inverse * sum_dy_x, mask=channel_mask)
     tl.store(grad_bn_bias + channel, sum_dy, mask=channel_mask)
     if PER_CHANNEL:
-        grad_bias = grad_weight + channels
         tl.store(grad_weight + channel, sum_direction, mask=channel_mask)
         tl.store(grad_bias + channel, sum_s, mask=channel_mask)
     else:
-        grad_bias = grad_weight + num_groups
         tl.store(grad_weight + group, tl.sum(sum_direction))
         tl.store(grad_bias + group, tl.sum(sum_s))
     for first in range(0, samples, SAMPLES):
