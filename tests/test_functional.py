@@ -162,7 +162,10 @@ def run_oracle(
     return {**values_and_gradients(function, inputs, 'bcn'), **new}
 
 
-INPUT_SHAPES = [(3, CHANNELS, 5, 7), (1, CHANNELS, 6, 6), (1, CHANNELS, 1, 1)]
+INPUT_SHAPES = [
+    *((3, CHANNELS, 5, 7), (1, CHANNELS, 6, 6)),
+    *((samples, CHANNELS, 1, 1) for samples in (1, 3, 6)),
+]
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)

@@ -217,11 +217,21 @@ def _norm_of_values(
     samples = len(input)
     output = torch.batch_norm(
         input.reshape(1, samples * num_groups, -1),
-        None if weight is None else weight.repeat(samples),
-        None if bias is None else bias.repeat(samples),
+        _of_samples(weight, samples),
+        _of_samples(bias, samples),
         *(None, None, True, 0.0, eps, False),
     )
     return reshaped(output, input.shape)
+
+
+def _of_samples(values: Tensor | None, samples: int) -> Tensor | None:
+    """Values per group, for the groups of each sample."""
+    if values is None or samples == 1:
+        return values
+    # Two or three are joined in half the time, forward and backward.
+    if samples < 4:
+        return torch.cat([values] * samples)
+    return values.repeat(samples)
 
 
 def reshaped(output: Tensor, shape: torch.Size) -> Tensor:
