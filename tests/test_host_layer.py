@@ -273,6 +273,8 @@ def test_compiled_once_for_all_steps(mode):
         actual = train_step(model, run, seed=step)
         expected = train_step(eager, seed=step)
         assert not disagreements(actual, expected, 5e-5)
+        for each in (model, eager):  # nor after a step without the compiler
+            train_step(each, seed=step)
     assert counter.frame_count == 1
 
 

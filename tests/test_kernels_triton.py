@@ -9,7 +9,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,6 +20,7 @@ from unittest import mock
 import pytest
 import reference
 import torch
+import torch.distributed as dist
 from comparison import (
     TOLERANCE,
     disagreements,
@@ -615,11 +616,17 @@ def test_output_may_be_changed_in_place():
     torch.testing.assert_close(*gradients)
 
 
-def test_updates_are_seen_by_autograd():
+@pytest.mark.parametrize('broken', [None, 'affine'])
+def test_updates_are_seen_by_autograd(monkeypatch, broken):
     layer = BCN(6, 3).to(DEVICE)
     x = torch.randn(1, 6, 2, 2, device=DEVICE, requires_grad=True)
     kept = (x.mean((0, 2, 3)) * layer.running_mean).sum()
-    layer(x)
+    if broken:
+        monkeypatch.setattr(triton_kernels, broken, Broken())
+        with pytest.raises(RuntimeError, match='C compiler'):
+            layer(x)
+    else:
+        layer(x)
     with pytest.raises(RuntimeError, match='modified by an inplace'):
         kept.backward()
 
@@ -656,7 +663,7 @@ def sync_rank(
     layout: str = 'NCHW',
     dtype: torch.dtype = torch.float32,
     fault: tuple[str, str] | None = None,
-    second: bool = False,
+    derivatives: Callable[..., dict[str, Tensor]] = step,
     **options: Any,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """One step of a layer in mode 'sync_batch', and the kernels it ran."""
@@ -680,10 +687,9 @@ def sync_rank(
             patch.setattr(plans, name, value)
         if fault and rank == 1:
             with broken(*fault):
-                return on_cpu(step(layer, *batch)), []
+                return on_cpu(derivatives(layer, *batch)), []
         seen = launches(patch)
-        function = second_derivatives if second else step
-        return on_cpu(function(layer, *batch)), seen
+        return on_cpu(derivatives(layer, *batch)), seen
 
 
 def formula(
@@ -722,9 +728,61 @@ def test_sync_batch_equals_formula(sizes, options, world):
         assert seen == (kernels if size > 1 else [])  # else few values
 
 
+def exchanging_rank(rank: int, chosen: str) -> list[torch.Size]:
+    """Shapes of what one step of a rank exchanges."""
+    layer = make_layer('sync_batch', dtype=torch.float32)
+    batch = [t.float() for t in make_batch(2)]
+    shapes: list[torch.Size] = []
+    gather, reduce = dist.all_gather, dist.all_reduce
+
+    def all_gather(rows: list[Tensor], own: Tensor) -> None:
+        shapes.append(own.shape)
+        gather(rows, own)
+
+    def all_reduce(values: Tensor) -> None:
+        shapes.append(values.shape)
+        reduce(values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('WS_MM_KERNELS', chosen)
+        patch.setattr(dist, 'all_gather', all_gather)
+        patch.setattr(dist, 'all_reduce', all_reduce)
+        step(layer, *batch)
+    return shapes
+
+
+@pytest.mark.skipif(not INTERPRETED, reason='compares forms of a CPU')
+def test_all_forms_exchange_equal_shapes(world):
+    """Else TORCH_DISTRIBUTED_DEBUG=DETAIL ends a run whose ranks differ."""
+    forms = [
+        world(2).run(exchanging_rank, chosen)
+        for chosen in ('plain', 'fused', 'triton')
+    ]
+    assert len(forms[0][0]) == 2
+    assert forms[0] == forms[1] == forms[2]
+
+
+def checkpointed(layer: BCN, x: Tensor, cotangent: Tensor) -> dict:
+    forward = layer.forward
+    layer.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
+    return step(layer, x, cotangent)
+
+
+@pytest.mark.parametrize('fault', [None, ('sums', 'raises')], ids=str)
+def test_sync_batch_in_a_checkpoint(fault, world):
+    """One that is not reentrant lets a backward read what it saved once."""
+    sizes = [2, 2]
+    results = world(2).run(
+        sync_rank, sizes, fault=fault, derivatives=checkpointed
+    )
+    expected = formula(sizes, torch.float32)
+    actual = of_one_process([found for found, _ in results])
+    assert not disagreements(actual, expected, TOLERANCE[torch.float32])
+
+
 def test_second_derivatives_of_sync_batch_in_kernels(world):
     sizes = [3, 1]
-    results = world(2).run(sync_rank, sizes, second=True)
+    results = world(2).run(sync_rank, sizes, derivatives=second_derivatives)
     expected = formula(sizes, torch.float32, second_derivatives)
     actual = of_one_process([found for found, _ in results])
     assert not disagreements(actual, expected, 1e-4)
@@ -906,6 +964,29 @@ def test_failing_kernel_warns_once_and_falls_back(
     assert 'Failed to find C compiler' in log[0]
 
 
+@pytest.mark.parametrize('broken', KERNELS)
+def test_failing_kernel_in_a_checkpoint(monkeypatch, log, broken):
+    of_filters = broken.startswith('standardize')
+    layer = WSConv2d(6, 6, 1) if of_filters else BCN(6, 3)
+    layer = layer.to(DEVICE)
+    values, cotangent = torch.randn(2, 1, 6, 5, 7, device=DEVICE).unbind()
+    found = []
+    for choice in (plain, cuda):
+        x = values.clone().requires_grad_()
+        layer.zero_grad()
+        if not of_filters:
+            layer.reset_running_stats()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ws_mm.kernels, 'choose', lambda *_, a=choice: a)
+            patch.setattr(triton_kernels, broken, Broken())
+            output = checkpoint(layer, x, use_reentrant=False)
+            output.backward(cotangent)
+        found.append([output, x.grad, *(p.grad for p in layer.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert len(log) == 1
+
+
 @HALF
 def test_half_precision_where_a_kernel_fails(monkeypatch, log, dtype):
     # Means of 30 and 100 standard deviations: in half precision, and in
@@ -1037,11 +1118,15 @@ def test_only_a_variant_for_aligned_tensors_is_kept(
     """That of any others would run for all later calls, and be slower."""
     ran: list[str] = []
 
+    class Compiled(SimpleNamespace):
+        def __del__(self) -> None:  # as of Triton 3.9, which unloads it
+            ran.append('unloaded')
+
     class Kernel:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             def launch(*args: Any, **meta: Any) -> SimpleNamespace:
                 ran.append('jit')
-                return SimpleNamespace(
+                return Compiled(
                     function=0,
                     packed_metadata=0,
                     run=lambda *args: ran.append('compiled'),
@@ -1062,7 +1147,10 @@ def test_only_a_variant_for_aligned_tensors_is_kept(
     x, y, z = torch.randn(3, 16, device=DEVICE)
     for given in (x[1:], x, x, x[1:], x):
         plans.launch([launch], (given, y, z))
-    assert ran == ['jit', 'jit', 'compiled', 'jit', 'compiled']
+    assert ran == [
+        *('jit', 'unloaded', 'jit', 'compiled'),
+        *('jit', 'unloaded', 'compiled'),
+    ]
 
 
 # What the interpreter cannot see

@@ -83,6 +83,23 @@ def test_a_parametrized_affine_equals_formula(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize('name', ['running_mean', 'running_var'])
+def test_a_parametrized_statistic_equals_formula(name: str) -> None:
+    layer = randomized(12, 4).eval()
+    state = {k: v.detach().clone() for k, v in layer.state_dict().items()}
+    register_parametrization(layer, name, Doubled())
+    layer.parametrizations[name].original.mul_(1.5)
+    state[name] *= 1.5
+    x = make_input()
+    expected, _ = reference.batch_channel_norm(
+        x, state, 4, training=False, momentum=0.3, mode='estimate'
+    )
+    actual = {'output': layer(x)}
+    assert not disagreements(
+        actual, {'output': expected}, TOLERANCE[torch.float64]
+    )
+
+
 def test_is_its_group_norm_until_the_estimates_move():
     layer = BCN(12, 4, outer_affine='channel', dtype=torch.float64).eval()
     group_norm = nn.GroupNorm(4, 12, dtype=torch.float64)

@@ -1,6 +1,8 @@
 """Kernels that compute something else are found out at their first use."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -285,15 +287,21 @@ def test_what_is_off_is_wrong(check, wrong):
 
 
 def test_not_while_a_graph_is_captured(monkeypatch, check):
+    asked: list[torch.device] = []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        asked.append(device)
+        yield
+
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(
-        torch.cuda, 'is_current_stream_capturing', lambda: True
-    )
-    assert not check.is_due('forward')
-    monkeypatch.setattr(
-        torch.cuda, 'is_current_stream_capturing', lambda: False
-    )
-    assert check.is_due('forward')
+    monkeypatch.setattr(torch.cuda, 'device', on)
+    for captures in (True, False):
+        monkeypatch.setattr(
+            torch.cuda, 'is_current_stream_capturing', lambda a=captures: a
+        )
+        assert check.is_due('forward') is not captures
+    assert asked == [torch.device('cuda', 0)] * 2
 
 
 def test_draws_no_random_number(said):

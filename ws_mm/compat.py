@@ -251,9 +251,9 @@ _transforms: Any = getattr(
     torch._C, '_are_functorch_transforms_active', lambda: False
 )
 _mode: Any = getattr(torch._C, '_get_dispatch_mode', None)
-_PROXY = None
-if _mode is not None:
-    _PROXY = torch._C._TorchDispatchModeKey.PROXY
+_PROXY: Any = getattr(
+    getattr(torch._C, '_TorchDispatchModeKey', None), 'PROXY', None
+)
 
 
 def is_tracing() -> bool:
@@ -264,7 +264,7 @@ def is_tracing() -> bool:
     """
     if _trace() is not None:
         return True
-    if _mode is not None:
+    if _mode is not None and _PROXY is not None:
         return _mode(_PROXY) is not None
     names = {type(each).__name__ for each in _dispatch_modes()}
     return 'ProxyTorchDispatchMode' in names

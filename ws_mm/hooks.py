@@ -369,7 +369,7 @@ def average_estimates(layers: Sequence[RunningStatistics]) -> None:
     buffers: list[Any] = [
         layer._buffers[name] for layer in layers for name in layer.statistics
     ]
-    if any(values.dim() > 1 for values in buffers):
+    if any(values.dim() != 1 for values in buffers):
         buffers = [values.view(-1) for values in buffers]
     sizes = [values.numel() for values in buffers]
     old = torch.cat(buffers)

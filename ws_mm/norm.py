@@ -29,14 +29,6 @@ from .symbolic import recorded
 
 # Of Group Normalization and of the authors' BCN.
 DEFAULT_GROUPS = 32
-VALUES = (
-    'running_mean',
-    'running_var',
-    'bn_weight',
-    'bn_bias',
-    'weight',
-    'bias',
-)
 OUTER_AFFINES = ('group', 'channel')
 ARGUMENTS = (
     *('running_mean', 'running_var'),

@@ -142,7 +142,7 @@ class RunningStatistics(nn.Module):
         """
         for name in self._names:
             # Attributes of a module take the host a microsecond.
-            values = self._buffers[name]
+            values = self._buffers.get(name)
             if values is not None and values.dtype in HALF:
                 # FSDP with a buffer_dtype casts past _apply, once.
                 setattr(self, name, values.float())
@@ -159,10 +159,10 @@ class RunningStatistics(nn.Module):
         if self.estimating:
             if not compiling:  # a compiler takes it for a constant
                 vars(self)['_moves'] = self._moves + 1
-            if self.values_seen is not None:
-                self.values_seen.add(values_per_channel(input))
-            elif self._moves < 2:  # the first one, or in a compiler
+            if self.values_seen is None:
                 _report_unsynchronized(type(self).__name__)
+            else:
+                self.values_seen.add(values_per_channel(input))
         return True
 
     def count_values(self) -> None:

@@ -93,7 +93,10 @@ def choose(
 
 
 class CannotLaunch(Exception):
-    """A kernel did not start, so nothing was computed; see its cause."""
+    """A kernel did not start: its name, if it has one, and the cause.
+
+    Those before it in a direction have run.
+    """
 
 
 @cache

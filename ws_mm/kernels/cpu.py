@@ -482,7 +482,9 @@ class BatchChannelNorm(torch.autograd.Function):
                 count = len(m) * size
                 sums: Any = inverse * sum_dy_x, sum_dy
                 if total is not None:
-                    sums, count = all_reduced(torch.stack(sums)), total
+                    # As many numbers in a row as on any other rank.
+                    joined = all_reduced(torch.stack(sums).flatten())
+                    sums, count = joined.view(2, *sum_dy.shape), total
                 along = inverse * sums[0] / -count
                 q = q + along
                 z = torch.addcmul(z + sums[1] / -count, along, offset)

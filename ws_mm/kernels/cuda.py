@@ -82,12 +82,13 @@ class StandardizeWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        # Once: a checkpoint that is not reentrant recomputes them but once.
+        weight, kept = ctx.saved_tensors
+        plan = ctx.plan
         gradient = None
         if not torch.is_grad_enabled():  # else someone differentiates twice
-            gradient = attempt(_standardize_backward, ctx, grad)
+            gradient = attempt(_standardize_backward, plan, weight, kept, grad)
         if gradient is None:
-            weight, _ = ctx.saved_tensors
-            plan = ctx.plan
 
             def again(weight: Tensor) -> Tensor:
                 return plain.standardize_weight(
@@ -98,9 +99,9 @@ class StandardizeWeight(torch.autograd.Function):
         return gradient, None
 
 
-def _standardize_backward(ctx: Any, grad: Tensor) -> Tensor:
-    weight, kept = ctx.saved_tensors
-    plan = ctx.plan
+def _standardize_backward(
+    plan: plans.FilterPlan, weight: Tensor, kept: Tensor, grad: Tensor
+) -> Tensor:
     gradient = torch.empty_like(weight)
     grad = grad.contiguous(memory_format=plan.memory_format)
     plans.launch(plan.backward, (grad, weight, kept, gradient))
@@ -128,6 +129,7 @@ def batch_channel_norm(
     """See :func:`.plain.batch_channel_norm`."""
     output: Tensor | None = None
     plan: plans.NormPlan | None = None
+    moved: list[Tensor] = []
     memory_format = plans.dense_format(input)
     if source == 'ranks':
         output = cuda_ranks.batch_channel_norm(
@@ -150,8 +152,15 @@ def batch_channel_norm(
             _apply(BatchChannelNorm, input),
             input.contiguous(memory_format=memory_format),
             *(affines if plan.takes else plans.dense_float32(affines)),
-            (running, float(momentum), plan),
+            (running, float(momentum), plan, moved),
         )
+    if output is None and plan is not None and moved:
+        # The last kernel did not start: the running values are new already.
+        a, b, c, d = plain.widened(affines, torch.float32)
+        mean, var = moved
+        output = plain.normalize(
+            input.float(), a, b, c, d, mean, var, *plan.settings
+        ).to(input.dtype)
     if output is None:  # nothing has been updated
         return plain.batch_channel_norm(
             *(input, num_groups, running, affines),
@@ -175,30 +184,26 @@ class BatchChannelNorm(torch.autograd.Function):
         bn_bias: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        call: tuple[tuple[Tensor, Tensor], float, plans.NormPlan],
+        call: tuple[
+            tuple[Tensor, Tensor], float, plans.NormPlan, list[Tensor]
+        ],
     ) -> Tensor:
-        running, momentum, plan = call
+        running, momentum, plan, moved = call
         affines = bn_weight, bn_bias, weight, bias
         kept = input.new_empty(plan.kept, dtype=torch.float32)
         output = torch.empty_like(input)
         tensors = input, kept, output, *running, *affines
         before: list[Tensor] | None = None
         if plan.check.pending and plan.check.is_due('forward'):
-            before = [moved.clone() for moved in running]
+            before = [values.clone() for values in running]
         try:
             plans.launch(plan.forward, tensors, momentum)
         except CannotLaunch as failure:
-            if str(failure) != 'affine':
-                raise
-            # The running values have moved: no way back.
-            attempt(plans.fail, failure)
-            mean, var = plans.used(kept, plan)
-            output = plain.normalize(
-                input.float(), *affines, mean, var, *plan.settings
-            ).to(input.dtype)
-        if plan.update:
-            for moved in running:
-                torch.autograd.graph.increment_version(moved)
+            if str(failure) == 'affine':
+                moved.extend(plans.used(kept, plan))
+                plans.have_moved(running, plan)
+            raise
+        plans.have_moved(running, plan)
         if before is not None:
             with plans.checking(running, before):
                 self_check.norm_forward(
@@ -219,11 +224,12 @@ class BatchChannelNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once, as above
         gradients = None
         if not torch.is_grad_enabled():  # else someone differentiates twice
-            gradients = attempt(_batch_channel_norm_backward, ctx, grad)
+            gradients = attempt(_batch_channel_norm_backward, ctx, saved, grad)
         if gradients is None:
-            input, *affines, kept = ctx.saved_tensors
+            input, *affines, kept = saved
             used = plans.used(kept, ctx.plan)
             gradients = plain.gradients(
                 lambda x, a, b, c, d: plain.normalize(
@@ -237,9 +243,9 @@ class BatchChannelNorm(torch.autograd.Function):
 
 
 def _batch_channel_norm_backward(
-    ctx: Any, grad: Tensor
+    ctx: Any, saved: tuple[Tensor, ...], grad: Tensor
 ) -> list[Tensor | None]:
-    input, *affines, kept = ctx.saved_tensors
+    input, *affines, kept = saved
     plan = ctx.plan
     needs_input = ctx.needs_input_grad[0]
     tensors = plans.backward_tensors(

@@ -123,12 +123,14 @@ class SynchronizedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Once: a checkpoint that is not reentrant recomputes them but once.
+        saved = ctx.saved_tensors
         tensors = None
         if not torch.is_grad_enabled():  # else someone differentiates twice
-            tensors = attempt(_reduced, ctx, grad)
+            tensors = attempt(_reduced, ctx, saved, grad)
         if tensors is not None:
-            return *_finished(ctx, tensors), None
-        input, *affines, _, mean, var, total = ctx.saved_tensors
+            return *_finished(ctx, saved, tensors), None
+        input, *affines, _, mean, var, total = saved
         num_groups, eps, _ = ctx.plan.settings
         gradients = plain.gradients(
             lambda x, a, b, c, d: plain.normalize_by_ranks(
@@ -141,9 +143,11 @@ class SynchronizedNorm(torch.autograd.Function):
         return *gradients, None
 
 
-def _reduced(ctx: Any, grad: Tensor) -> plans.Tensors:
+def _reduced(
+    ctx: Any, saved: tuple[Tensor, ...], grad: Tensor
+) -> plans.Tensors:
     """The gradient as if the statistics were constants, not yet applied."""
-    input, *affines, kept, _, _, _ = ctx.saved_tensors
+    input, *affines, kept, _, _, _ = saved
     plan = ctx.plan
     needs_input = ctx.needs_input_grad[0]
     tensors = plans.backward_tensors(
@@ -158,10 +162,12 @@ def _reduced(ctx: Any, grad: Tensor) -> plans.Tensors:
     return tensors
 
 
-def _finished(ctx: Any, tensors: plans.Tensors) -> list[Tensor | None]:
+def _finished(
+    ctx: Any, saved: tuple[Tensor, ...], tensors: plans.Tensors
+) -> list[Tensor | None]:
     """All gradients, of which that of the input is corrected and applied."""
     grad, input, kept, scratch, gradient = tensors[:5]
-    _, bn_weight, *_, mean, var, total = ctx.saved_tensors
+    _, bn_weight, *_, mean, var, total = saved
     plan = ctx.plan
     if gradient is not None:
         channels = len(mean)
@@ -171,7 +177,7 @@ def _finished(ctx: Any, tensors: plans.Tensors) -> list[Tensor | None]:
         _, _, along, constants = _rows(scratch, channels, input.shape[0])
         inverse = torch.rsqrt(var + plan.settings[1])
         scale = inverse if bn_weight is None else inverse * bn_weight
-        sums = all_reduced(torch.stack(tensors[5:7]))
+        sums = all_reduced(torch.cat(tensors[5:7])).view(2, -1)
         slope, constant = sums * (-scale / total)
         slope = slope * inverse
         along += slope

@@ -79,7 +79,8 @@ class Launch:
         self.numbers = tuple(constants[key] for key in rest if key.islower())
         self.meta = {key: constants[key] for key in rest if key.isupper()}
         self.options = {'num_warps': warps, **_options()}
-        self.run: Any = None  # of the compiled kernel
+        self.kernel: Any = None
+        self.run: Any = None  # of the kernel
         self.first: tuple[Any, ...] = ()
         self.last: tuple[Any, ...] = ()
 
@@ -100,6 +101,7 @@ class Launch:
             packed = compiled.packed_metadata
             self.first = compiled.function, packed, None, None, None
             self.run, self.last = compiled.run, last
+            self.kernel = compiled  # since Triton 3.9, it unloads with it
 
 
 @cache
@@ -515,6 +517,13 @@ def gradients(tensors: Tensors) -> list[Tensor | None]:
 def fail(failure: CannotLaunch) -> None:
     """Raise it, to be reported by ``attempt``."""
     raise failure
+
+
+def have_moved(running: tuple[Tensor, Tensor], plan: NormPlan) -> None:
+    """Tell autograd that kernels have changed the running values."""
+    if plan.update:
+        for values in running:
+            torch.autograd.graph.increment_version(values)
 
 
 def used(kept: Tensor, plan: NormPlan) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,7 @@ class Check:
     """
 
     def __init__(self, device: torch.device, *kind: object) -> None:
+        self.device = device if device.type == 'cuda' else None
         self.forced = os.environ.get(VARIABLE) == 'check'
         self.marker: Path | None = None
         if device.type == 'cuda':
@@ -55,10 +56,10 @@ class Check:
 
     def is_due(self, way: str) -> bool:
         """Return whether to check this call, never while capturing a graph."""
-        return way in self.pending and not (
-            torch.cuda.is_available()
-            and torch.cuda.is_current_stream_capturing()
-        )
+        if way not in self.pending or not torch.cuda.is_available():
+            return way in self.pending
+        with torch.cuda.device(self.device):
+            return not torch.cuda.is_current_stream_capturing()
 
     def compare(
         self, way: str, kernels: Mapping[str, list[Compared]], bar: float
