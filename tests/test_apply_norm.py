@@ -420,6 +420,21 @@ def test_heads_that_levels_share_get_no_estimates(name, before):
     assert cfg.model[key].norm_cfg == BCN
 
 
+def test_groups_of_a_head_that_levels_share_stay() -> None:
+    cfg = read(RETINA)
+    norm_cfg = dict(type='GN', num_groups=16)
+    cfg.model.bbox_head.norm_cfg = norm_cfg
+    apply_norm(cfg)
+    assert cfg.model.bbox_head.conv_cfg == WS
+    assert cfg.model.bbox_head.norm_cfg == norm_cfg
+
+
+def test_norms_of_a_head_that_reads_its_weights_are_replaced() -> None:
+    cfg = read('mmdet::tood/tood_r50_fpn_1x_*')
+    changes, _ = apply_norm(cfg, 'keep', 'BCN', ['bbox_head'])
+    assert by_key(changes)['model.bbox_head.norm_cfg'] == BCN
+
+
 @pytest.mark.parametrize('channels', [1, 4])
 def test_maps_are_measured_on_images_of_any_channels(channels):
     cfg = read(RETINA)
@@ -462,6 +477,14 @@ def test_a_part_that_cannot_be_standardized_stays_plain(name, part, why):
     ]
     assert standardized
     assert part not in standardized
+
+
+def test_a_mistake_of_another_part_stays_its_own() -> None:
+    cfg = read(RETINA)
+    cfg.model.neck.conv_cfg = WS  # and no norm
+    apply_norm(cfg, parts=['backbone'])
+    assert cfg.model.backbone.conv_cfg == WS
+    assert cfg.model.backbone.norm_cfg == BCN
 
 
 def test_a_part_without_norm_gets_one_by_its_key():
@@ -580,6 +603,34 @@ def test_other_parts_are_converted_where_a_package_is_missing(monkeypatch):
     assert why['model'].startswith('each changed part was built alone')
     stays = 'stays as it is: ImportError: no module named extra'
     assert why['model.rpn_head'] == stays
+
+
+def test_a_tracker_without_its_package_is_no_part_to_convert(monkeypatch):
+    monkeypatch.setattr('mmdet.models.trackers.byte_tracker.lap', None)
+    name = 'mmdet::bytetrack/*_x_8xb4-80e_*_test-mot20test.py'
+    cfg = read(name)
+    cfg.model.detector = read(MASK).model
+    block = dict(type='NonLocal2d', norm_cfg=dict(type='BN'))
+    plugins = [dict(cfg=block, position='after_conv3')]
+    cfg.model.detector.backbone.plugins = plugins
+    _, left = apply_norm(cfg)
+    backbone = cfg.model.detector.backbone
+    assert backbone.norm_cfg == backbone.plugins[0].cfg.norm_cfg == BCN
+    assert 'lap is not installed' in ' '.join(map(str, left))
+    # There is nothing to build alone.
+    with pytest.raises(ConfigError, match='as it is: .*lap is not installed'):
+        apply_norm(read(name), 'keep', 'keep')
+
+
+def test_maps_are_measured_in_a_tracker_without_its_package(monkeypatch):
+    monkeypatch.setattr('mmdet.models.trackers.byte_tracker.lap', None)
+    cfg = read('mmdet::bytetrack/*_x_8xb4-80e_*_test-mot20test.py')
+    cfg.model.detector = read(RETINA).model
+    apply_norm(cfg)
+    assert cfg.model.detector.backbone.norm_cfg == BCN
+    assert cfg.model.detector.bbox_head.norm_cfg == dict(
+        type='GN', num_groups=32
+    )
 
 
 def test_hooks_and_checkpoints_of_the_config(tmp_path):

@@ -326,6 +326,28 @@ def test_few_values_run_composed(
     assert len(norm) == times
 
 
+@pytest.mark.parametrize('shape', [(0, 16, 5, 5), (2, 16, 0, 5)], ids=str)
+def test_an_empty_input_moves_nothing(
+    kernels: str, shape: tuple[int, ...]
+) -> None:
+    layer = BCN(16, 4)
+    x = torch.randn(shape, requires_grad=True)
+    output = layer(x)
+    output.backward(torch.randn(shape))
+    assert output.shape == x.grad.shape == shape
+    assert layer.running_mean.eq(0).all()
+    assert layer.running_var.eq(1).all()
+
+
+@pytest.mark.parametrize(('fan_in', 'times'), [(2, 0), (3, 1)])
+def test_filters_of_two_entries_run_composed(
+    monkeypatch: pytest.MonkeyPatch, fan_in: int, times: int
+) -> None:
+    weight = calls(monkeypatch, cpu.StandardizeWeight)
+    WSConv2d(fan_in, 8, 1)(torch.randn(1, fan_in, 5, 5))
+    assert len(weight) == times
+
+
 @pytest.mark.parametrize('mode', MODES)
 def test_differentiates_twice(kernels, mode):
     state = state_of(6, torch.float64, 3)
@@ -412,6 +434,21 @@ def test_second_derivatives_of_half_precision(
     assert actual.dtype == dtype
     expected = second(oracle, x.double())
     assert relative_error(actual, expected) < TOLERANCE[dtype]
+
+
+def test_the_compiled_form_subtracts_a_large_mean_first() -> None:
+    x = torch.randn(2, 16, 9, 9) + 1000
+    outputs = [
+        compiled.batch_channel_norm(
+            x.to(dtype),
+            4,
+            (torch.full((16,), 1000.0), torch.ones(16)),
+            (None,) * 4,
+            *(0.1, 1e-5, 'running', False),
+        )
+        for dtype in (torch.float32, torch.float64)
+    ]
+    assert relative_error(*outputs) < 1e-5
 
 
 @pytest.mark.parametrize('frozen', ['input', 'affine', 'no affine'])

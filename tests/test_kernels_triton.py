@@ -28,6 +28,7 @@ from comparison import (
     values_and_gradients,
 )
 from test_distributed import (
+    count,
     make_batch,
     make_layer,
     of_one_process,
@@ -664,9 +665,14 @@ def sync_rank(
     dtype: torch.dtype = torch.float32,
     fault: tuple[str, str] | None = None,
     derivatives: Callable[..., dict[str, Tensor]] = step,
+    strided: bool = False,
+    far: bool = False,
     **options: Any,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """One step of a layer in mode 'sync_batch', and the kernels it ran."""
+    """One step of a layer in mode 'sync_batch', and the kernels it ran.
+
+    In place of these, a rank with a fault returns what it has said.
+    """
     forget()
     self_check.check_of.cache_clear()
     ws_mm.kernels._failed.clear()
@@ -675,6 +681,14 @@ def sync_rank(
         for t in make_batch(sum(sizes))
     ]
     layer = make_layer('sync_batch', dtype=torch.float32, **options).to(DEVICE)
+    if strided:
+        layer.register_forward_pre_hook(
+            lambda _, args: args[0].repeat_interleave(2, 3)[..., ::2]
+        )
+        for values in layer.parameters():
+            values.data = values.data.repeat_interleave(2)[::2]
+    if far:
+        layer.bn_bias.data.fill_(100)
     mode = 'triton'
     if fault:
         mode = 'check' if 'differs' in fault[1] else 'fused'
@@ -686,17 +700,27 @@ def sync_rank(
         for name, value in SMALL.items():
             patch.setattr(plans, name, value)
         if fault and rank == 1:
+            said: list[str] = []
+            patch.setattr(
+                ws_mm.kernels, 'print_log', lambda text, **_: said.append(text)
+            )
             with broken(*fault):
-                return on_cpu(derivatives(layer, *batch)), []
+                return on_cpu(derivatives(layer, *batch)), said
         seen = launches(patch)
         return on_cpu(derivatives(layer, *batch)), seen
 
 
 def formula(
-    sizes: list[int], dtype: torch.dtype, function: Any = step, **options: Any
+    sizes: list[int],
+    dtype: torch.dtype,
+    function: Any = step,
+    far: bool = False,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """The same of one process in composed operations of float64."""
     layer = make_layer('batch', dtype=torch.float32, **options).double()
+    if far:
+        layer.bn_bias.data.fill_(100)
     rounded = [t.to(dtype).double() for t in make_batch(sum(sizes))]
     with mock.patch.dict(os.environ, WS_MM_KERNELS='plain'):
         return function(layer, *rounded)
@@ -710,13 +734,15 @@ def formula(
         ([4, 0], dict(affine=False)),
         ([2, 0, 3, 1], dict(dtype=torch.half)),
         ([1, 0, 2, 2], dict(dtype=torch.bfloat16, layout='channels_last')),
+        ([3, 2], dict(strided=True)),
     ],
     ids=str,
 )
 def test_sync_batch_equals_formula(sizes, options, world):
     results = world(len(sizes)).run(sync_rank, sizes, **options)
     dtype = options.pop('dtype', torch.float32)
-    options.pop('layout', None)
+    for name in ('layout', 'strided'):
+        options.pop(name, None)
     expected = formula(sizes, dtype, **options)
     actual = of_one_process([found for found, _ in results])
     assert not disagreements(actual, expected, TOLERANCE[dtype])
@@ -788,6 +814,21 @@ def test_second_derivatives_of_sync_batch_in_kernels(world):
     assert not disagreements(actual, expected, 1e-4)
 
 
+@HALF
+def test_second_derivatives_of_sync_batch_in_half_precision(dtype, world):
+    sizes = [3, 1]
+    results = world(2).run(
+        sync_rank,
+        sizes,
+        dtype=dtype,
+        derivatives=second_derivatives,
+        far=True,
+    )
+    expected = formula(sizes, dtype, second_derivatives, far=True)
+    actual = of_one_process([found for found, _ in results])
+    assert not disagreements(actual, expected, TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize(
     ('name', 'how'),
     [
@@ -803,6 +844,52 @@ def test_a_kernel_that_fails_on_one_rank_spoils_nothing(name, how, world):
     expected = formula(sizes, torch.float32)
     actual = of_one_process([found for found, _ in results])
     assert not disagreements(actual, expected, TOLERANCE[torch.float32])
+    (said,) = results[1][1]
+    assert 'on rank 1;' in said
+
+
+@HALF
+@pytest.mark.parametrize('name', ['affine', 'affine_backward'])
+def test_half_precision_where_a_kernel_fails_on_one_rank(name, dtype, world):
+    # Between the two steps, half precision would leave little of a value.
+    sizes = [2, 2]
+    results = world(2).run(
+        sync_rank, sizes, dtype=dtype, fault=(name, 'raises'), far=True
+    )
+    actual = of_one_process([found for found, _ in results])
+    assert actual['output'].dtype == actual['dx'].dtype == dtype
+    expected = formula(sizes, dtype, far=True)
+    assert not disagreements(actual, expected, TOLERANCE[dtype])
+
+
+def frozen_rank(rank: int, frozen: str) -> None:
+    forget()
+    x, cotangent = (
+        t.split([3, 2])[rank].to(DEVICE, torch.float32) for t in make_batch(5)
+    )
+    layer = make_layer('sync_batch', dtype=torch.float32).to(DEVICE)
+    layer.requires_grad_(frozen != 'affine')
+    x.requires_grad_(frozen != 'input')
+    leaves = [v for v in (x, *layer.parameters()) if v.requires_grad]
+
+    def gradients(twice: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            layer(x), leaves, cotangent, create_graph=twice
+        )
+
+    found = []
+    for kernels in ('triton', 'plain'):
+        with mock.patch.dict(os.environ, WS_MM_KERNELS=kernels):
+            collectives = count(lambda: gradients(False))
+            assert collectives == (1 if frozen == 'input' else 2)
+            found.append([*gradients(False), *gradients(True)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('frozen', ['input', 'affine'])
+def test_only_required_gradients_are_computed_over_ranks(frozen, world):
+    world(2).run(frozen_rank, frozen)
 
 
 # Dispatch
@@ -1033,6 +1120,16 @@ def test_missing_triton_warns_once(monkeypatch, log):
         assert ws_mm.kernels.attempt(ws_mm.kernels._cuda) is None
     assert len(log) == 1
     assert 'ws_mm.kernels.cuda' in log[0]
+
+
+def test_an_old_triton_warns_once(monkeypatch, log):
+    monkeypatch.setenv('WS_MM_KERNELS', 'check')  # not of a CPU, either
+    ws_mm.kernels._cuda.cache_clear()
+    monkeypatch.setattr('triton.__version__', '2.3.1')
+    for _ in range(2):
+        assert choose(torch.randn(2, device=DEVICE)) is plain
+    assert len(log) == 1
+    assert 'triton>=3.0' in log[0]
 
 
 def test_forced_kernels_show_their_error(monkeypatch):

@@ -61,6 +61,14 @@ def test_batch_norms_that_remain_are_named_and_converted(name, key, number):
     assert apply_norm(cfg, remaining=True)[0] == []
 
 
+def test_a_converted_part_gets_the_norm_with_its_options() -> None:
+    cfg = read(PIDNET)
+    apply_norm(cfg, norm=dict(type='BCN', num_groups=8), remaining=True)
+    assert cfg.model.backbone.norm == dict(type='ws_mm.BCN', num_groups=8)
+    norms = [m for m in build(cfg).modules() if isinstance(m, ws_mm.BCN)]
+    assert {norm.num_groups for norm in norms} == {8}
+
+
 def test_norms_of_other_kinds_stay_in_a_converted_part():
     cfg = read(PIDNET)
     apply_norm(cfg, norm=dict(type='GN', num_groups=4))

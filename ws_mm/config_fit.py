@@ -78,11 +78,18 @@ def settle(parts: list[Part], root: Part | None = None) -> nn.Module:
 
 
 def _settle_apart(parts: list[Part], problem: str) -> nn.Module:
-    """Settle each outermost changed part as if it were the model."""
+    """Settle changed parts as if they were the model.
+
+    One that stays but holds changed parts and builds, as the detector of a
+    tracker, is built whole: then the maps of its heads can be measured.
+    """
     whole = nn.Module()
     roots: list[Part] = []
-    for part in parts:
-        if part.layers and not any(_holds(root, part) for root in roots):
+    for part in parts[1:]:
+        if any(_holds(root, part) for root in roots):
+            continue
+        changes = any(one.layers for one in parts if _holds(part, one))
+        if part.layers or (changes and _builds(part)):
             roots.append(part)
     for root in roots:
         try:
@@ -101,6 +108,14 @@ def _settle_apart(parts: list[Part], problem: str) -> nn.Module:
         f'{ALONE}, since the model does not build here: {problem}'
     )
     return whole
+
+
+def _builds(part: Part) -> bool:
+    try:
+        _build(part, [])
+    except Exception:
+        return False
+    return True
 
 
 def _holds(root: Part, part: Part) -> bool:
