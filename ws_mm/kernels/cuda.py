@@ -82,7 +82,7 @@ class StandardizeWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
-        # Once: a checkpoint that is not reentrant recomputes them but once.
+        # A checkpoint that is not reentrant gives them only once.
         weight, kept = ctx.saved_tensors
         plan = ctx.plan
         gradient = None
@@ -224,7 +224,7 @@ class BatchChannelNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once, as above
+        saved = ctx.saved_tensors  # only once, as above
         gradients = None
         if not torch.is_grad_enabled():  # else someone differentiates twice
             gradients = attempt(_batch_channel_norm_backward, ctx, saved, grad)

@@ -123,7 +123,7 @@ class SynchronizedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Once: a checkpoint that is not reentrant recomputes them but once.
+        # A checkpoint that is not reentrant gives them only once.
         saved = ctx.saved_tensors
         tensors = None
         if not torch.is_grad_enabled():  # else someone differentiates twice

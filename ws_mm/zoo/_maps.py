@@ -101,9 +101,7 @@ class _Moments(torch.autograd.Function):
     def backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
         size = x.shape[2:].numel()
-        slope = dvar * (2 / size)
-        shift = torch.addcmul(dmean / size, mean, slope, value=-1)
-        return torch.addcmul(shift, x, slope)
+        return _affine(x, mean, dvar * (2 / size), dmean / size)
 
 
 class _Affine(torch.autograd.Function):
@@ -117,8 +115,7 @@ class _Affine(torch.autograd.Function):
         ctx: Any, x: Tensor, center: Tensor, scale: Tensor, shift: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x, center, scale)
-        level = torch.addcmul(shift, center, scale, value=-1)
-        return torch.addcmul(level, x, scale)
+        return _affine(x, center, scale, shift)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -128,6 +125,15 @@ class _Affine(torch.autograd.Function):
             return dx, None, None, None
         product, total = sums_of_maps(grad, x, center)
         return dx, -scale * total, product, total
+
+
+def _affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """(x - center) * scale + shift, in one pass."""
+    if _has_rows(x) and x.dtype == scale.dtype and not torch.is_grad_enabled():
+        numbers = (values.flatten() for values in (center, scale, shift))
+        return cpu.affine(cpu.as_rows(x), *numbers).view(x.shape)
+    level = torch.addcmul(shift, center, scale, value=-1)
+    return torch.addcmul(level, x, scale)
 
 
 def _is_composed(x: Tensor) -> bool:
