@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -282,19 +283,33 @@ def test_mmengine_reads_as_before_with_code_allowed(tmp_path, monkeypatch):
         assert made.exists()
 
 
-def test_is_tracing():
+def answers(asked: Callable[[], bool]) -> list[bool]:
+    """Ask in eager mode, in two tracers, in two transforms, and again."""
     seen = []
 
-    def function(x):
-        seen.append(compat.is_tracing())
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.append(asked())
         return x + 1
 
     x = torch.ones(1)
     function(x)
     torch.jit.trace(function, x, check_trace=False)
     make_fx(function)(x)
+    torch.func.vmap(function)(x)
+    with torch.autograd.forward_ad.dual_level():
+        function(x)
     function(x)
-    assert seen == [False, True, True, False]
+    return seen
+
+
+def test_is_tracing() -> None:
+    assert answers(compat.is_tracing) == [False, True, True, *[False] * 3]
+
+
+def test_is_eager() -> None:
+    assert answers(compat.is_eager) == [True, *[False] * 4, True]
+    compiled = torch.compile(lambda x: x + compat.is_eager(), backend='eager')
+    assert compiled(torch.ones(1)) == 1
 
 
 @pytest.mark.parametrize('known', [True, False])
@@ -311,25 +326,6 @@ def test_environment_variable(
             monkeypatch.setenv(name, value)
         seen.append(compat.environment_variable(name, 'default'))
     assert seen == ['default', 'first', 'second', 'default']
-
-
-def test_is_eager() -> None:
-    seen = []
-
-    def function(x: torch.Tensor) -> torch.Tensor:
-        seen.append(compat.is_eager())
-        return x + 1
-
-    x = torch.ones(1)
-    function(x)
-    torch.jit.trace(function, x, check_trace=False)
-    make_fx(function)(x)
-    torch.func.vmap(function)(x)
-    with torch.autograd.forward_ad.dual_level():
-        function(x)
-    torch.compile(function, backend='eager')(x)
-    function(x)
-    assert seen == [True, False, False, False, False, False, True]
 
 
 def test_is_backward():

@@ -10,7 +10,7 @@ what differs                    answer
                                 exporters get
 ``torch.get_autocast_dtype``    since torch 2.4; before, a function per device
 ``tree_leaves``                 since torch 2.2; ``tree_flatten`` is older
-``torch._C`` (four groups)      see each function for a torch without it
+``torch._C`` (four groups)      see each use for a torch without it
 ``torch.library.custom_op``     since torch 2.4; the compiler uses ours since
                                 2.7, when exporters can be told from it
 ``add_safe_globals``            since torch 2.4 (names since 2.6); before,
@@ -233,14 +233,13 @@ def is_exporting() -> bool:
 
 
 # The dict behind os.environ, where a missing name raises nothing.
-_variables: Any = getattr(os.environ, '_data', None)
 _key: Any = getattr(os.environ, 'encodekey', None)
+_variables: Any = getattr(os.environ, '_data', None) if _key else None
 
 
 def environment_variable(name: str, default: str) -> str:
     """Return ``os.environ.get(name, default)``, in a fifth of its time."""
-    known = _variables is not None and _key is not None
-    if known and _key(name) not in _variables:
+    if _variables is not None and _key(name) not in _variables:
         return default
     return os.environ.get(name, default)
 

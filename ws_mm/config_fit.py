@@ -85,7 +85,7 @@ def _settle_apart(parts: list[Part], problem: str) -> nn.Module:
     """
     whole = nn.Module()
     roots: list[Part] = []
-    for part in parts[1:]:
+    for part in parts[1:]:  # the first is the model
         if any(_holds(root, part) for root in roots):
             continue
         changes = any(one.layers for one in parts if _holds(part, one))

@@ -151,16 +151,16 @@ def batch_channel_norm(
         output = attempt(
             _apply(BatchChannelNorm, input),
             input.contiguous(memory_format=memory_format),
-            *(affines if plan.takes else plans.dense_float32(affines)),
+            *(affines if plan.fits else plans.dense_float32(affines)),
             (running, float(momentum), plan, moved),
         )
-    if output is None and plan is not None and moved:
-        # The last kernel did not start: the running values are new already.
-        a, b, c, d = plain.widened(affines, torch.float32)
-        mean, var = moved
-        output = plain.normalize(
-            input.float(), a, b, c, d, mean, var, *plan.settings
-        ).to(input.dtype)
+        if moved:
+            # The last kernel did not start: running values are new already.
+            a, b, c, d = plain.widened(affines, torch.float32)
+            mean, var = moved
+            output = plain.normalize(
+                input.float(), a, b, c, d, mean, var, *plan.settings
+            ).to(input.dtype)
     if output is None:  # nothing has been updated
         return plain.batch_channel_norm(
             *(input, num_groups, running, affines),

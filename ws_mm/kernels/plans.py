@@ -246,8 +246,8 @@ def filter_plan(
     if block < FILTERS:
         together = min(_power_of_2(rows // FEW), FILTERS // block)
 
-    def alone(name: str, *given: str) -> tuple[Launch]:
-        only = Launch(
+    def one(name: str, *given: str) -> Launch:
+        return Launch(
             name,
             given,
             -(-rows // together),
@@ -260,11 +260,10 @@ def filter_plan(
             BLOCK=block,
             WHOLE=fan_in <= block,
         )
-        return (only,)
 
     return FilterPlan(
-        alone('standardize', 'weight', 'output', 'kept'),
-        alone('standardize_backward', 'grad', 'weight', 'kept', 'output'),
+        (one('standardize', 'weight', 'output', 'kept'),),
+        (one('standardize_backward', 'grad', 'weight', 'kept', 'output'),),
         rows,
         memory_format,
         float(eps),
@@ -289,7 +288,7 @@ class NormPlan(NamedTuple):
     memory_format: torch.memory_format
     settings: tuple[int, float, bool]
     update: bool
-    takes: bool
+    fits: bool  # whether kernels take the affines as they are
     check: self_check.Check
 
 
@@ -468,9 +467,9 @@ def _unit(length: int, dtype: torch.dtype) -> int:
 
 
 def known(*tensors: Tensor | None) -> tuple[Known, ...]:
-    """What a plan depends on of tensors per channel or per group.
+    """Properties of tensors per channel or per group that decide a plan.
 
-    That is their size, their device, and whether kernels take them as they
+    These are their size, their device, and whether kernels take them as they
     are.
     """
     return tuple(
@@ -488,7 +487,7 @@ def known(*tensors: Tensor | None) -> tuple[Known, ...]:
 
 
 def dense_float32(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """What kernels take of tensors per channel or per group."""
+    """Make tensors per channel or per group fit for kernels."""
     return [None if x is None else x.float().contiguous() for x in tensors]
 
 
