@@ -421,8 +421,9 @@ def test_files_are_written_all_or_none(tmp_path):
 
     write_together = load('files').write_together
     writers = {'a': lambda path: Path(path).write_text('1'), 'b': fails}
-    with pytest.raises(OSError, match='full'):
-        write_together(tmp_path, writers)
+    for folder in tmp_path, tmp_path / 'new/folder':
+        with pytest.raises(OSError, match='full'):
+            write_together(folder, writers)
     assert not list(tmp_path.iterdir())
     (tmp_path / 'b').mkdir()
     writers['b'] = writers['a']

@@ -22,6 +22,8 @@ from .config_layers import (
 Key: TypeAlias = tuple[str | int, ...]
 
 ROLES = dict(backbone='backbone', neck='neck', head='heads')
+# In the reason of a part that refused its new layers.
+REFUSED = 'stay as they are'
 
 
 @dataclass
@@ -79,7 +81,7 @@ class Part:
     def lower(self, problem: str) -> None:
         """Keep its old convolutions; the second time, its old norms, too."""
         what = 'convolutions' if 'conv_cfg' in self.layers else 'norms'
-        self.why.append(f'its {what} stay as they are: {problem}')
+        self.why.append(f'its {what} {REFUSED}: {problem}')
         # Norms alone are no use where there were none.
         if what == 'norms' or self.get('norm_cfg') is None:
             self.layers = {}

@@ -449,6 +449,8 @@ def main() -> None:
             f'{out} exists. Give another name, or replace it with --overwrite.'
         )
     cfg, new, changes, left = convert(args)
+    from ws_mm.config_parts import REFUSED  # convert says what is missing
+
     if out.exists() and os.path.samefile(out, find_config(args.config)):
         raise SetupError(
             f'{out} is the config itself; it would inherit from itself. Give '
@@ -460,7 +462,7 @@ def main() -> None:
         print('\nleft alone:')
     for one in left:
         print(f'  {one}')
-    if not changes and any('stay as they are' in one.why for one in left):
+    if not changes and any(REFUSED in one.why for one in left):
         raise SetupError(
             'these layers fit no part, for the reasons above; no file was '
             'written. Set --conv, --norm or their options (--norm-options '

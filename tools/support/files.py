@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,30 @@ def replacing(path: str | Path) -> Iterator[Path]:
             same name while it is written, in a hidden folder beside it.
     """
     path = Path(path).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=path.parent, prefix='.writing-'
-    ) as folder:
-        part = Path(folder, path.name)
+    with _beside(path.parent) as new:
+        part = Path(new, path.name)
         yield part
         os.replace(part, path)
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[str]:
+    """Yield a hidden folder in a folder, which is made if missing.
+
+    What was made goes again if an error leaves it empty.
+    """
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(
+            dir=folder, prefix='.writing-'
+        ) as new:
+            yield new
+    except BaseException:
+        with suppress(OSError):
+            for one in made:
+                one.rmdir()
+        raise
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -51,8 +68,7 @@ def write_together(
         SetupError: a folder has one of the names; nothing was written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.writing-') as new:
+    with _beside(folder) as new:
         for name, write in writers.items():
             write(os.path.join(new, name))
         for name in writers:
