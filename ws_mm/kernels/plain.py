@@ -292,9 +292,13 @@ def of_channels(
     means: Tensor, variances: Tensor, around: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Moments of each channel from those of each (sample, channel)."""
-    mean = means.mean(0)
+    one = len(means) == 1  # its mean is itself, in fewer operations
+    mean = means[0] if one else means.mean(0)
+    if one and around is None:
+        return mean, variances[0]
     deviation = means - (mean if around is None else around)
-    return mean, (variances + deviation.square()).mean(0)
+    squares = torch.addcmul(variances, deviation, deviation)
+    return mean, squares[0] if one else squares.mean(0)
 
 
 def moved(
