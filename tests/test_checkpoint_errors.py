@@ -19,6 +19,7 @@ from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
+from shipped import read
 from tiny_runs import SEG, write_config, write_data
 
 import ws_mm
@@ -102,6 +103,18 @@ def test_checkpoints_elsewhere_are_left_to_the_host() -> None:
     checkpoints.check_checkpoints(Config(dict(model=model, load_from=url)))
     checkpoints.check_weights_fit(url, torch.nn.Linear(1, 1))
     checkpoints.check_weights_fit(None, torch.nn.Linear(1, 1))
+
+
+def test_weights_of_a_teacher_are_opened(tmp_path: Path) -> None:
+    cfg = read('mmdet::ld/ld_r18-gflv1-r101_fpn_1x_coco.py')
+    checkpoints = load('checkpoints')
+    checkpoints.check_checkpoints(cfg)  # an address
+    path = tmp_path / 'teacher.pth'
+    path.touch()
+    cfg.model.teacher_ckpt = str(path)
+    match = r'^model\.teacher_ckpt: .*teacher\.pth is not a checkpoint'
+    with pytest.raises(checkpoints.SetupError, match=match):
+        checkpoints.check_checkpoints(cfg)
 
 
 def test_prefixes_of_wrappers_are_no_difference(tmp_path: Path) -> None:

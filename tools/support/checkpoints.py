@@ -102,22 +102,34 @@ def _no_checkpoint(path: str, why: str) -> SetupError:
     )
 
 
+# Of a teacher, too. timm reads its checkpoint_path itself, in more formats.
+NAMED = ('.checkpoint', '.pretrained', '.teacher_ckpt')
+
+
+def named_checkpoints(cfg: Config) -> list[tuple[str, str]]:
+    """List the checkpoints that a config names, each with its key."""
+    first = '--resume' if cfg.get('resume') else 'load_from'
+    named = [
+        (first, cfg.get('load_from')),
+        *iter_nodes('model', cfg.get('model')),
+    ]
+    return [
+        (key, value)
+        for key, value in named
+        if value
+        and isinstance(value, str)
+        and (key == first or key.endswith(NAMED))
+    ]
+
+
 def check_checkpoints(cfg: Config) -> None:
     """Look into every local checkpoint that the config names.
 
     Raises:
         SetupError: from :func:`read_checkpoint`, with the config key.
     """
-    first = '--resume' if cfg.get('resume') else 'load_from'
-    named = [(first, cfg.get('load_from'))]
-    named += [
-        (key, value)
-        for key, value in iter_nodes('model', cfg.get('model'))
-        if isinstance(value, str)
-        and key.endswith(('.checkpoint', '.pretrained'))
-    ]
-    for key, path in named:
-        if path and is_local(path):
+    for key, path in named_checkpoints(cfg):
+        if is_local(path):
             try:
                 read_checkpoint(path)
             except SetupError as error:

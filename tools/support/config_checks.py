@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from support import checkpoints, checks, data_checks, launch, models
-from support.checks import SetupError, is_local, iter_nodes
+from support.checks import SetupError, is_local
 from support.failures import HOST_ERRORS
 from support.findings import Finding
 from ws_mm.hooks import batch_norm_problems, frozen_problems
@@ -130,14 +130,14 @@ class Training:
 
     def frozen(self) -> Iterator[Finding]:
         """Name norms that stay as they were built."""
-        if self._checkpoints():
+        if checkpoints.named_checkpoints(self.cfg):
             return  # what they hold is not loaded here
         for problem in frozen_problems(self.model.train()):
             yield Finding('warning', problem)
 
     def weights(self) -> Iterator[Finding]:
         """Load the checkpoints of this machine, as a training does."""
-        paths = self._checkpoints()
+        paths = [path for _, path in checkpoints.named_checkpoints(self.cfg)]
         checkpoints.check_checkpoints(self.cfg)
         remote = [path for path in paths if not is_local(path)]
         if remote:
@@ -150,15 +150,6 @@ class Training:
             checkpoints.check_parts_fit(model)
             model.init_weights()
             yield Finding('ok', f'{", ".join(paths)}: can be loaded')
-
-    def _checkpoints(self) -> list[str]:
-        named = [
-            value
-            for key, value in iter_nodes('model', self.cfg.model)
-            if isinstance(value, str)
-            and key.endswith(('.checkpoint', '.pretrained'))
-        ]
-        return named + [p for p in [self.cfg.get('load_from')] if p]
 
     def learning_rate(self) -> Iterator[Finding]:
         """Compare the images of a step with those that the rate is for."""
