@@ -61,6 +61,30 @@ def test_one_case_of_the_layers(tmp_path):
     assert rows['copy']['gigabytes_per_second'] > 0
 
 
+# A fresh process: what was freed before would be taken first.
+PAGES = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from benchmark import layers
+x = torch.randn(1 << 22)
+for new in (True, False):
+    layers.choose_pages(new)
+    found = [layers.page_faults(x.clone) for _ in range(6)]
+    print(sum(found[3:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='glibc has the choice')
+def test_memory_is_new_or_reused():
+    done = subprocess.run(
+        [sys.executable, '-c', PAGES, BENCHMARK.parent],
+        capture_output=True,
+        text=True,
+    )
+    new, reused = map(int, done.stdout.split())
+    assert new > 4 * (reused + 1)  # 12,288 to 0 in pages of 4 kB
+
+
 def test_the_probe_of_a_gpu_runs_dry(tmp_path):
     pytest.importorskip('triton', '3.0')
     done = run('gpu_probe.py', str(tmp_path), '--rounds', '1', '--dry')

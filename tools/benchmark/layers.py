@@ -7,8 +7,15 @@ beside it. Forward and backward in training mode, or one forward in eval mode;
 "copy" is a bare copy of the same tensors, the bandwidth of the machine. Rows
 of ours say how far the fused implementation is from the plain one there, in
 outputs, gradients and statistics. A first look: --rounds 3 --only layer2.
+
+On a CPU, tensors reuse memory. In cases of "new pages" the system maps theirs
+each time, as in a training whose maps are larger than 32 MB; page_faults says
+how many 4 kB pages a step took.
 """
 
+import ctypes
+import math
+import resource
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -64,6 +71,8 @@ VARIANTS = {
     'eval': {'training': False},
     'bf16 eval': {'dtype': torch.bfloat16, 'training': False},
 }
+# Values of an activation from which it is also measured in new pages.
+NEW_PAGES = 1 << 20
 BACKBONES = ('resnet50', 'resnext101_32x8d')
 
 
@@ -74,8 +83,10 @@ def time_norms(
     dtype: torch.dtype = torch.float32,
     layout: torch.memory_format = torch.contiguous_format,
     training: bool = True,
+    new_pages: bool = False,
 ) -> list[Row]:
     """Each norm on one activation; parameters stay float32, as in AMP."""
+    choose_pages(new_pages)
     x = torch.randn(shape, device=device, dtype=dtype)
     x = x.contiguous(memory_format=layout).requires_grad_(training)
     cotangent = torch.randn_like(x)
@@ -109,6 +120,9 @@ def time_norms(
     rows = race(contenders, 'GroupNorm', rounds, device)
     for row in rows:
         name = row['contender']
+        if device == 'cpu' and 'ms' in row:
+            with kernels_of(name, device):
+                row['page_faults'] = page_faults(contenders[name])
         if training and name in layers and 'error' not in row:
             with kernels_of(name, device):
                 row['saved_bytes'] = saved_bytes(partial(forward, name))
@@ -122,6 +136,29 @@ def time_norms(
             moved = 2 * x.numel() * x.element_size()
             row['gigabytes_per_second'] = moved / row['ms'] / 1e6
     return rows
+
+
+def choose_pages(new: bool) -> None:
+    """Let the system map each large tensor anew, or let it reuse memory.
+
+    By itself glibc does one or the other, as the process happens to free its
+    memory, and new pages double the time of a step. What was freed for reuse
+    is taken before new pages are: those come first.
+    """
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    if mallopt is None:
+        return  # another C library
+    # Of malloc.h: M_MMAP_THRESHOLD; M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD.
+    reuse = (-4, 0), (-1, (1 << 31) - 1), (-2, 1 << 30)
+    for name, value in ((-3, 1 << 20),) if new else reuse:
+        mallopt(name, value)
+
+
+def page_faults(contender: Callable[[], object]) -> int:
+    """Pages that the system maps for one run."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    contender()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def results_of(
@@ -154,6 +191,7 @@ def time_weights(backbone: str, rounds: int, device: str) -> list[Row]:
     """Forward and backward over all filters of a backbone."""
     import torchvision
 
+    choose_pages(False)
     model = getattr(torchvision.models, backbone)(weights=None)
     weights = [
         m.weight.detach().to(device).requires_grad_()
@@ -199,12 +237,14 @@ def main() -> None:
     options = arguments(__doc__, rounds=15)
     rounds, device = options.rounds, options.device
     suite: Suite = {}
-    for name in BACKBONES:
-        suite[f'filters of {name}'] = (
-            'mmcv ConvWS',
-            lambda name=name: time_weights(name, rounds, device),
-        )
-    cases = {name: (shape, {}) for name, shape in ACTIVATIONS.items()}
+    cases = {}
+    if device == 'cpu':
+        cases = {
+            f'{name} new pages': (shape, {'new_pages': True})
+            for name, shape in ACTIVATIONS.items()
+            if math.prod(shape) > NEW_PAGES
+        }
+    cases |= {name: (shape, {}) for name, shape in ACTIVATIONS.items()}
     for name in VARIED:
         for variant, how in VARIANTS.items():
             cases[f'{name} {variant}'] = (ACTIVATIONS[name], how)
@@ -214,6 +254,11 @@ def main() -> None:
             lambda shape=shape, how=how: time_norms(
                 shape, rounds, device, **how
             ),
+        )
+    for name in BACKBONES:
+        suite[f'filters of {name}'] = (
+            'mmcv ConvWS',
+            lambda name=name: time_weights(name, rounds, device),
         )
     what = 'forward + backward in training, float32 and NCHW if not said'
     run('layers', what, suite, options)
