@@ -1,6 +1,8 @@
 """tools/misc/recommend.py: advice, the edit, and figures of the records."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,3 +69,17 @@ def test_mistakes_are_named(
 ) -> None:
     assert script('recommend', '--start', 'none', '--images', 0) == 2
     assert '--images=0 must be at least 1' in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    command = ROOT / 'tools/misc/recommend.py', '--start', 'bn'
+    with subprocess.Popen(
+        [sys.executable, *command, '--images', '1'],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdout.close()  # as head does
+        assert 'Traceback' not in (said := process.stderr.read()), said
+        assert 'BrokenPipe' not in said
+    assert process.returncode == 128 + 13

@@ -456,6 +456,16 @@ def main() -> None:
             f'{out} is the config itself; it would inherit from itself. Give '
             'another name.'
         )
+    if changes:  # before a reader of the lines ends this process
+        asked = ' '.join(
+            argument
+            for argument in sys.argv[1:]
+            if argument not in (args.out, '--overwrite')
+        )
+        source = child_source(
+            base_name(args.config, out), cfg, new, changes, asked
+        )
+        write_child(out, source, new)
     for change in changes:
         print(change)
     if left:
@@ -471,15 +481,6 @@ def main() -> None:
     if not changes:
         print('\nNothing to change: it is so already. No file was written.')
         return
-    asked = ' '.join(
-        argument
-        for argument in sys.argv[1:]
-        if argument not in (args.out, '--overwrite')
-    )
-    source = child_source(
-        base_name(args.config, out), cfg, new, changes, asked
-    )
-    write_child(out, source, new)
     print(f'\nwritten: {out}')
     if note := note_for_hosts(find_config(args.config)):
         print(note)

@@ -8,6 +8,8 @@ import logging
 import os
 import pickle
 import re
+import select
+import signal
 import subprocess
 import sys
 import time
@@ -105,10 +107,19 @@ def run(main: Callable[[], None]) -> None:
     """Call ``main``; what the user can fix is one message, no traceback.
 
     That is a SetupError, a ValueError that ws_mm itself raised, and a
-    checkpoint that holds code.
+    checkpoint that holds code. A reader that has seen enough, such as
+    ``head``, ends the process as it ends others.
     """
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_unread(sys.stdout.fileno()):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (SetupError, ValueError, pickle.UnpicklingError) as error:
         if isinstance(error, ValueError) and not _raised_by('ws_mm', error):
             raise
@@ -131,6 +142,13 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _is_unread(pipe: int) -> bool:
+    """Return whether nobody reads a pipe any more."""
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _raised_by(package: str, error: Exception) -> bool:
