@@ -17,6 +17,7 @@ from mmengine.config import Config
 from support import config_checks, environment, environment_checks, ranks
 from support.config_checks import Training
 from support.findings import Finding, findings_of
+from support.tensors import saved_bytes
 from tiny_runs import DET, SEG, without_ws, write_config, write_data
 
 import ws_mm
@@ -239,7 +240,7 @@ def test_memory_is_what_a_step_keeps() -> None:
         # exponential its output, which the square keeps as a view.
         return (x * weight).exp().view(3, -1).square().sum()
 
-    assert config_checks.kept_bytes([weight], run) == 2 * size
+    assert saved_bytes(run, [weight]) == 2 * size
 
 
 @pytest.mark.usefixtures('tools')

@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark.agreement import agreement
 from benchmark.implementations import norms, standardizers
-from benchmark.race import Row, kernels_of, race, saved_bytes
+from benchmark.race import Row, kernels_of, race
 from benchmark.result import Suite, arguments, run
+from support.tensors import saved_bytes
 
 # Activations of a ResNet-50 FPN at 800 x 1333, of DeepLab at 513 and 512 with
 # output stride 16 and 8, RoIs, and what global pooling leaves.

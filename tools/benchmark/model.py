@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmark.race import Row, race, saved_bytes
+from benchmark.race import Row, race
 from benchmark.result import Suite, arguments, run
 from support import ROOT
 from support.models import build_model
+from support.tensors import saved_bytes
 
 import ws_mm
 

@@ -18,7 +18,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 Row = dict[str, Any]
 WARM_UP = 2
@@ -184,19 +183,3 @@ def peak_bytes(contender: Callable[[], object]) -> int:
     contender()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def saved_bytes(function: Callable[[], Tensor]) -> int:
-    """Bytes kept for backward, every storage once, parameters excluded."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        output = function()
-    del output
-    return sum(storages.values())

@@ -16,11 +16,12 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmark.race import Row, race, saved_bytes
+from benchmark.race import Row, race
 from benchmark.result import Suite, arguments, run
 from experiments.grid import load
 from experiments.norms import parts_of
 from mmcv.cnn import build_conv_layer, build_norm_layer
+from support.tensors import saved_bytes
 
 GRID = Path(__file__).resolve().parents[1] / 'experiments/grids/zoo.py'
 SHAPES = {

@@ -20,6 +20,7 @@ from support import checkpoints, checks, data_checks, launch, models
 from support.checks import SetupError, is_local
 from support.failures import HOST_ERRORS
 from support.findings import Finding
+from support.tensors import saved_bytes
 from ws_mm.hooks import batch_norm_problems, frozen_problems
 from ws_mm.shapes import batch_norms
 
@@ -256,7 +257,7 @@ class Training:
         """Count what one training step keeps, on the CPU."""
         batch, model = self._step()
         own = [*model.parameters(), *model.buffers()]
-        activations = kept_bytes(own, lambda: model(**batch, mode='loss'))
+        activations = saved_bytes(lambda: model(**batch, mode='loss'), own)
         kind = self.cfg.optim_wrapper.optimizer.type
         copies = COPIES.get(kind, 4)
         weights = sum(
@@ -296,29 +297,6 @@ class Training:
             model = MODELS.build(copy.deepcopy(self.cfg.model))
         model = revert_sync_batchnorm(model).train()
         return model.data_preprocessor(batch, True), model
-
-
-def kept_bytes(own: list[Tensor], run: Callable[[], Any]) -> int:
-    """Bytes that a forward keeps for its backward.
-
-    Args:
-        own: tensors of the model, which are there anyway.
-        run: the forward; returns what the backward begins with.
-    """
-    there = {tensor.untyped_storage().data_ptr() for tensor in own}
-    kept: dict[int, Tensor] = {}  # held: an address is reused once it is free
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        run()
-    return sum(
-        tensor.untyped_storage().nbytes()
-        for place, tensor in kept.items()
-        if place not in there
-    )
 
 
 def seen(loader: str, image: Tensor, sample: Any) -> np.ndarray:
