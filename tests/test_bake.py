@@ -176,6 +176,24 @@ def test_a_subclass_with_another_output_is_not_baked():
         bake(weight)
 
 
+def test_a_baked_network_that_builds_convolutions_builds_plain_ones():
+    pytest.importorskip('mmpretrain.models')
+    from mmpretrain.registry import MODELS
+
+    conv_cfg = dict(type='ws_mm.WSConv2d')
+    repvgg = dict(type='RepVGG', arch='A0', conv_cfg=conv_cfg)
+    net = randomize(MODELS.build(repvgg)).double()
+    net.eval()  # returns nothing
+    x = image(torch.float64)
+    baked = bake(net)
+    baked.switch_to_deploy()
+    assert net.conv_cfg == conv_cfg
+    assert {type(m) for m in net.modules() if isinstance(m, nn.Conv2d)} == {
+        WSConv2d
+    }
+    assert relative_error(baked(x)[-1], net(x)[-1]) <= 1e-10
+
+
 class WithoutBias(nn.Conv2d):
     """Leaves out the bias that folding gives it."""
 

@@ -1,5 +1,6 @@
 """Layers that convert replaces, leaves or rejects."""
 
+import copy
 from typing import ClassVar
 
 import pytest
@@ -45,7 +46,8 @@ def test_convert_replaces_proven_pairs_only():
 
 
 def test_convert_gn_to_bcn_is_exact():
-    source = Net(nn.Conv2d, lambda c: nn.GroupNorm(4, c)).double()
+    eps = 0.01
+    source = Net(nn.Conv2d, lambda c: nn.GroupNorm(4, c, eps)).double()
     del source.auxiliary
     randomize(source)
     x = image(torch.float64)
@@ -54,7 +56,10 @@ def test_convert_gn_to_bcn_is_exact():
     assert type(new.bn1) is BCN
     new.eval()
     # The estimates' variance is 1, to which BCN adds its eps.
-    assert relative_error(new(x), source(x)) <= 1e-4
+    twin = copy.deepcopy(source)
+    for norm in (twin.bn1, twin.bn2):
+        norm.eps = eps * (1 + eps)
+    assert relative_error(new(x), twin(x)) <= 1e-12
     # An affine per channel is the GroupNorm's own, as are its groups.
     assert repr(convert(source, norm={})) == repr(new)
     per_group = dict(outer_affine='group')
@@ -292,6 +297,35 @@ def test_converted_layers_are_what_their_holders_hold():
     assert len(new.bn._forward_hooks) == 1
     assert not any(p.requires_grad for p in new.bn.parameters())
     assert new.conv.weight.requires_grad
+
+
+def test_what_a_network_keeps_of_its_parameters_is_not_copied():
+    # LeViT keeps its biases of attention from one evaluation to the next.
+    timm = pytest.importorskip('timm')
+    levit = timm.create_model('levit_128s', img_size=64, num_classes=5).eval()
+    new = convert(levit, norm={}, inputs=torch.randn(1, 3, 64, 64))
+    for module in (*levit.modules(), *new.modules()):
+        assert not getattr(module, 'attention_bias_cache', None)
+
+
+@pytest.mark.parametrize(
+    ('options', 'said'),
+    [
+        (dict(conv={}), ': bake before {}(), which reads raw filters: 32'),
+        (dict(norm={}), ': {}() would take the new norm for a BatchNorm: 32'),
+    ],
+)
+def test_methods_that_would_fuse_new_layers_are_named(
+    options, said, monkeypatch
+):
+    timm = pytest.importorskip('timm')
+    model = timm.create_model('repghostnet_050')
+    lines = []
+    monkeypatch.setattr(
+        'ws_mm.conversion.print_log', lambda line, **_: lines.append(line)
+    )
+    convert(model, inputs=torch.randn(1, 3, 64, 64), **options)
+    assert said.format('reparameterize') in lines[0]
 
 
 def test_layers_that_only_run_in_training_are_reached():

@@ -267,6 +267,23 @@ def test_feature_extractor_of_torchvision():
         torch.testing.assert_close(features[name], seen[name])
 
 
+@pytest.mark.parametrize('padding', ['', 'same'])
+@pytest.mark.parametrize('norm', [{}, None])
+def test_feature_extractor_of_timm(padding, norm):
+    timm = pytest.importorskip('timm')
+    from timm.models._features_fx import create_feature_extractor
+
+    x = torch.randn(1, 3, 32, 32)
+    # Its norms have a SiLU, which is another function applied twice.
+    model = timm.create_model('test_efficientnet', pad_type=padding).eval()
+    model = ws_mm.convert(model, {}, norm, inputs=x)
+    expected = []
+    model.blocks.register_forward_hook(lambda _m, _x, y: expected.append(y))
+    model(x)
+    found = create_feature_extractor(model, {'blocks': 'end'})(x)['end']
+    torch.testing.assert_close(found, expected[0])
+
+
 @pytest.mark.filterwarnings('ignore')
 def test_fx_quantization_takes_a_baked_model():
     quantize_fx = pytest.importorskip('torch.ao.quantization.quantize_fx')

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from . import replacement
@@ -69,6 +70,9 @@ def bake(
     for module in modules.values():
         if replacement.is_ours(module):
             _bake_conv(module)
+        elif _makes_ours(vars(module).get('conv_cfg')):
+            # RepVGG builds convolutions again when it is deployed.
+            module.conv_cfg = None
     for conv_name, norm_name in pairs:
         _fold(modules[conv_name], modules[norm_name])
     if pairs:
@@ -168,6 +172,14 @@ def _pairs_to_fold(model: nn.Module, inputs: Inputs) -> list[tuple[str, str]]:
             'no folding'
         )
     return pairs
+
+
+def _makes_ours(conv_cfg: Any) -> bool:
+    """Return whether a ``conv_cfg`` makes convolutions of ``ws_mm``."""
+    kind = conv_cfg.get('type') if isinstance(conv_cfg, dict) else None
+    found = MODELS.get(kind) if isinstance(kind, str) else kind
+    ours = (*replacement.WS_TO_PLAIN,)
+    return isinstance(found, type) and issubclass(found, ours)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, TypeAlias
 
 from mmengine.logging import print_log
@@ -23,6 +24,8 @@ from .running_statistics import (
 )
 
 NOT_REACHED = 'not reached by the inputs'
+# Methods of timm and MMPretrain that fuse convolutions and their norms.
+FUSIONS = ('fuse', 'reparameterize', 'switch_to_deploy')
 # Names of layers, by reason.
 Reasons: TypeAlias = defaultdict[str, list[str]]
 
@@ -48,7 +51,8 @@ def convert(
 
     Convention: parameters, their names and ``requires_grad`` stay; a
         standardized convolution computes something else than the plain one
-        did. GN to BCN is exact, with its groups and an affine per channel.
+        did. GN to BCN is exact, with its groups and an affine per channel,
+        but for eps (1 + eps) in the place of eps in its variance.
         BN to BCN keeps the running statistics as estimates and the affine as
         the inner one; of a BN of zeros the outer weight is 0. A norm on
         1x1 maps gets at most half as many groups as channels.
@@ -106,6 +110,7 @@ def convert(
         )
         if layer is not None:
             replacement.become(copies[name], layer)
+    plan.note_fusions(modules)
     plan.report(conv is not None, kind if norm is not None else None)
     return converted
 
@@ -252,6 +257,19 @@ class _Plan:
         with _own_words(name):
             return replacement.replacement_of(copied, kind, arguments)
 
+    def note_fusions(self, modules: Mapping[str, nn.Module]) -> None:
+        """Name modules that would fuse a convolution with its norm."""
+        for name, module in modules.items():
+            method = next((m for m in FUSIONS if _has(module, m)), None)
+            inside = {*module.modules()} if method else set()
+            if inside & self.norms.keys():
+                why = f'{method}() would take the new norm for a BatchNorm'
+            elif inside & self.convs.keys():
+                why = f'bake before {method}(), which reads raw filters'
+            else:
+                continue
+            self.notes[why].append(name or 'the model')
+
     def report(self, has_conv: bool, kind: type | None) -> None:
         """Log what was asked for and done, and what was not."""
         done = []
@@ -267,6 +285,12 @@ class _Plan:
         if self.notes:
             message += f'. Worth a look: {_listed(self.notes)}'
         print_log(message, logger='current')
+
+
+def _has(module: nn.Module, method: str) -> bool:
+    """Return whether a class has a method that takes no arguments."""
+    function = getattr(type(module), method, None)
+    return function is not None and len(signature(function).parameters) == 1
 
 
 def _listed(reasons: Reasons) -> str:

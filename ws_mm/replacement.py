@@ -22,6 +22,7 @@ from .conv import (
 )
 from .functional import swap_channels
 from .running_statistics import RunningStatistics, channels_of
+from .symbolic import recorded
 
 WS_TO_PLAIN: dict[type, type] = {
     WSConv1d: nn.Conv1d,
@@ -50,6 +51,7 @@ class WSConv2dSame(WSConv2d):
         ``Conv2dAdaptivePadding`` compute it.
     """
 
+    @recorded
     def forward(self, input: Tensor) -> Tensor:
         """Pad ``input``, then convolve it with the standardized weight."""
         return super().forward(_pad_same(input, self))
@@ -78,6 +80,7 @@ class WithAct(nn.Module):
     drop: nn.Module
     act: nn.Module
 
+    @recorded
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``, then drop and activate."""
         output: Tensor = self.act(self.drop(super().forward(input)))

@@ -11,7 +11,16 @@ from torch import nn
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Put modes and buffers of a model and the random states back."""
+    """Put modes, buffers and dicts of a model and the random states back.
+
+    In dicts, networks of timm keep what they have computed from parameters.
+    """
+    dicts = [
+        (module, name, value, value.copy())
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if type(value) is dict and not name.startswith('_')
+    ]
     modes = {module: module.training for module in model.modules()}
     buffers = [(values, values.clone()) for values in model.buffers()]
     states = random.getstate(), np.random.get_state()
@@ -25,6 +34,10 @@ def restored(model: nn.Module) -> Iterator[None]:
             np.random.set_state(states[1])
             for module, training in modes.items():
                 module.training = training
+            for module, name, value, content in dicts:
+                value.clear()
+                value.update(content)
+                vars(module)[name] = value
             with torch.no_grad():
                 for values, before in buffers:
                     if not (values.is_meta or torch.equal(values, before)):
