@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
 
 from ws_mm import BCN, WSConv2d, check
-from ws_mm.hooks import frozen_problems
+from ws_mm.hooks import batch_norm_problems, frozen_problems
 
 
 def norms_of(report):
@@ -138,6 +138,80 @@ def test_hook_counts_the_images_of_a_step(grouped, monkeypatch):
     assert 'train on the statistics of 2 images' in ''.join(said)
 
 
+@pytest.mark.parametrize(
+    ('images', 'processes', 'expected'),
+    [
+        (0, 4, ''),  # unknown
+        (1, 1, 'on the statistics of 1 image: 1, 2.'),
+        (1, 4, 'on the statistics of 1 image: 1.'),
+        (2, 1, 'on the statistics of 2 images: 1, 2.'),
+        (2, 2, 'on the statistics of 2 images: 1.'),
+        (3, 1, ''),
+    ],
+)
+def test_batch_norms_count_the_images_that_they_see(
+    images, processes, expected
+):
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1),
+        nn.BatchNorm2d(8),
+        nn.SyncBatchNorm(8),
+        nn.BatchNorm2d(8).eval(),  # norm_eval
+    )
+    for each in (model, nn.DataParallel(model)):
+        problems = ''.join(batch_norm_problems(each, images, processes))
+        assert expected in problems
+        assert bool(problems) == bool(expected)
+
+
+def test_maps_of_one_size_are_no_levels(monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        'ws_mm.hooks.print_log', lambda text, **_: said.append(text)
+    )
+    head = nn.ModuleDict(dict(roi_head=nn.Sequential(BCN(8), BCN(8))))
+    hook = HOOKS.build(dict(type='ws_mm.CheckModelHook'))
+    runner = SimpleNamespace(model=head, cfg={})
+    hook.before_train(runner)
+    for regions in (3, 0, 1):
+        head['roi_head'](torch.randn(regions, 8, 7, 7))
+    hook.after_train_iter(runner, 0)
+    assert not said
+
+
+def test_hook_prints_mistakes_that_do_not_stop_it(monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        'ws_mm.hooks.print_log', lambda text, **_: said.append(text)
+    )
+    bad = SimpleNamespace(model=nn.Sequential(WSConv2d(3, 8, 1), nn.ReLU()))
+    hook = HOOKS.build(dict(type='CheckModelHook', on_mistake='print'))
+    hook.before_train(bad)
+    (text,) = said
+    assert '0 (WSConv2d' in text
+    assert 'on_mistake' not in text
+
+
+def test_names_of_a_wrapped_model_are_those_of_its_config(monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        'ws_mm.hooks.print_log', lambda text, **_: said.append(text)
+    )
+    head = nn.ModuleDict(dict(bbox_head=nn.Sequential(BCN(8))))
+    runner = SimpleNamespace(model=nn.DataParallel(head), cfg={})
+    hook = HOOKS.build(dict(type='ws_mm.CheckModelHook'))
+    hook.before_train(runner)
+    for size in (8, 4):
+        head['bbox_head'](torch.randn(1, 8, size, size))
+    hook.after_train_iter(runner, 0)
+    (line,) = said
+    assert '(bbox_head.0, ...)' in line
+    assert 'set model.bbox_head.norm_cfg=' in line
+    bad = nn.ModuleDict(dict(neck=WSConv2d(3, 8, 1)))
+    with pytest.raises(ValueError, match=r'\nneck .WSConv2d'):
+        hook.before_train(SimpleNamespace(model=nn.DataParallel(bad)))
+
+
 def test_hook_names_what_levels_share(monkeypatch):
     said = []
     monkeypatch.setattr(
@@ -157,6 +231,13 @@ def test_hook_names_what_levels_share(monkeypatch):
         assert len(said) == count
         # It looks once and leaves nothing behind.
         assert not head['bbox_head'][0]._forward_pre_hooks
+    # Nor are images that another hook measures as the training begins.
+    hook.before_train(runner)
+    head['bbox_head'](levels[1])
+    hook.before_train_iter(runner, 0)
+    head['bbox_head'](levels[0])
+    hook.after_train_iter(runner, 0)
+    assert len(said) == 1
     # Images of two sizes are no levels.
     runner.model = nn.ModuleDict(dict(student=head))
     hook.before_train(runner)

@@ -24,6 +24,9 @@ from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from proofs import small_run
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    checkpoint_wrapper,
+)
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader
 
@@ -267,6 +270,76 @@ def test_rows_that_are_not_finite_are_left_out(bad: float) -> None:
     assert not disagreements(found, buffers(norm), WIDE)
 
 
+def test_a_channel_that_is_never_finite_keeps_its_statistics() -> None:
+    model = randomized(BCN(8, 4))
+    before, batches = buffers(model[0]), make_batches(2, 1)
+    expected = of_all_values(batches)
+    for name, values in expected.items():
+        values[3] = before[name][3]
+    for batch in batches:
+        batch[0, 3, 2, 2] = torch.nan
+    ws_mm.update_estimates(model, batches)
+    assert not disagreements(buffers(model[0]), expected, WIDE)
+
+
+def test_a_batch_norm_without_statistics_is_passed_over() -> None:
+    plain = nn.BatchNorm2d(8, track_running_stats=False)
+    model = randomized(plain, BCN(8, 4))
+    batches = make_batches(2, 1)
+    ws_mm.update_estimates(model, batches)
+    with torch.no_grad():
+        expected = of_all_values([plain(x) for x in batches])
+    assert not disagreements(buffers(model[1]), expected, WIDE)
+
+
+def test_a_compiled_model_is_measured() -> None:
+    model, batches = randomized(BCN(8, 4)).eval(), make_batches(2, 1)
+    compiled = torch.compile(model, backend='eager')
+    with torch.no_grad():
+        compiled(batches[0])  # such a graph runs no hook that comes later
+    ws_mm.update_estimates(compiled, batches)
+    assert not disagreements(buffers(model[0]), of_all_values(batches), WIDE)
+
+
+def test_a_layer_that_sees_nothing_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(
+        'ws_mm.estimates.print_log', lambda text, **_: said.append(text)
+    )
+    model = randomized(BCN(8, 4), BCN(8, 4), nn.BatchNorm2d(8))
+    ws_mm.update_estimates(model, make_batches(2, 1))
+    assert not said
+    before = state(model)
+    ws_mm.update_estimates(
+        model, make_batches(2, 1), forward=lambda model, x: model[1](x)
+    )
+    (line,) = said
+    assert line.startswith('2 layers (0, 2, ...) saw no value in 2 batches')
+    kept = {k for k, v in state(model).items() if torch.equal(v, before[k])}
+    moved = {'1.running_mean', '1.running_var'}
+    assert kept == before.keys() - moved
+
+
+class Held:
+    """A batch that is on its device once it was moved."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def to(self, device: str) -> Tensor:
+        assert device == 'cpu'
+        return self.images
+
+
+def test_batches_move_to_the_device() -> None:
+    model, batches = randomized(BCN(8, 4)), make_batches(2, 1)
+    held = [(Held(batch), 'label') for batch in batches]
+    ws_mm.update_estimates(model, held, 'cpu')
+    assert not disagreements(buffers(model[0]), of_all_values(batches), WIDE)
+
+
 def test_averaged_weights_of_torch():
     model = randomized(nn.Conv2d(8, 8, 1), BCN(8, 4))
     average = AveragedModel(model)
@@ -316,8 +389,24 @@ def test_several_processes_measure_all_batches(mode, world):
         assert not disagreements({name: ranks[0][name]}, {name: values}, WIDE)
 
 
+def batch_norm_rank(rank: int) -> dict[str, Tensor]:
+    model = randomized(nn.BatchNorm2d(8))
+    sizes = (2, 1, 3)[: 3 - 2 * rank]
+    ws_mm.update_estimates(model, make_batches(*sizes, seed=rank))
+    return buffers(model[0])
+
+
+def test_a_batch_norm_counts_the_batches_of_all_processes(world) -> None:
+    ranks = world(2).run(batch_norm_rank)
+    every = make_batches(2, 1, 3, seed=0) + make_batches(2, seed=1)
+    for found in ranks:
+        assert found.pop('num_batches_tracked') == 4
+        assert not disagreements(found, within_batches(every), WIDE)
+
+
 def uneven_rank(rank: int) -> dict[str, Tensor]:
-    model = randomized(BCN(8, 4, mode='sync_batch'))
+    # One that waits for the other ranks, and one that does not.
+    model = randomized(BCN(8, 4, mode='sync_batch'), BCN(8, 4))
     ws_mm.update_estimates(model, make_batches(*(2, 2, 1)[: 3 - 2 * rank]))
     with pytest.raises(ValueError, match='0 batches'):
         ws_mm.update_estimates(model, [] if rank else make_batches(1))
@@ -523,6 +612,59 @@ def test_after_averaging_the_model_has_its_own_statistics(tmp_path):
         assert torch.equal(values, before[name]), name
 
 
+def test_names_in_a_checkpoint_are_those_of_the_model_unwrapped(tmp_path):
+    model = small_run.Small(
+        WSConv2d(3, 8, 3, bias=False),
+        checkpoint_wrapper(BCN(8, 4, momentum=0.1)),
+        nn.ReLU(),
+        nn.Conv2d(8, 2, 3),
+    )
+    options = dict(batch_size=2, val_batch_size=6)
+    small_run.train(tmp_path, model, IMAGES, [HOOK], **options)
+    for checkpoint in saved(tmp_path):
+        weights = checkpoint['state_dict']
+        expected = measured(weights)
+        actual = {name: weights[name] for name in expected}
+        assert not disagreements(actual, expected, 1e-5)
+        assert checkpoint['training_estimates'].keys() == expected.keys()
+        assert not any('wrapped' in name for name in weights)
+
+
+def test_after_training_the_hook_leaves_the_model_alone(tmp_path):
+    class Keep(Hook):
+        def after_train(self, runner):
+            self.runner = runner
+
+    keep = Keep()
+    model = train(tmp_path, [HOOK, keep])
+    with torch.no_grad():
+        model.body[1].running_mean.fill_(7)  # as another checkpoint would
+    before = copy.deepcopy(model.state_dict())
+    keep.runner.val()
+    keep.runner.save_checkpoint(str(tmp_path), 'own.pth')
+    own = torch.load(tmp_path / 'own.pth', weights_only=False)
+    assert 'training_estimates' not in own
+    for found in (model.validated[-1], own['state_dict'], model.state_dict()):
+        for name, values in before.items():
+            assert torch.equal(found[name], values), name
+
+
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_a_validation_and_a_checkpoint_share_one_pass(
+    tmp_path, monkeypatch, by_epoch
+):
+    module = importlib.import_module('ws_mm.estimates_hook')
+    passes = []
+
+    def counted(*args, **kwargs):
+        passes.append(1)
+        return ws_mm.estimates.measure(*args, **kwargs)
+
+    monkeypatch.setattr(module, 'measure', counted)
+    model = train(tmp_path, [HOOK], by_epoch=by_epoch)
+    assert len(model.validated) == len(saved(tmp_path)) == len(passes) == 2
+
+
 def test_measured_statistics_do_not_depend_on_the_workers(tmp_path):
     found = []
     for workers in (0, 1, 2):
@@ -602,6 +744,44 @@ def test_hook_rejects_wrong_arguments():
             ws_mm.UpdateEstimatesHook(wrong)
 
 
+def test_no_batch_to_measure_on_is_said_before_the_first_step(tmp_path):
+    loader = dict(batch_size=8, drop_last=True)
+    with pytest.raises(ValueError, match=r'7 images .*of 8 and\s+drop_last'):
+        train(tmp_path, [HOOK], small_run.make_data(7), **loader)
+    assert not list(tmp_path.glob('*.pth'))
+
+
+@pytest.mark.parametrize('on_ema', [True, False])
+def test_validation_of_other_weights_than_measured_is_refused(
+    tmp_path, on_ema
+):
+    kinds = pytest.importorskip('mmpretrain.engine.hooks')
+    average = kinds.EMAHook(evaluate_on_ema=on_ema, evaluate_on_origin=True)
+    with pytest.raises(ValueError, match='evaluate_on_origin=False'):
+        train(tmp_path, [average, HOOK])
+
+
+def test_a_norm_of_two_names_is_saved_under_both(tmp_path):
+    norm = BCN(8, 4, momentum=0.1)
+    model = small_run.Small(
+        WSConv2d(3, 8, 3, bias=False), norm, nn.ReLU(), nn.Conv2d(8, 2, 3)
+    )
+    model.alias = norm
+    small_run.train(tmp_path, model, IMAGES, [ema(False), HOOK], batch_size=2)
+    for checkpoint in saved(tmp_path):
+        own = checkpoint['training_estimates']
+        trained = checkpoint['ema_state_dict']
+        weights = checkpoint['state_dict']
+        for name, values in measured(weights).items():
+            other = name.replace('body.1', 'alias')
+            assert not disagreements(
+                {name: weights[other]}, {name: values}, 1e-5
+            )
+            assert torch.equal(own[other], own[name])
+            for each in (name, other):
+                assert torch.equal(trained[f'module.{each}'], own[name])
+
+
 @pytest.mark.parametrize('host', ['mmdet', 'mmseg'])
 def test_models_and_loaders_of_the_hosts(tmp_path, host):
     pytest.importorskip(f'{host}.models', exc_type=ImportError)
@@ -649,6 +829,9 @@ def rank_without_a_best(rank: int, folder: Path, options: Any) -> None:
         # The last checkpoint comes between two intervals.
         dict(interval=3),
         dict(interval=3, by_epoch=True),
+        # The first one comes before the first interval.
+        dict(interval=2, save_begin=1, save_last=False),
+        dict(interval=2, save_begin=1, save_last=False, by_epoch=True),
     ],
 )
 def test_each_checkpoint_of_ranks_is_measured(tmp_path, world, options):
@@ -662,6 +845,27 @@ def test_each_checkpoint_of_ranks_is_measured(tmp_path, world, options):
         assert not disagreements(actual, expected, 1e-5)
 
 
+class SaveAlone(Hook):
+    """Save at a time that no CheckpointHook has."""
+
+    def after_train_iter(self, runner, batch_idx, **_):
+        if runner.iter == 0:
+            runner.save_checkpoint(runner.work_dir, 'alone.pth')
+
+
+def saving_rank(rank: int, folder: Path) -> None:
+    hooks = [dict(type='ws_mm.SyncEstimatesHook'), HOOK, SaveAlone()]
+    train(folder, hooks, ranks=True, save_best=None, rule=None)
+
+
+def test_a_rank_that_saves_alone_does_not_wait_and_says_so(tmp_path, world):
+    world(2).run(saving_rank, tmp_path)
+    alone = torch.load(tmp_path / 'alone.pth', weights_only=False)
+    assert 'training_estimates' not in alone
+    logs = ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
+    assert logs.count('saved by rank 0 at a time of its own') == 1
+
+
 def test_a_measurement_draws_images_as_the_training_does():
     data = DataLoader(small_run.make_data(6), 2, worker_init_fn=print)
     orders = []
@@ -673,3 +877,13 @@ def test_a_measurement_draws_images_as_the_training_does():
         orders.append(str([*batches.batch_sampler]))
     assert orders[0] == orders[1]
     assert len(set(orders)) > 2
+
+
+@pytest.mark.parametrize('drop', [False, True])
+def test_a_measurement_drops_the_batch_that_the_training_drops(drop):
+    data = DataLoader(small_run.make_data(5), 2, drop_last=drop)
+    loop = SimpleNamespace(dataloader=data)
+    runner = SimpleNamespace(train_loop=loop, seed=0, iter=0)
+    batches = ws_mm.UpdateEstimatesHook()._batches(runner)
+    sizes = [len(batch['inputs']) for batch in batches]
+    assert sizes == [2, 2] + [1] * (not drop)

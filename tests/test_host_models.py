@@ -297,6 +297,18 @@ def test_a_teacher_without_estimates_is_named(
     assert ['skip_buffer=False' in line for line in warned] == skip * [True]
 
 
+def test_a_teacher_that_has_no_estimates_is_not_named(
+    warned: list[str],
+) -> None:
+    mean_teacher = pytest.importorskip('mmdet.engine.hooks').MeanTeacherHook
+    model = Semi()
+    for part in (model.student, model.teacher):
+        part[1] = nn.BatchNorm2d(8)
+    runner = SimpleNamespace(model=model, hooks=[mean_teacher()])
+    hooks.SyncEstimatesHook().before_train_iter(runner, 0)
+    assert not [line for line in warned if 'skip_buffer' in line]
+
+
 def test_a_teacher_is_not_frozen_as_it_was_built() -> None:
     model = Semi()
     assert not hooks.frozen_problems(model)

@@ -305,6 +305,23 @@ def test_samples_of_each_rank_and_seed_differ() -> None:
     assert len(drawn) == 4
 
 
+@pytest.mark.parametrize('initialized', [True, False])
+def test_gpus_are_seeded_where_cuda_has_begun(
+    initialized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resume = importlib.import_module('ws_mm.resume')
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: initialized)
+    monkeypatch.setattr(torch.cuda, 'manual_seed_all', seeds.append)
+    for place in ((3, 1), (3, 2), (3, 1)):
+        resume.seed_generators(*place)
+    if not initialized:
+        assert not seeds
+        return
+    assert seeds[0] == seeds[2] == torch.initial_seed()
+    assert seeds[0] != seeds[1]
+
+
 def test_the_hook_seeds_the_samples_of_its_own_rank(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

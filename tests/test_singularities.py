@@ -53,7 +53,9 @@ def test_constant_channels_are_eliminated():
     x = torch.tensor([0.0, 3.0, -2.0]).view(1, 3, 1, 1).expand(2, 3, 4, 4)
     report = Moments.of(x).report()
     assert {v for k, v in report.items() if k != 'kl'} == {1.0}
-    assert math.isfinite(report['kl'])
+    squares = 0.0, 9.0, 4.0
+    kls = [(square - 1 - math.log(1e-12)) / 2 for square in squares]
+    assert report['kl'] == pytest.approx(sum(kls) / 3)
     # Zero is not positive: half of these fire.
     half = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)
     assert Moments.of(half).report()['empirical_below_0.01'] == 0
@@ -127,7 +129,9 @@ class Nothing(BaseMetric):
         return {'nothing': 0.0}
 
 
-def runner(tmp_path, hook, validate=True, relu=True, name='run') -> Runner:
+def runner(
+    tmp_path, *hooks, validate=True, relu=True, name='run', val_interval=100
+) -> Runner:
     torch.manual_seed(0)
     images = [(image,) for image in torch.randn(6, 3, 9, 9)]
     loader = dict(
@@ -146,9 +150,9 @@ def runner(tmp_path, hook, validate=True, relu=True, name='run') -> Runner:
             **loader,
             'sampler': dict(type='InfiniteSampler', shuffle=True),
         },
-        train_cfg=dict(by_epoch=False, max_iters=5, val_interval=100),
+        train_cfg=dict(by_epoch=False, max_iters=5, val_interval=val_interval),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
-        custom_hooks=[hook],
+        custom_hooks=[*hooks],
         randomness=dict(seed=1),
         log_level='ERROR',
         experiment_name=f'{tmp_path.name}_{name}',
@@ -189,6 +193,16 @@ def test_hook_measures_start_interval_and_end(tmp_path):
     )
 
 
+def test_the_end_of_a_training_that_stops_early_is_measured(tmp_path):
+    stop = dict(
+        type='EarlyStoppingHook', monitor='nothing', rule='less', patience=1
+    )
+    hook = SingularitiesHook(interval=3, num_batches=1)
+    runner(tmp_path, hook, stop, val_interval=1).train()
+    lines = (tmp_path / 'run' / FILE).read_text().splitlines()
+    assert [json.loads(line)['iteration'] for line in lines] == [0, 2]
+
+
 def test_training_is_the_same_with_the_hook(tmp_path):
     states = []
     hooks = SingularitiesHook(interval=1), SingularitiesHook(interval=99)
@@ -206,7 +220,7 @@ def test_wrong_arguments_and_configs_are_rejected(tmp_path):
     with pytest.raises(ValueError, match="num_batches='a' must be"):
         SingularitiesHook(num_batches='a')
     with pytest.raises(ValueError, match='set val_dataloader'):
-        runner(tmp_path, SingularitiesHook(), False, name='a').train()
+        runner(tmp_path, SingularitiesHook(), validate=False, name='a').train()
     with pytest.raises(ValueError, match='no ReLU module'):
         runner(tmp_path, SingularitiesHook(), relu=False, name='b').train()
 

@@ -41,8 +41,9 @@ class UpdateEstimatesHook(Hook):
             A validation and a checkpoint of the same weights share one pass.
 
     Raises:
-        ValueError: ``num_batches`` is no whole number of at least 1; or the
-            sampler of ``train_dataloader`` cannot be replaced.
+        ValueError: ``num_batches`` is no whole number of at least 1; the
+            sampler of ``train_dataloader`` cannot be replaced, or gives no
+            batch; or ``EMAHook`` has ``evaluate_on_origin``.
     """
 
     # After EMAHook (NORMAL, 49 in configs) has averaged or put its weights
@@ -67,7 +68,25 @@ class UpdateEstimatesHook(Hook):
         """Reset the state of an earlier training."""
         self._in_training = True
         self._measured = self._own = None
-        self._batches(runner)  # its error comes before the first step
+        # What a measurement cannot do is said before the first step.
+        batches = self._batches(runner)
+        loader = runner.train_loop.dataloader
+        if loader.batch_sampler.drop_last and not len(batches):
+            raise ValueError(
+                'UpdateEstimatesHook has no batch to measure on: '
+                f'train_dataloader has {len(loader.dataset)} images for all '
+                f'processes, batches of {loader.batch_sampler.batch_size} and '
+                'drop_last=True. Set drop_last=False or a smaller batch_size'
+            )
+        for hook in _hooks(runner, EMAHook):
+            if getattr(hook, 'evaluate_on_origin', False):
+                raise ValueError(
+                    'UpdateEstimatesHook measures statistics of the averaged '
+                    'weights. With evaluate_on_origin=True the weights that '
+                    'train would be validated with them. Set '
+                    'evaluate_on_ema=True and evaluate_on_origin=False in '
+                    'the EMAHook of custom_hooks'
+                )
 
     def after_train_iter(
         self,
@@ -165,14 +184,14 @@ class UpdateEstimatesHook(Hook):
                     self._batches(runner),
                     num_batches=self.num_batches,
                 )
-            names = {
-                module: name
-                for name, module in inner_model(runner.model).named_modules()
-            }
+            # A layer that a state dict holds under several names, too.
+            named = inner_model(runner.model).named_modules(
+                remove_duplicate=False
+            )
             self._measured = {
-                _saved_name(f'{names[layer]}.{name}'): values
-                for layer, statistics in measured.items()
-                for name, values in statistics.items()
+                _saved_name(f'{name}.{statistic}'): values
+                for name, layer in named
+                for statistic, values in measured.get(layer, {}).items()
             }
         return self._measured
 
@@ -260,15 +279,12 @@ def _averaged(runner: Any) -> Iterator[None]:
 
 def _saved_name(name: str) -> str:
     """A name without the prefixes of wrappers of submodules."""
-    return re.sub(
-        r'_(fsdp_wrapped_module|checkpoint_wrapped_module|orig_mod)\.',
-        '',
-        name,
-    )
+    return re.sub(r'_(fsdp|checkpoint)_wrapped_module\.', '', name)
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    return {_saved_name(name): b for name, b in model.named_buffers()}
+    named = model.named_buffers(remove_duplicate=False)
+    return {_saved_name(name): b for name, b in named}
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

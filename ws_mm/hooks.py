@@ -126,6 +126,8 @@ class CheckModelHook(_FrozenLayersHook):
             )
         self.on_mistake = on_mistake
         self._watched: list[Any] = []
+        # By name and class name of a layer.
+        self._sizes: dict[tuple[str, str], set[torch.Size]] = {}
 
     def before_train(self, runner: Any) -> None:
         """Check the model that is about to be trained."""
@@ -150,6 +152,9 @@ class CheckModelHook(_FrozenLayersHook):
     ) -> None:
         """Look when the first iteration is about to run."""
         if not self._looked:
+            # Other hooks measured other images as the training began.
+            for seen in self._sizes.values():
+                seen.clear()
             loader = getattr(runner, 'train_dataloader', None)
             # A loader with a sampler of batches has no size of its own.
             sampler = getattr(loader, 'batch_sampler', None)
@@ -186,8 +191,7 @@ class CheckModelHook(_FrozenLayersHook):
             )
 
     def _watch_sizes(self, model: nn.Module, runner: Any) -> None:
-        # By name and class name of a layer.
-        self._sizes: dict[tuple[str, str], set[torch.Size]] = {}
+        self._sizes = {}
         # A compiler would compile the first iteration for its hooks alone.
         # A student has images of two sizes in a step, whatever its heads.
         if getattr(runner, 'cfg', {}).get('compile') or 'student' in dict(

@@ -180,6 +180,7 @@ class SingularitiesHook(Hook):
             self._batches.append(batch)
             if len(self._batches) == self.num_batches:
                 break
+        self._last = runner.iter
         if not self._write(runner, runner.iter):
             raise ValueError(
                 'SingularitiesHook found no ReLU module that directly '
@@ -197,6 +198,12 @@ class SingularitiesHook(Hook):
         done = runner.iter + 1
         if done % self.interval == 0 or done == runner.max_iters:
             self._write(runner, done)
+            self._last = done
+
+    def after_train(self, runner: Any) -> None:
+        """Measure the end of a training that stopped early."""
+        if self._last != runner.iter:
+            self._write(runner, runner.iter)
 
     def _write(self, runner: Any, iteration: int) -> bool:
         model = inner_model(runner.model)

@@ -76,6 +76,7 @@ def train(
     val_batch_size: int = 1,
     shuffle: bool = True,
     workers: int = 0,
+    drop_last: bool = False,
     resume: bool = False,
     ranks: bool = False,
     broadcast_buffers: bool = False,
@@ -96,6 +97,7 @@ def train(
         val_batch_size: images per step of validation.
         shuffle: draw the images in a random order.
         workers: processes that load the images.
+        drop_last: leave out a last batch of fewer images in training.
         resume: go on from the last checkpoint.
         ranks: run in a process group, wrapped in DistributedDataParallel.
         broadcast_buffers: argument of that wrapper.
@@ -136,6 +138,7 @@ def train(
         train_dataloader=dict(
             **loader,
             batch_size=batch_size,
+            drop_last=drop_last,
             sampler=dict(type=sampler, shuffle=shuffle),
         ),
         val_dataloader=validation,
