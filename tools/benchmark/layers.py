@@ -9,13 +9,11 @@ of ours say how far the fused implementation is from the plain one there, in
 outputs, gradients and statistics. A first look: --rounds 3 --only layer2.
 
 On a CPU, tensors reuse memory. In cases of "new pages" the system maps theirs
-each time, as in a training whose maps are larger than 32 MB; page_faults says
-how many 4 kB pages a step took.
+each time, as in a training whose maps are larger than 32 MB.
 """
 
 import ctypes
 import math
-import resource
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -121,9 +119,6 @@ def time_norms(
     rows = race(contenders, 'GroupNorm', rounds, device)
     for row in rows:
         name = row['contender']
-        if device == 'cpu' and 'ms' in row:
-            with kernels_of(name, device):
-                row['page_faults'] = page_faults(contenders[name])
         if training and name in layers and 'error' not in row:
             with kernels_of(name, device):
                 row['saved_bytes'] = saved_bytes(partial(forward, name))
@@ -153,13 +148,6 @@ def choose_pages(new: bool) -> None:
     reuse = (-4, 0), (-1, (1 << 31) - 1), (-2, 1 << 30)
     for name, value in ((-3, 1 << 20),) if new else reuse:
         mallopt(name, value)
-
-
-def page_faults(contender: Callable[[], object]) -> int:
-    """Pages that the system maps for one run."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    contender()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def results_of(

@@ -4,11 +4,13 @@ In each round every contender runs once, in a new random order, so that a
 machine that slows down slows all of them. Figures are medians over the rounds
 with their 20th and 80th percentile; a ratio is the median of the ratios to
 the baseline of the same round. A contender that fails becomes an error row. A
-time on a GPU that holds time of the host says 'waits_for_host'.
+time on a GPU that holds time of the host says 'waits_for_host'; one on a CPU
+has the median of 'page_faults', memory that the system had to map.
 """
 
 import os
 import random
+import resource
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -40,6 +42,7 @@ def race(
     is forced, so that kernels that cannot run are an error row.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    faults: dict[str, list[int]] = {name: [] for name in contenders}
     peaks: dict[str, int] = {}
     hosts: dict[str, float] = {}
     errors: dict[str, str] = {}
@@ -54,12 +57,15 @@ def race(
                         contenders[name]()  # what is built once, and .grad
                         peaks[name] = peak_bytes(contenders[name])
                         hosts[name] = host_ms(contenders[name])
+                    mapped = page_faults()
                     took, ahead = clock(contenders[name], device)
+                    mapped = page_faults() - mapped
             except Exception as error:
                 errors[name] = said(error)
                 continue
             if turn >= warm_up:
                 times[name].append(took)
+                faults[name].append(mapped)
                 if not ahead:
                     late.add(name)
     rows = []
@@ -69,6 +75,8 @@ def race(
             row['error'] = errors[name]
         else:
             row |= spread('ms', values)
+            if device == 'cpu':
+                row['page_faults'] = median(faults[name])
             if baseline not in errors:
                 pairs = zip(values, times[baseline], strict=True)
                 row |= spread('ratio', [a / b for a, b in pairs])
@@ -94,6 +102,11 @@ def once(contenders: dict[str, Callable[[], object]]) -> list[Row]:
         took = (time.perf_counter() - start) * 1e3
         rows.append({'contender': name, **spread('ms', [took])})
     return rows
+
+
+def page_faults() -> int:
+    """Pages that the system has mapped for this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def said(error: Exception) -> str:
