@@ -408,7 +408,7 @@ class BatchChannelNorm(torch.autograd.Function):
         )
         u, v = u.view(len(m), *shape), v.view(len(m), *shape)
         a = a.view(shape)
-        # A factor of an operation takes half of the time of one by itself.
+        # As alpha or value, a factor is no operation of its own.
         u.sub_(u.sum(2, keepdim=True), alpha=1 / u.shape[2])
         spread = torch.addcmul(a.square() * v, u, u)
         r = spread.mean(2, keepdim=True).add_(eps).rsqrt_()
