@@ -66,10 +66,10 @@ def test_one_case_of_the_layers(tmp_path):
 PAGES = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from benchmark import layers, race
+from benchmark import race
 x = torch.randn(1 << 22)
 for new in (True, False):
-    layers.choose_pages(new)
+    race.choose_pages(new)
     for _ in range(16):
         x.clone()
     before = race.page_faults()

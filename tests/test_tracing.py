@@ -267,8 +267,9 @@ def test_feature_extractor_of_torchvision():
         torch.testing.assert_close(features[name], seen[name])
 
 
-@pytest.mark.parametrize('padding', ['', 'same'])
-@pytest.mark.parametrize('norm', [{}, None])
+@pytest.mark.parametrize(
+    ('padding', 'norm'), [('', {}), ('same', {}), ('same', None)]
+)
 def test_feature_extractor_of_timm(padding, norm):
     timm = pytest.importorskip('timm')
     from timm.models._features_fx import create_feature_extractor

@@ -12,7 +12,6 @@ On a CPU, tensors reuse memory. In cases of "new pages" the system maps theirs
 each time, as in a training whose maps are larger than 32 MB.
 """
 
-import ctypes
 import math
 import sys
 from collections.abc import Callable
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark.agreement import agreement
 from benchmark.implementations import norms, standardizers
-from benchmark.race import Row, kernels_of, race
+from benchmark.race import Row, choose_pages, kernels_of, race
 from benchmark.result import Suite, arguments, run
 from support.tensors import saved_bytes
 
@@ -132,22 +131,6 @@ def time_norms(
             moved = 2 * x.numel() * x.element_size()
             row['gigabytes_per_second'] = moved / row['ms'] / 1e6
     return rows
-
-
-def choose_pages(new: bool) -> None:
-    """Let the system map each large tensor anew, or let it reuse memory.
-
-    By itself glibc does one or the other, as the process happens to free its
-    memory, and new pages double the time of a step. What was freed for reuse
-    is taken before new pages are: those come first.
-    """
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-    if mallopt is None:
-        return  # another C library
-    # Of malloc.h: M_MMAP_THRESHOLD; M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD.
-    reuse = (-4, 0), (-1, (1 << 31) - 1), (-2, 1 << 30)
-    for name, value in ((-3, 1 << 20),) if new else reuse:
-        mallopt(name, value)
 
 
 def results_of(

@@ -8,6 +8,7 @@ time on a GPU that holds time of the host says 'waits_for_host'; one on a CPU
 has the median of 'page_faults', memory that the system had to map.
 """
 
+import ctypes
 import os
 import random
 import resource
@@ -102,6 +103,22 @@ def once(contenders: dict[str, Callable[[], object]]) -> list[Row]:
         took = (time.perf_counter() - start) * 1e3
         rows.append({'contender': name, **spread('ms', [took])})
     return rows
+
+
+def choose_pages(new: bool) -> None:
+    """Let the system map each large tensor anew, or let it reuse memory.
+
+    By itself glibc does one or the other, as the process happens to free its
+    memory, and new pages double the time of a step. What was freed for reuse
+    is taken before new pages are: those come first.
+    """
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    if mallopt is None:
+        return  # another C library
+    # Of malloc.h: M_MMAP_THRESHOLD; M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD.
+    reuse = (-4, 0), (-1, (1 << 31) - 1), (-2, 1 << 30)
+    for name, value in ((-3, 1 << 20),) if new else reuse:
+        mallopt(name, value)
 
 
 def page_faults() -> int:
