@@ -164,11 +164,17 @@ def test_batch_norms_count_the_images_that_they_see(
         assert bool(problems) == bool(expected)
 
 
-def test_maps_of_one_size_are_no_levels(monkeypatch):
-    said = []
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    """What the hooks log."""
+    lines = []
     monkeypatch.setattr(
-        'ws_mm.hooks.print_log', lambda text, **_: said.append(text)
+        'ws_mm.hooks.print_log', lambda text, **_: lines.append(text)
     )
+    return lines
+
+
+def test_maps_of_one_size_are_no_levels(said):
     head = nn.ModuleDict(dict(roi_head=nn.Sequential(BCN(8), BCN(8))))
     hook = HOOKS.build(dict(type='ws_mm.CheckModelHook'))
     runner = SimpleNamespace(model=head, cfg={})
@@ -179,11 +185,7 @@ def test_maps_of_one_size_are_no_levels(monkeypatch):
     assert not said
 
 
-def test_hook_prints_mistakes_that_do_not_stop_it(monkeypatch):
-    said = []
-    monkeypatch.setattr(
-        'ws_mm.hooks.print_log', lambda text, **_: said.append(text)
-    )
+def test_hook_prints_mistakes_that_do_not_stop_it(said):
     bad = SimpleNamespace(model=nn.Sequential(WSConv2d(3, 8, 1), nn.ReLU()))
     hook = HOOKS.build(dict(type='CheckModelHook', on_mistake='print'))
     hook.before_train(bad)
@@ -192,11 +194,7 @@ def test_hook_prints_mistakes_that_do_not_stop_it(monkeypatch):
     assert 'on_mistake' not in text
 
 
-def test_names_of_a_wrapped_model_are_those_of_its_config(monkeypatch):
-    said = []
-    monkeypatch.setattr(
-        'ws_mm.hooks.print_log', lambda text, **_: said.append(text)
-    )
+def test_names_of_a_wrapped_model_are_those_of_its_config(said):
     head = nn.ModuleDict(dict(bbox_head=nn.Sequential(BCN(8))))
     runner = SimpleNamespace(model=nn.DataParallel(head), cfg={})
     hook = HOOKS.build(dict(type='ws_mm.CheckModelHook'))
@@ -212,11 +210,7 @@ def test_names_of_a_wrapped_model_are_those_of_its_config(monkeypatch):
         hook.before_train(SimpleNamespace(model=nn.DataParallel(bad)))
 
 
-def test_hook_names_what_levels_share(monkeypatch):
-    said = []
-    monkeypatch.setattr(
-        'ws_mm.hooks.print_log', lambda text, **_: said.append(text)
-    )
+def test_hook_names_what_levels_share(said):
     head = nn.ModuleDict(dict(bbox_head=nn.Sequential(BCN(8), BCN(8))))
     runner = SimpleNamespace(model=head, cfg={})
     levels = [torch.randn(1, 8, size, size) for size in (8, 4, 2)]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comparison import relative_error
+from networks import log_of_convert  # noqa: F401
 from small_nets import Net, Run, image, randomize
 from torch import nn
 
@@ -198,13 +199,7 @@ def test_norms_without_an_affine_become_bcn():
         (lambda m, x: m.bn(m.conv(x).sigmoid()), False, ''),
     ],
 )
-def test_a_filter_whose_scale_is_seen_stays(
-    run, standardized, why, monkeypatch
-):
-    said = []
-    monkeypatch.setattr(
-        'ws_mm.conversion.print_log', lambda line, **_: said.append(line)
-    )
+def test_a_filter_whose_scale_is_seen_stays(run, standardized, why, said):
     more = dict(other=nn.BatchNorm2d(8), gn=nn.GroupNorm(4, 8))
     model = Run(run, conv=nn.Conv2d(3, 8, 1), bn=nn.BatchNorm2d(8), **more)
     new = convert(model, {}, {}, inputs=image())
@@ -309,23 +304,17 @@ def test_what_a_network_keeps_of_its_parameters_is_not_copied():
 
 
 @pytest.mark.parametrize(
-    ('options', 'said'),
+    ('options', 'words'),
     [
         (dict(conv={}), ': bake before {}(), which reads raw filters: 32'),
         (dict(norm={}), ': {}() would take the new norm for a BatchNorm: 32'),
     ],
 )
-def test_methods_that_would_fuse_new_layers_are_named(
-    options, said, monkeypatch
-):
+def test_methods_that_would_fuse_new_layers_are_named(options, words, said):
     timm = pytest.importorskip('timm')
     model = timm.create_model('repghostnet_050')
-    lines = []
-    monkeypatch.setattr(
-        'ws_mm.conversion.print_log', lambda line, **_: lines.append(line)
-    )
     convert(model, inputs=torch.randn(1, 3, 64, 64), **options)
-    assert said.format('reparameterize') in lines[0]
+    assert words.format('reparameterize') in said[0]
 
 
 def test_layers_that_only_run_in_training_are_reached():

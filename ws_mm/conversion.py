@@ -260,7 +260,7 @@ class _Plan:
     def note_fusions(self, modules: Mapping[str, nn.Module]) -> None:
         """Name modules that would fuse a convolution with its norm."""
         for name, module in modules.items():
-            method = next((m for m in FUSIONS if _has(module, m)), None)
+            method = next((m for m in FUSIONS if _has_method(module, m)), None)
             inside = {*module.modules()} if method else set()
             if inside & self.norms.keys():
                 why = f'{method}() would take the new norm for a BatchNorm'
@@ -287,7 +287,7 @@ class _Plan:
         print_log(message, logger='current')
 
 
-def _has(module: nn.Module, method: str) -> bool:
+def _has_method(module: nn.Module, method: str) -> bool:
     """Return whether a class has a method that takes no arguments."""
     function = getattr(type(module), method, None)
     return function is not None and len(signature(function).parameters) == 1

@@ -180,7 +180,6 @@ class SingularitiesHook(Hook):
             self._batches.append(batch)
             if len(self._batches) == self.num_batches:
                 break
-        self._last = runner.iter
         if not self._write(runner, runner.iter):
             raise ValueError(
                 'SingularitiesHook found no ReLU module that directly '
@@ -198,7 +197,6 @@ class SingularitiesHook(Hook):
         done = runner.iter + 1
         if done % self.interval == 0 or done == runner.max_iters:
             self._write(runner, done)
-            self._last = done
 
     def after_train(self, runner: Any) -> None:
         """Measure the end of a training that stopped early."""
@@ -206,6 +204,7 @@ class SingularitiesHook(Hook):
             self._write(runner, runner.iter)
 
     def _write(self, runner: Any, iteration: int) -> bool:
+        self._last = iteration
         model = inner_model(runner.model)
 
         def run(model: nn.Module) -> None:

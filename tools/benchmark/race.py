@@ -109,8 +109,8 @@ def choose_pages(new: bool) -> None:
     """Let the system map each large tensor anew, or let it reuse memory.
 
     By itself glibc does one or the other, as the process happens to free its
-    memory, and new pages double the time of a step. What was freed for reuse
-    is taken before new pages are: those come first.
+    memory, and a step in new pages takes about twice as long. What was freed
+    for reuse is taken before new pages are: those come first.
     """
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
     if mallopt is None:
