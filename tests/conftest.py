@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
 if 'PYTEST_XDIST_WORKER' in os.environ:
     torch.set_num_threads(1)
+    os.environ.setdefault('OMP_NUM_THREADS', '1')  # of what tests start
 
 
 @pytest.fixture(autouse=True)

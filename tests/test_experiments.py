@@ -35,6 +35,8 @@ from experiments import (  # noqa: E402
 GRIDS = sorted((ROOT / 'tools/experiments/grids').glob('*.py'))
 TASK = 'tools/experiments/tasks/cifar_resnet8.py'
 VGG = 'tools/experiments/tasks/cifar_vgg6.py'
+# More of them wait for each other where tests run side by side.
+ONE_THREAD = ['--processes', str(os.cpu_count())]
 HOOKS = [
     dict(type='SmoothnessHook', interval=5),
     dict(type='ws_mm.SingularitiesHook', interval=6, num_batches=1),
@@ -80,7 +82,7 @@ def call(*arguments: object) -> subprocess.CompletedProcess:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            run.main(list(map(str, arguments)))
+            run.main([*map(str, arguments), *ONE_THREAD])
         except SystemExit as stop:
             # As Python does with what a script ends with.
             code = stop.code if isinstance(stop.code, int) else 1
@@ -285,9 +287,8 @@ def test_killed_and_half_written_runs_are_resumed(images, tmp_path):
     process = subprocess.Popen(
         [
             *(sys.executable, ROOT / 'tools/experiments/run.py'),
-            *(path, tmp_path / 'out'),
+            *(path, tmp_path / 'out', *ONE_THREAD),
         ],
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
