@@ -285,13 +285,45 @@ def test_converted_layers_are_what_their_holders_hold():
     model.held = [model.conv, model.bn]  # torch does not see these
     model.seen = []
     model.bn.register_forward_hook(lambda *_: None)
-    model.bn.weight.requires_grad_(False)
+    model.bn.requires_grad_(False)
     new = convert(model, {}, {}, inputs=image())
     assert [type(layer) for layer in new.held] == [WSConv2d, BCN]
     assert new.held[1] is new.bn
     assert len(new.bn._forward_hooks) == 1
     assert not any(p.requires_grad for p in new.bn.parameters())
     assert new.conv.weight.requires_grad
+
+
+@pytest.mark.parametrize('old', [nn.BatchNorm2d(8), nn.GroupNorm(4, 8)])
+@pytest.mark.parametrize('frozen', ['weight', 'bias'])
+def test_each_parameter_learns_if_it_did(old, frozen):
+    # Networks of re-identification learn a scale behind their last layer,
+    # and no shift.
+    old = copy.deepcopy(old)
+    getattr(old, frozen).requires_grad_(False)
+    new = convert(nn.Sequential(old), norm={})[0]
+    learned = {name for name, p in new.named_parameters() if p.requires_grad}
+    other = {'weight': 'bias', 'bias': 'weight'}[frozen]
+    assert learned == {other, f'bn_{other}'}
+
+
+def test_a_parameter_that_the_norm_had_not_learns_if_another_does():
+    class Curved(RunningStatistics):
+        statistics: ClassVar = {'running_mean': 0.0}
+
+        def __init__(self, num_features):
+            super().__init__()
+            self.slope = nn.Parameter(torch.ones(num_features))
+            self.register_statistics(num_features)
+
+    old = nn.BatchNorm2d(8)
+    learned = []
+    for own in (old.weight, old.bias):
+        new = convert(nn.Sequential(old), norm=dict(type=Curved))[0]
+        learned.append(new.slope.requires_grad)
+        own.requires_grad_(False)
+    new = convert(nn.Sequential(old), norm=dict(type=Curved))[0]
+    assert [*learned, new.slope.requires_grad] == [True, True, False]
 
 
 def test_what_a_network_keeps_of_its_parameters_is_not_copied():

@@ -285,12 +285,17 @@ def replacement_of(
     layer, sources = made.from_norm(norm, arguments)
     like = next(iter(norm.state_dict().values()), torch.empty(0))
     layer.to(dtype=like.dtype)
-    parameter = next(norm.parameters(recurse=False), None)
-    learns = parameter is None or parameter.requires_grad
+    learns = {
+        name: values.requires_grad
+        for name, values in norm.named_parameters(recurse=False)
+    }
     for target, new in [*layer.named_parameters()]:
         values = sources.get(target, new).detach().clone()
         values = values.to(like.device, new.dtype)
-        setattr(layer, target, nn.Parameter(values, learns))
+        # Both affines of BCN as the one before; any other if that learns.
+        own = target.removeprefix('bn_')
+        learned = learns.get(own, not learns or any(learns.values()))
+        setattr(layer, target, nn.Parameter(values, learned))
     for target, initial in [*layer.named_buffers()]:
         found = sources.get(target, initial)
         device = found.device if target in sources else like.device
