@@ -349,6 +349,13 @@ def test_methods_that_would_fuse_new_layers_are_named(options, words, said):
     assert words.format('reparameterize') in said[0]
 
 
+def test_a_switch_with_the_name_of_such_a_method_is_none():
+    class Block(nn.Sequential):
+        fuse = False
+
+    assert type(convert(Block(nn.BatchNorm2d(8)), norm={})[0]) is BCN
+
+
 def test_layers_that_only_run_in_training_are_reached():
     def run(m, x):
         y = m.bn(m.conv(x))

@@ -290,7 +290,7 @@ class _Plan:
 def _has_method(module: nn.Module, method: str) -> bool:
     """Return whether a class has a method that takes no arguments."""
     function = getattr(type(module), method, None)
-    return function is not None and len(signature(function).parameters) == 1
+    return callable(function) and len(signature(function).parameters) == 1
 
 
 def _listed(reasons: Reasons) -> str:
