@@ -1,6 +1,7 @@
 """Layers that convert replaces, leaves or rejects."""
 
 import copy
+from types import MethodType
 from typing import ClassVar
 
 import pytest
@@ -388,6 +389,20 @@ def test_a_weight_that_is_computed_stays():
     new = convert(model, {}, {}, inputs=image())
     assert type(new[0]) is type(conv)
     assert type(new[1]) is BCN
+
+
+@pytest.mark.parametrize('number', [0, 1])
+def test_a_forward_that_was_replaced_is_not_taken_for_its_class(number):
+    # As by tools that count, offload or cast. It would stay in the new layer.
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+    layer = model[number]
+    layer.forward = MethodType(type(layer).forward, layer)
+    if number:
+        with pytest.raises(ValueError, match=r'another forward .*\(1\)'):
+            convert(model, norm={})
+    else:
+        new = convert(model, {}, {}, inputs=image())
+        assert [type(layer) for layer in new] == [nn.Conv2d, BCN]
 
 
 def test_padding_that_is_another_at_even_sizes_is_no_plain_one():

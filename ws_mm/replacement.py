@@ -122,12 +122,12 @@ def fan_in(conv: Any) -> int:
 def ws_type(conv: Any) -> type | None:
     """The WS class for a convolution, or None.
 
-    None if it computes more than its torch namesake, or if another module
-    computes its weight.
+    None if it computes more than its torch namesake, if another module
+    computes its weight, or if its forward was replaced.
     """
     if is_ours(conv):
         return type(conv)
-    if 'weight' not in conv._parameters:
+    if 'weight' not in conv._parameters or 'forward' in vars(conv):
         return None
     if type(conv) in PLAIN_TO_WS:
         return PLAIN_TO_WS[type(conv)]
@@ -235,6 +235,8 @@ def why_kept(norm: Any) -> str:
         return 'has not run yet, so that its channels are not known'
     if is_batch_norm(norm) and norm.running_mean is None:
         return 'keeps no statistics'
+    if 'forward' in vars(norm):
+        return 'has another forward than its class'
     children = dict(norm.named_children())
     more = [name for name in children if name not in ('drop', 'act')]
     if more:
