@@ -423,6 +423,49 @@ def test_padding_that_is_another_at_even_sizes_is_no_plain_one():
     assert ws_type(odd) is None
 
 
+class Ordered(nn.Conv2d):
+    """A convolution with the order of its inputs."""
+
+    def __init__(self, *order, **options):
+        super().__init__(len(order), 8, 1, **options)
+        order = torch.tensor(order, device=options.get('device'))
+        self.register_buffer('order', order)
+
+    def forward(self, x):
+        return super().forward(x[:, self.order])
+
+
+@pytest.mark.parametrize(
+    ('order', 'device', 'plain'),
+    [
+        ((0, 1, 2), 'cpu', True),
+        ((2, 0, 1), 'cpu', False),
+        ((2, 0, 1), 'meta', False),
+    ],
+)
+def test_whole_numbers_of_a_layer_stay_its_own(
+    order, device, plain, monkeypatch
+):
+    # Memory that nothing was written to holds anything.
+    empty = torch.empty_like
+    monkeypatch.setattr(
+        torch, 'empty_like', lambda *args, **kw: empty(*args, **kw).fill_(99)
+    )
+    found = ws_type(Ordered(*order, device=device))
+    assert found is (WSConv2d if plain else None)
+
+
+def test_a_layer_that_takes_other_inputs_than_any_stays():
+    class Blocks(nn.Conv2d):
+        def forward(self, x):
+            assert x.shape[-1] % 12 == 0
+            return super().forward(x)
+
+    model = nn.Sequential(Blocks(3, 8, 3), nn.BatchNorm2d(8))
+    new = convert(model, {}, {}, inputs=image())
+    assert [type(layer) for layer in new] == [Blocks, BCN]
+
+
 def test_a_transposed_convolution_of_somebody_stays():
     class Up(nn.ConvTranspose2d):
         def forward(self, x):
