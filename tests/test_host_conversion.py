@@ -122,6 +122,28 @@ def test_a_segmentor_gets_ws_too(said: list[str]) -> None:
     trains(new, all_heads)
 
 
+def test_layers_that_heads_share_have_all_their_names() -> None:
+    heads = pytest.importorskip('mmdet.models.dense_heads')
+    head = heads.RetinaSepBNHead(
+        *(3, 2, 8),
+        stacked_convs=1,
+        feat_channels=8,
+        norm_cfg=dict(type='BN'),
+    )
+    x = torch.randn(1, 8, 8, 8)
+    options = dict(**BOTH, inputs=([x, x],))
+    # The branches of both levels run one convolution.
+    new = convert(head, **options, skip=['cls_convs.1'])
+    assert type(new.cls_convs[0][0].conv) is nn.Conv2d
+    assert type(new.cls_convs[0][0].bn) is BCN
+    assert type(new.reg_convs[0][0].conv) is WSConv2d
+    for names in (['cls_convs.1'], ['cls_convs.1.0.conv', 'cls_convs.1.0.bn']):
+        new = convert(head, **options, parts=names)
+        assert kinds(new)['WSConv2d'] == kinds(new)['BCN'] == 1
+        assert type(new.cls_convs[1][0].conv) is WSConv2d
+        assert type(new.cls_convs[1][0].bn) is BCN
+
+
 def test_pooled_maps_leave_two_channels_to_a_group(said: list[str]) -> None:
     model = host_model('mmseg', 'fastscnn/*.py')
     options = dict(norm=dict(num_groups=32), inputs=all_heads)

@@ -86,10 +86,11 @@ def convert(
             'give inputs=, such as torch.randn(1, 3, 64, 64), or convert the '
             'norms alone (conv=None)'
         )
+    asked, kept = _inside(parts, model), _inside(skip, model)
     chosen = {
         name: module
         for name, module in modules.items()
-        if (not parts or _within(name, parts)) and not _within(name, skip)
+        if (not parts or module in asked) and module not in kept
     }
     plan = _Plan()
     if norm is not None:
@@ -320,7 +321,8 @@ def _known(
     key: str, names: Sequence[str], model: nn.Module
 ) -> tuple[str, ...]:
     names = (names,) if isinstance(names, str) else tuple(names)
-    modules = {name for name, _ in model.named_modules()}
+    # Of a module that has several, each is known.
+    modules = {n for n, _ in model.named_modules(remove_duplicate=False)}
     for name in names:
         if name not in modules:
             raise ValueError(
@@ -421,6 +423,10 @@ def _mixes(norm: nn.Module, path: tuple[str, ...]) -> bool:
         norm, (RunningStatistics, replacement.INSTANCE_NORMS)
     ) or replacement.is_batch_norm(norm)
     return 'add' in path or ('cat' in path and not per_channel)
+
+
+def _inside(names: Sequence[str], model: nn.Module) -> set[nn.Module]:
+    return {m for name in names for m in model.get_submodule(name).modules()}
 
 
 def _within(name: str, parts: Sequence[str]) -> bool:
