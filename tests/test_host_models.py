@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ws_mm import BCN, WSConv2d, bake, hooks
+from ws_mm import BCN, WSConv2d, bake, convert, hooks
 
 mmdet = pytest.importorskip('mmdet.models', exc_type=ImportError)
 mmseg = pytest.importorskip('mmseg.models', exc_type=ImportError)
@@ -123,6 +123,19 @@ def test_efficient_conv_bn_eval_of_conv_module_is_refused() -> None:
     plain.load_state_dict(trained(block).state_dict())
     x = image()
     assert torch.equal(block.eval()(x), plain.eval()(x))
+
+
+def test_efficient_conv_bn_eval_is_turned_off_before_convert() -> None:
+    block = bricks.ConvModule(
+        3, 8, 3, norm_cfg=BN, efficient_conv_bn_eval=True
+    )
+    model, x = nn.Sequential(block), image()
+    for options in (dict(norm={}), dict(conv={}, inputs=x)):
+        with pytest.raises(ValueError, match=r"eval\(False\).*skip=\['0'\]"):
+            convert(model, **options)
+    block.turn_on_efficient_conv_bn_eval(False)
+    new = convert(model, {}, {}, inputs=x)
+    assert [type(new[0].conv), type(new[0].bn)] == [WSConv2d, BCN]
 
 
 @pytest.fixture

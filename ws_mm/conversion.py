@@ -24,6 +24,11 @@ from .running_statistics import (
 )
 
 NOT_REACHED = 'not reached by the inputs'
+# Of a ConvModule of mmcv, which computes with the state of its norm then.
+EFFICIENT = (
+    'does not run its norm in eval mode, before you call '
+    'turn_on_efficient_conv_bn_eval(False)'
+)
 # Methods of timm and MMPretrain that fuse convolutions and their norms.
 FUSIONS = ('fuse', 'reparameterize', 'switch_to_deploy')
 # Names of layers, by reason.
@@ -177,6 +182,9 @@ class _Plan:
         self, modules: Mapping[str, nn.Module], convs: bool, norms: bool
     ) -> None:
         """Raise if a layer cannot be converted, or if there is none."""
+        for name, module in modules.items():
+            if getattr(module, 'efficient_conv_bn_eval_forward', None):
+                self.problems[EFFICIENT].append(name)
         if self.problems:
             fix = 'Leave'
             if NOT_REACHED in self.problems:
