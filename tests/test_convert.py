@@ -11,6 +11,7 @@ from comparison import relative_error
 from networks import log_of_convert  # noqa: F401
 from small_nets import Net, Run, image, randomize
 from torch import nn
+from torch.nn.utils import prune
 
 from ws_mm import BCN, WSConv2d, check, convert
 from ws_mm.replacement import ws_type
@@ -89,6 +90,33 @@ class NormAct(nn.BatchNorm2d):
         return F.relu(super().forward(x))
 
 
+class Scaled(nn.Module):
+    """The frozen norm of somebody who has other names."""
+
+    def __init__(self, channels):
+        super().__init__()
+        for name in ('gamma', 'beta', 'running_mean', 'running_var'):
+            self.register_buffer(name, torch.ones(channels))
+
+    def forward(self, x):
+        scale = self.gamma * (self.running_var + 1e-5).rsqrt()
+        shift = self.beta - self.running_mean * scale
+        return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+
+class Shaped(nn.Module):
+    """The frozen norm of somebody who has other shapes."""
+
+    def __init__(self, channels):
+        super().__init__()
+        for name in ('weight', 'bias', 'running_mean', 'running_var'):
+            self.register_buffer(name, torch.ones(1, channels, 1, 1))
+
+    def forward(self, x):
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        return (x - self.running_mean) * scale + self.bias
+
+
 class Renamed(nn.GroupNorm):
     def forward(self, x):
         return F.group_norm(
@@ -126,6 +154,12 @@ class Volume(nn.BatchNorm3d):
             nn.InstanceNorm2d(8, track_running_stats=True),
             'InstanceNorm2d is no BatchNorm or GroupNorm',
         ),
+        (
+            prune.random_unstructured(nn.BatchNorm2d(8), 'weight', 0.5),
+            'BatchNorm2d has no weight and bias of its own',
+        ),
+        (Scaled(8), 'Scaled has no weight and bias of its own'),
+        (Shaped(8), 'Shaped keeps its values in another shape'),
     ],
 )
 def test_norms_that_are_more_than_norms_are_refused(norm, why):

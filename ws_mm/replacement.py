@@ -235,6 +235,13 @@ def why_kept(norm: Any) -> str:
         return 'has not run yet, so that its channels are not known'
     if is_batch_norm(norm) and norm.running_mean is None:
         return 'keeps no statistics'
+    own = {**norm._buffers, **norm._parameters}
+    if not {'weight', 'bias'} <= own.keys():
+        return 'has no weight and bias of its own'
+    names = 'weight', 'bias', 'running_mean', 'running_var'
+    values = [own[name] for name in names if own.get(name) is not None]
+    if any(value.dim() != 1 for value in values):
+        return 'keeps its values in another shape'
     if 'forward' in vars(norm):
         return 'has another forward than its class'
     children = dict(norm.named_children())
