@@ -112,7 +112,7 @@ class Bare(nn.Sequential):
 
 
 def test_only_convolutions_under_a_norm_get_the_options() -> None:
-    conv = dict(eps=1e-3, eps_mode='inside')
+    conv = dict(type='ws_mm.WSConv2d', eps=1e-3, eps_mode='inside')
     part = MODELS.build(dict(type='ws_mm.Converted', of=Bare, conv=conv))
     kinds = [ws_mm.WSConv2d, nn.BatchNorm2d, nn.Conv2d]
     assert [type(module) for module in part] == kinds
@@ -158,6 +158,9 @@ def test_a_part_without_batch_norms_is_what_it_was() -> None:
             r"norm=dict\(type='GN'\) must be of type 'ws_mm.BCN'",
         ),
         (dict(conv=dict(epss=1)), TypeError, "did you mean 'eps'"),
+        (dict(conv=dict(bias=False)), TypeError, r'conv=dict\(bias=False\)'),
+        (dict(conv=True), TypeError, 'conv=True must be a dict'),
+        (dict(norm='BCN'), TypeError, "norm='BCN' must be a dict"),
         (dict(conv=dict(eps_mode='in')), ValueError, "eps_mode='in' must be"),
         (
             dict(conv={}, of=nn.Identity),

@@ -109,10 +109,10 @@ def convert(
     converted = copy.deepcopy(model)
     copies = dict(converted.named_modules())
     for name in plan.convs.values():
-        replacement.standardize(copies[name], **_without_type(conv))
+        replacement.standardize(copies[name], **without_type(conv))
     for module, name in list(plan.norms.items()):
         layer = plan.replacement_of(
-            module, copies[name], kind, _without_type(norm), trace
+            module, copies[name], kind, without_type(norm), trace
         )
         if layer is not None:
             replacement.become(copies[name], layer)
@@ -346,6 +346,30 @@ def _check_arguments(
     """Reject what no layer can be made with; return the class of the norms."""
     if conv is None and norm is None:
         raise ValueError('nothing to convert: give conv={}, norm={} or both')
+    check_options(conv, norm)
+    wanted = (norm or {}).get('type', 'ws_mm.BCN')
+    found = norm_class(wanted)
+    if found is None:
+        raise ValueError(
+            f'norm=dict(type={wanted!r}): convert makes BCN, or a registered '
+            'subclass of ws_mm.running_statistics.RunningStatistics. Leave '
+            'type out for BCN'
+        )
+    if norm is not None:
+        options = without_type(norm)
+        takes = legal_arguments(found)[1:]
+        takes = tuple(n for n in takes if n not in ('device', 'dtype'))
+        _reject_unknown(found.__name__, 'norm', options, takes)
+        groups = options.get('num_groups', 32)
+        with _own_words():
+            found(2 * groups if isinstance(groups, int) else 2, **options)
+    return found
+
+
+def check_options(
+    conv: Mapping[str, Any] | None, norm: Mapping[str, Any] | None
+) -> None:
+    """Reject what is no dict, and what no WS convolution is made with."""
     for key, given in (('conv', conv), ('norm', norm)):
         if given is not None and not isinstance(given, Mapping):
             raise TypeError(
@@ -360,29 +384,12 @@ def _check_arguments(
                 f'conv=dict(type={kind!r}): convert makes '
                 f'{", ".join(legal)}. Leave type out'
             )
-        options = _without_type(conv)
+        options = without_type(conv)
         _reject_unknown('WSConv2d', 'conv', options, ('eps', 'eps_mode'))
         with _own_words():
             check_eps(options.get('eps', 1e-5), 'conv')
             eps_mode = options.get('eps_mode', 'outside')
             check_choice('eps_mode', eps_mode, EPS_MODES, 'conv')
-    wanted = (norm or {}).get('type', 'ws_mm.BCN')
-    found = norm_class(wanted)
-    if found is None:
-        raise ValueError(
-            f'norm=dict(type={wanted!r}): convert makes BCN, or a registered '
-            'subclass of ws_mm.running_statistics.RunningStatistics. Leave '
-            'type out for BCN'
-        )
-    if norm is not None:
-        options = _without_type(norm)
-        takes = legal_arguments(found)[1:]
-        takes = tuple(n for n in takes if n not in ('device', 'dtype'))
-        _reject_unknown(found.__name__, 'norm', options, takes)
-        groups = options.get('num_groups', 32)
-        with _own_words():
-            found(2 * groups if isinstance(groups, int) else 2, **options)
-    return found
 
 
 def _reject_unknown(
@@ -392,7 +399,8 @@ def _reject_unknown(
     reject_unknown(layer, key, unknown, legal)
 
 
-def _without_type(options: Mapping[str, Any] | None) -> dict[str, Any]:
+def without_type(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Arguments of a layer, from what also names it."""
     return {k: v for k, v in (options or {}).items() if k != 'type'}
 
 

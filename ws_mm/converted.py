@@ -10,8 +10,7 @@ from torch import nn
 
 from . import replacement
 from .checking import check
-from .conv import WSConv2d
-from .conversion import convert
+from .conversion import check_options, convert, without_type
 from .running_statistics import norm_class
 from .shapes import WEIGHTS, batch_norms
 
@@ -50,10 +49,11 @@ def converted(
         **arguments: those of the part.
 
     Raises:
-        TypeError: ``conv`` has an unknown argument.
+        TypeError: ``conv`` has an unknown argument, or is no dict.
         ValueError: ``norm`` keeps no running statistics of its own, or no
             convolution is there that ``conv`` is for.
     """
+    check_options(conv, norm)
     kind = (norm or {}).get('type', 'ws_mm.BCN')
     if norm_class(kind) is None:
         raise ValueError(
@@ -61,8 +61,6 @@ def converted(
             'another norm with running statistics of its own '
             f"(dict(type='ws_mm.Converted', of={of!r}, norm=...))"
         )
-    if conv is not None:
-        WSConv2d(2, 2, 1, **conv)  # so that it says what is wrong
     part: nn.Module = MODELS.build(dict(type=of, **arguments))
     continues = getattr(norm_class(kind), 'continues_batch_norm', False)
     for name in WEIGHTS:
@@ -82,7 +80,7 @@ def converted(
                 level=logging.WARNING,
             )
     if conv is not None:
-        _standardize(part, conv)
+        _standardize(part, without_type(conv))
         if norm is None:
             return part
     if not batch_norms(part):
