@@ -119,6 +119,8 @@ def test_padding_of_mmcv() -> None:
     source = [
         bricks.ConvModule(3, 8, (3, 3), 2, **layers),
         bricks.ConvModule(3, 8, (5, 2), (3, 1), dilation=(1, 2), **layers),
+        # Filters that strides leap over need padding at few sizes.
+        bricks.ConvModule(3, 8, (2, 3), (3, 4), **layers),
     ]
     for block in source:
         block = randomized(block).double()

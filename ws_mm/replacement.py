@@ -135,7 +135,7 @@ def ws_type(conv: Any) -> type | None:
     if base is None or conv.transposed or standardizes(conv):
         return None
     probe, random = _probe(conv)
-    # One and two pixels more than what strides reach: both parities.
+    # As many sizes as strides tell apart, and at least both parities.
     inputs = [
         torch.randn(
             1,
@@ -148,7 +148,7 @@ def ws_type(conv: Any) -> type | None:
             ),
             **random,
         )
-        for more in (1, 2)
+        for more in range(1, 1 + max(2, *conv.stride))
     ]
 
     def plain(x: Tensor) -> Any:
