@@ -222,6 +222,14 @@ def test_networks_that_standardize_by_themselves(
     trains(new.float(), lambda model: model(image()))
 
 
+@pytest.mark.parametrize('kind', ['ConvWS2d', 'ConvAWS2d'])
+def test_convolutions_of_mmcv_that_standardize(kind: str) -> None:
+    conv = getattr(pytest.importorskip('mmcv.cnn'), kind)(3, 8, 3)
+    model = nn.Sequential(conv, nn.BatchNorm2d(8))
+    with pytest.raises(ValueError, match=f'{kind} standardizes its filters'):
+        convert(model, {}, inputs=image())
+
+
 def densenet() -> nn.Module:
     return torchvision.models.DenseNet(8, (2, 2), 16, num_classes=4)
 

@@ -22,6 +22,15 @@ class ConvWS2d(nn.Conv2d):
     """Named as mmcv's."""
 
 
+class RMSNorm(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x):
+        return x * x.square().mean(1, keepdim=True).rsqrt() * self.weight
+
+
 def test_convert_replaces_proven_pairs_only():
     source = Net(nn.Conv2d, nn.BatchNorm2d)
     del source.auxiliary
@@ -142,29 +151,37 @@ class Volume(nn.BatchNorm3d):
 
 
 @pytest.mark.parametrize(
-    ('norm', 'why'),
+    ('norm', 'result', 'why'),
     [
-        (NormAct(8), 'NormAct computes something else than a norm'),
-        (Signed(2, 8), 'Signed computes something else than a norm'),
+        (NormAct(8), 'cannot', 'NormAct computes something else than a norm'),
+        (
+            Signed(2, 8),
+            'nothing to',
+            'Signed computes something else than a norm',
+        ),
         (
             nn.BatchNorm2d(8, track_running_stats=False),
+            'cannot',
             'BatchNorm2d keeps no statistics',
         ),
         (
             nn.InstanceNorm2d(8, track_running_stats=True),
+            'nothing to',
             'InstanceNorm2d is no BatchNorm or GroupNorm',
         ),
         (
             prune.random_unstructured(nn.BatchNorm2d(8), 'weight', 0.5),
+            'cannot',
             'BatchNorm2d has no weight and bias of its own',
         ),
-        (Scaled(8), 'Scaled has no weight and bias of its own'),
-        (Shaped(8), 'Shaped keeps its values in another shape'),
+        (Scaled(8), 'cannot', 'Scaled has no weight and bias of its own'),
+        (Shaped(8), 'cannot', 'Shaped keeps its values in another shape'),
     ],
 )
-def test_norms_that_are_more_than_norms_are_refused(norm, why):
+def test_norms_that_are_more_than_norms_are_refused(norm, result, why):
     model = nn.Sequential(nn.Conv2d(3, 8, 1), norm)
-    with pytest.raises(ValueError, match=rf'{why}: 1 layer \(1\)'):
+    said = rf'{result} convert: .*{why}: 1 layer \(1\)'
+    with pytest.raises(ValueError, match=said):
         convert(model, norm=dict(outer_affine='channel'), inputs=image())
 
 
@@ -371,6 +388,43 @@ def test_what_a_network_keeps_of_its_parameters_is_not_copied():
 
 
 @pytest.mark.parametrize(
+    ('options', 'said'),
+    [
+        (
+            dict(conv={}, inputs=image()),
+            r'reached by the inputs: 4 layers \(head.0, head.2, head.3, '
+            r"heads.1\)\. .*skip=\['head', 'heads.1'\]$",
+        ),
+        (
+            dict(norm={}),
+            r'NormAct .*: 2 layers \(head.1, heads.3\)\. .*'
+            r"skip=\['head', 'heads.3'\]$",
+        ),
+    ],
+)
+def test_as_few_names_as_hold_what_to_leave(options, said):
+    def run(m, x):
+        return m.heads[2](m.heads[0](x))
+
+    def conv():
+        return nn.Conv2d(3, 3, 1)
+
+    model = Run(
+        run,
+        head=nn.Sequential(conv(), NormAct(3), conv(), conv()),
+        heads=nn.Sequential(conv(), conv(), nn.BatchNorm2d(3), NormAct(3)),
+    )
+    with pytest.raises(ValueError, match=said):
+        convert(model, **options)
+
+
+def test_what_was_converted_is_not_named_again(said):
+    model = nn.Sequential(BCN(8, 4), nn.BatchNorm2d(8))
+    convert(model, norm={})
+    assert said == ['ws_mm.convert: 1 norms are now BCN']
+
+
+@pytest.mark.parametrize(
     ('options', 'words'),
     [
         (dict(conv={}), ': bake before {}(), which reads raw filters: 32'),
@@ -384,11 +438,36 @@ def test_methods_that_would_fuse_new_layers_are_named(options, words, said):
     assert words.format('reparameterize') in said[0]
 
 
-def test_a_switch_with_the_name_of_such_a_method_is_none():
-    class Block(nn.Sequential):
-        fuse = False
+class Switched(nn.Sequential):
+    fuse = False
 
-    assert type(convert(Block(nn.BatchNorm2d(8)), norm={})[0]) is BCN
+
+class Pyramid(nn.Sequential):
+    def fuse(self, maps):
+        return sum(maps)
+
+
+@pytest.mark.parametrize('kind', [Switched, Pyramid])
+def test_another_thing_of_such_a_name_is_not_named(kind, said):
+    assert type(convert(kind(nn.BatchNorm2d(8)), norm={})[0]) is BCN
+    assert said == ['ws_mm.convert: 1 norms are now BCN']
+
+
+def test_a_network_that_would_fuse_new_layers_is_named(said):
+    models = pytest.importorskip('mmpretrain.models', exc_type=ImportError)
+    arch = dict(
+        num_blocks=[1, 1, 1, 1],
+        width_factor=[0.1, 0.1, 0.1, 0.1],
+        group_layer_map=None,
+        stem_channels=8,
+        se_cfg=None,
+    )
+    convert(models.RepVGG(arch), norm={})
+    words = 'switch_to_deploy() would take the new norm for a BatchNorm'
+    assert f'{words}: 1 layer (the model); ' in said[0]
+    layer = pytest.importorskip('timm.models.levit').ConvNorm(3, 8)
+    convert(layer, norm={})
+    assert words.replace('switch_to_deploy', 'fuse') in said[1]
 
 
 def test_layers_that_only_run_in_training_are_reached():

@@ -172,6 +172,22 @@ def test_a_detector_on_the_meta_device() -> None:
     assert all(t.is_meta for t in (*new.parameters(), *new.buffers()))
 
 
+def test_what_has_norm_in_its_name_only_is_not_named(said: list[str]) -> None:
+    pytest.importorskip('mmdet.models')
+    from mmdet.models.layers import NormedConv2d, NormedLinear
+
+    model = nn.ModuleList(
+        [
+            nn.BatchNorm2d(8),
+            NormedConv2d(3, 8, 1),
+            NormedLinear(8, 8),
+            nn.LocalResponseNorm(2),
+        ]
+    )
+    convert(model, norm={})
+    assert said == ['ws_mm.convert: 1 norms are now BCN']
+
+
 class Own(nn.Module):
     """A user's own backbone, with norms that no config names."""
 
