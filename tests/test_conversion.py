@@ -144,7 +144,9 @@ def test_a_converted_network_is_copied_pickled_and_loaded() -> None:
     trains(new, lambda model: model(x))
     expected = new.eval()(x)
     assert torch.equal(copy.deepcopy(new)(x), expected)
-    assert torch.equal(pickle.loads(pickle.dumps(new))(x), expected)
+    loaded = pickle.loads(pickle.dumps(new))
+    assert torch.equal(loaded(x), expected)
+    assert {*map(type, loaded.modules())} == {*map(type, new.modules())}
     again = convert(EFFICIENTNETS['padded as needed'](), **BOTH, inputs=x)
     again.load_state_dict(new.state_dict())
     assert torch.equal(again.eval()(x), expected)

@@ -201,6 +201,29 @@ def test_norms_of_another_name_are_known(conv, norm, base):
     assert torch.equal(new[1].running_var, model[1].running_var)
 
 
+class Detached(nn.Module):
+    """The frozen norm of DETR, whose eps is a number of its forward."""
+
+    def __init__(self, channels):
+        super().__init__()
+        for name in ('weight', 'bias', 'running_mean', 'running_var'):
+            self.register_buffer(name, torch.ones(channels))
+
+    def forward(self, x):
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize('norm', [Detached(8), Map(8, affine=False)])
+def test_norms_without_an_eps_or_an_affine_are_known(norm):
+    new = convert(randomize(nn.Sequential(norm)), norm={})[0]
+    assert type(new) is BCN
+    assert torch.equal(new.running_var, norm.running_var)
+    assert new.eps == 1e-5
+    assert new.affine == (norm.weight is not None)
+
+
 def test_norms_of_timm():
     layers = pytest.importorskip('timm.layers')
     options = dict(norm=dict(outer_affine='channel'), inputs=image())
@@ -210,6 +233,16 @@ def test_norms_of_timm():
     new = convert(gn, **options)
     assert type(new[1]) is BCN
     assert relative_error(new(x), gn(x)) <= 1e-4
+
+
+def test_what_a_norm_drops_is_dropped_before_its_activation():
+    layers = pytest.importorskip('timm.layers')
+    norm = layers.BatchNormAct2d(
+        8, act_layer=nn.Sigmoid, drop_layer=nn.Dropout
+    )
+    y = convert(nn.Sequential(norm), norm={}).train()(torch.randn(1, 8, 4, 4))
+    assert (y == 0.5).any()
+    assert not (y == 0).any()
 
 
 def test_batch_norm_without_affine_becomes_bcn_with_one():
@@ -247,6 +280,11 @@ def test_norms_without_an_affine_become_bcn():
             'mixed',
         ),
         (lambda m, x: m.bn(m.conv(x) + x[:, :1]), False, 'mixed'),
+        (
+            lambda m, x: m.bn(y := m.conv(x)) + m.other(y + x[:, :1]),
+            False,
+            'mixed',
+        ),
         (lambda m, x: m.bn(m.conv(x)) + m.conv(x), False, 'something else'),
         (lambda m, x: m.bn(m.conv(x).sigmoid()), False, ''),
     ],
@@ -262,10 +300,41 @@ def test_a_filter_whose_scale_is_seen_stays(run, standardized, why, said):
     assert ('Left as they are' in said[0]) == bool(why)
 
 
+@pytest.mark.parametrize(
+    ('norm', 'standardized'),
+    [
+        (nn.InstanceNorm2d(8), True),
+        (BCN(8, 4), True),
+        (nn.GroupNorm(4, 8), False),
+    ],
+)
+def test_a_norm_of_each_channel_sees_no_other_scale(norm, standardized, said):
+    def run(m, x):
+        return m.first(m.conv(x)) + m.norm(torch.cat([m.conv(x), x], 1)[:, :8])
+
+    model = Run(
+        run, conv=nn.Conv2d(3, 8, 1), norm=norm, first=nn.BatchNorm2d(8)
+    )
+    if standardized:
+        new = convert(model, {}, inputs=image())
+        assert type(new.conv) is WSConv2d
+        words = 'ws_mm.convert: 1 convolutions now standardize their filters'
+        assert said == [words]
+    else:
+        with pytest.raises(ValueError, match='mixed'):
+            convert(model, {}, inputs=image())
+
+
 def test_nothing_to_convert_is_said():
     bare = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1))
     with pytest.raises(ValueError, match=r'no convolution .* any other norm'):
         convert(bare, {}, inputs=image())
+    before = nn.Sequential(nn.BatchNorm2d(3), *bare)
+    with pytest.raises(ValueError, match=r'here: BatchNorm2d: 1 layer \(0\)$'):
+        convert(before, {}, inputs=image())
+    foreign = nn.Sequential(nn.Conv2d(3, 8, 1), RMSNorm(8))
+    with pytest.raises(ValueError, match=r'here: RMSNorm: 1 layer \(1\)$'):
+        convert(foreign, {}, inputs=image())
     with pytest.raises(ValueError, match='give conv={}, norm={} or both'):
         convert(bare)
     norm = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
@@ -295,6 +364,43 @@ def test_convert_refuses_what_it_cannot_prove():
         convert(source, {}, inputs=image(), parts=['neck'])
     with pytest.raises(ValueError, match="skip='neck'.*conv1, bn1"):
         convert(source, norm={}, skip=['neck'])
+
+
+@pytest.mark.parametrize(
+    ('options', 'said'),
+    [
+        (
+            dict(conv={}, inputs=image()),
+            r'reached by the inputs: 4 layers \(head.0, head.2, head.3, '
+            r"heads.1\)\. .*skip=\['head', 'heads.1'\]$",
+        ),
+        (
+            dict(norm={}),
+            r'NormAct .*: 2 layers \(head.1, heads.3\)\. .*'
+            r"skip=\['head', 'heads.3'\]$",
+        ),
+    ],
+)
+def test_as_few_names_as_hold_what_to_leave(options, said):
+    def run(m, x):
+        return m.heads[2](m.heads[0](x))
+
+    def conv():
+        return nn.Conv2d(3, 3, 1)
+
+    model = Run(
+        run,
+        head=nn.Sequential(conv(), NormAct(3), conv(), conv()),
+        heads=nn.Sequential(conv(), conv(), nn.BatchNorm2d(3), NormAct(3)),
+    )
+    with pytest.raises(ValueError, match=said):
+        convert(model, **options)
+
+
+def test_what_was_converted_is_not_named_again(said):
+    model = nn.Sequential(BCN(8, 4), nn.BatchNorm2d(8))
+    convert(model, norm={})
+    assert said == ['ws_mm.convert: 1 norms are now BCN']
 
 
 @pytest.mark.parametrize(
@@ -388,43 +494,6 @@ def test_what_a_network_keeps_of_its_parameters_is_not_copied():
 
 
 @pytest.mark.parametrize(
-    ('options', 'said'),
-    [
-        (
-            dict(conv={}, inputs=image()),
-            r'reached by the inputs: 4 layers \(head.0, head.2, head.3, '
-            r"heads.1\)\. .*skip=\['head', 'heads.1'\]$",
-        ),
-        (
-            dict(norm={}),
-            r'NormAct .*: 2 layers \(head.1, heads.3\)\. .*'
-            r"skip=\['head', 'heads.3'\]$",
-        ),
-    ],
-)
-def test_as_few_names_as_hold_what_to_leave(options, said):
-    def run(m, x):
-        return m.heads[2](m.heads[0](x))
-
-    def conv():
-        return nn.Conv2d(3, 3, 1)
-
-    model = Run(
-        run,
-        head=nn.Sequential(conv(), NormAct(3), conv(), conv()),
-        heads=nn.Sequential(conv(), conv(), nn.BatchNorm2d(3), NormAct(3)),
-    )
-    with pytest.raises(ValueError, match=said):
-        convert(model, **options)
-
-
-def test_what_was_converted_is_not_named_again(said):
-    model = nn.Sequential(BCN(8, 4), nn.BatchNorm2d(8))
-    convert(model, norm={})
-    assert said == ['ws_mm.convert: 1 norms are now BCN']
-
-
-@pytest.mark.parametrize(
     ('options', 'words'),
     [
         (dict(conv={}), ': bake before {}(), which reads raw filters: 32'),
@@ -489,8 +558,9 @@ def test_layers_that_only_run_in_training_are_reached():
 
 def test_filters_of_one_entry_stay():
     depthwise = nn.Conv2d(3, 3, 1, groups=3)
-    model = nn.Sequential(depthwise, nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1))
-    new = convert(model.append(nn.BatchNorm2d(4)), {}, {}, inputs=image())
+    two = nn.Conv2d(3, 3, (1, 2), groups=3)
+    model = nn.Sequential(depthwise, nn.BatchNorm2d(3), two)
+    new = convert(model.append(nn.BatchNorm2d(3)), {}, {}, inputs=image())
     assert [type(layer) for layer in new] == [nn.Conv2d, BCN, WSConv2d, BCN]
 
 
@@ -579,6 +649,16 @@ def test_a_layer_that_takes_other_inputs_than_any_stays():
     assert [type(layer) for layer in new] == [Blocks, BCN]
 
 
+def test_a_causal_convolution_stays():
+    class Causal(nn.Conv1d):
+        def forward(self, x):
+            return super().forward(F.pad(x, (2, 0)))
+
+    model = nn.Sequential(Causal(3, 8, 3), nn.BatchNorm1d(8))
+    new = convert(model, {}, {}, inputs=torch.randn(1, 3, 9))
+    assert [type(layer) for layer in new] == [Causal, BCN]
+
+
 def test_a_transposed_convolution_of_somebody_stays():
     class Up(nn.ConvTranspose2d):
         def forward(self, x):
@@ -615,6 +695,19 @@ def test_groups_on_maps_of_one_pixel(old, norm, groups):
     assert made[2].num_groups == groups
     if isinstance(old, nn.GroupNorm):
         assert relative_error(made(x), model(x)) < 1e-9
+
+
+def test_groups_of_a_norm_that_runs_on_larger_maps_too(said):
+    norm = nn.BatchNorm2d(8)
+    model = nn.Sequential(norm, nn.AdaptiveAvgPool2d(1), norm)
+    x = torch.randn(1, 8, 4, 4)
+    new = convert(model, norm=dict(num_groups=8), inputs=x)
+    assert new[2].num_groups == 4
+    for words in ('maps of several sizes', 'channels alone, on 1x1 maps'):
+        assert f'{words}: 1 layer (0)' in said[0]
+    # A norm of channels is asked for no groups.
+    new = convert(model, norm=dict(type='ws_mm.MABN'), inputs=x)
+    assert type(new[0]).__name__ == 'MABN'
 
 
 def test_an_affine_of_another_size_is_not_taken_over():
