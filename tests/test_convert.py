@@ -731,6 +731,18 @@ def test_norms_without_values_are_converted():
     assert made[0].weight.shape == (4,)
 
 
+@pytest.mark.filterwarnings('ignore')
+def test_a_script_is_named():
+    script = torch.jit.script(nn.BatchNorm2d(8))
+    for model, name in (
+        (script, 'the model'),
+        (nn.Sequential(nn.BatchNorm2d(8), script), '1'),
+    ):
+        with pytest.raises(TypeError, match=f'{name} is a script of Torch'):
+            convert(model, norm={})
+    assert type(convert(model, norm={}, skip=['1'])[0]) is BCN
+
+
 def test_a_norm_that_does_not_know_its_channels_is_named():
     with pytest.raises(ValueError, match='has not run yet'):
         convert(nn.Sequential(nn.LazyBatchNorm2d()), norm={})

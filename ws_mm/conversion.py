@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, TypeAlias
 
+import torch
 from mmengine.logging import print_log
 from torch import nn
 
@@ -77,7 +78,8 @@ def convert(
         skip: names of submodules to keep.
 
     Raises:
-        TypeError: ``conv`` or ``norm`` has an unknown argument.
+        TypeError: ``conv`` or ``norm`` has an unknown argument; or a module
+            is a script.
         ValueError: an argument has an illegal value; a convolution is not
             reached; a norm is of a type that cannot be replaced; or there is
             nothing to convert. The message names the layers.
@@ -97,6 +99,13 @@ def convert(
         for name, module in modules.items()
         if (not parts or module in asked) and module not in kept
     }
+    for name, module in chosen.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f'{name or "the model"} is a script of TorchScript, whose '
+                'layers cannot be replaced. Convert the model, then script '
+                f'it, or leave it: skip=[{name!r}]'
+            )
     plan = _Plan()
     if norm is not None:
         plan.choose_norms(chosen)
