@@ -168,6 +168,10 @@ def split_batch_norm() -> nn.Module:
             'nothing to convert.*LayerNormAct2d is no BatchNorm or GroupNorm',
         ),
         (
+            lambda: timm.layers.EvoNorm2dB0(3),
+            'cannot convert: EvoNorm2dB0 is no BatchNorm or GroupNorm',
+        ),
+        (
             split_batch_norm,
             r'cannot convert: SplitBatchNorm2d has layers of its own '
             r'\(aux_bn\).*Leave these layers as they are: skip=\[',

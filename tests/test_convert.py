@@ -86,6 +86,7 @@ def test_convert_gn_to_bcn_is_exact():
             values.data = values[:4].repeat_interleave(2).detach()
     new = convert(source, norm=per_group).eval()
     assert new.bn1.weight.shape == (4,)
+    assert new.bn1.weight.is_contiguous()
     assert relative_error(new(x), source(x)) <= 1e-4
 
 
@@ -727,8 +728,16 @@ def test_an_affine_of_another_size_is_not_taken_over():
 def test_norms_without_values_are_converted():
     norm = nn.GroupNorm(4, 8, device='meta')
     made = convert(nn.Sequential(norm), norm=dict(outer_affine='group'))
-    assert made[0].weight.is_meta
+    assert all(values.is_meta for values in made.state_dict().values())
     assert made[0].weight.shape == (4,)
+
+
+def test_a_norm_in_half_precision_gets_exact_estimates():
+    norm = randomize(nn.BatchNorm2d(8)).half()
+    new = convert(nn.Sequential(norm), norm={})[0]
+    assert {p.dtype for p in new.parameters()} == {torch.half}
+    assert new.running_var.dtype == torch.float
+    assert torch.equal(new.running_var, norm.running_var.float())
 
 
 @pytest.mark.filterwarnings('ignore')
