@@ -445,10 +445,12 @@ def test_converted_layers_are_what_their_holders_hold():
     model.seen = []
     model.bn.register_forward_hook(lambda *_: None)
     model.bn.requires_grad_(False)
+    model.bn.stage = 3
     new = convert(model, {}, {}, inputs=image())
     assert [type(layer) for layer in new.held] == [WSConv2d, BCN]
     assert new.held[1] is new.bn
     assert len(new.bn._forward_hooks) == 1
+    assert new.bn.stage == 3
     assert not any(p.requires_grad for p in new.bn.parameters())
     assert new.conv.weight.requires_grad
 
