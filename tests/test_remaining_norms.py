@@ -87,19 +87,42 @@ def test_norms_of_other_kinds_stay_in_a_converted_part():
     assert not batch_norms(after)
 
 
-def test_filters_of_one_entry_stay_plain():
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+@pytest.mark.parametrize(
+    ('kind', 'groups'), [(nn.Conv2d, 8), (nn.Conv2d, 4), (Doubled, 1)]
+)
+def test_filters_of_one_entry_and_other_convolutions_stay(kind, groups):
     class Stem(nn.Sequential):
         def __init__(self):
             super().__init__(
                 nn.Conv2d(3, 8, 3),
                 nn.BatchNorm2d(8),
-                nn.Conv2d(8, 8, 1, groups=8),
+                kind(8, 8, 1, groups=groups),
                 nn.BatchNorm2d(8),
             )
 
     part = MODELS.build(dict(type='ws_mm.Converted', of=Stem, conv={}))
-    kinds = [ws_mm.WSConv2d, nn.BatchNorm2d, nn.Conv2d, nn.BatchNorm2d]
+    second = ws_mm.WSConv2d if groups == 4 else kind
+    kinds = [ws_mm.WSConv2d, nn.BatchNorm2d, second, nn.BatchNorm2d]
     assert [type(module) for module in part] == kinds
+
+
+def test_weights_that_a_host_loads_later_are_not_warned_of(monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        'ws_mm.converted.print_log', lambda line, **_: said.append(line)
+    )
+    small = dict(depth=18, base_channels=8, stem_channels=8, num_stages=1)
+    cfg = dict(of='mmdet.ResNet', **small, strides=(1,), dilations=(1,))
+    cfg |= dict(out_indices=(0,), pretrained='a.pth', conv={})
+    part = MODELS.build(dict(type='ws_mm.Converted', **cfg))
+    assert part.init_cfg['checkpoint'] == 'a.pth'
+    assert len(said) == 1
+    assert '5 convolutions of ResNet now standardize' in said[0]
 
 
 class Bare(nn.Sequential):
