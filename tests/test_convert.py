@@ -398,6 +398,14 @@ def test_as_few_names_as_hold_what_to_leave(options, said):
         convert(model, **options)
 
 
+def test_norms_that_shared_their_affine_are_named(said):
+    model = nn.Sequential(*(nn.BatchNorm2d(8) for _ in range(3)))
+    model[2].weight = model[0].weight
+    convert(model, norm={})
+    words = 'are no longer those of other layers: 2 layers (0, 2)'
+    assert said[0].endswith(words)
+
+
 def test_what_was_converted_is_not_named_again(said):
     model = nn.Sequential(BCN(8, 4), nn.BatchNorm2d(8))
     convert(model, norm={})

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -125,6 +125,7 @@ def convert(
         )
         if layer is not None:
             replacement.become(copies[name], layer)
+    plan.note_shared(modules)
     plan.note_fusions(modules)
     plan.report(conv is not None, kind if norm is not None else None)
     return converted
@@ -274,6 +275,18 @@ class _Plan:
             arguments = arguments | dict(num_groups=min(half, asked))
         with _own_words(name):
             return replacement.replacement_of(copied, kind, arguments)
+
+    def note_shared(self, modules: Mapping[str, nn.Module]) -> None:
+        """Name norms whose weight or bias another layer had, too."""
+        holders = Counter(
+            values
+            for module in modules.values()
+            for values in {*module.parameters(recurse=False)}
+        )
+        for norm, name in self.norms.items():
+            if any(holders[p] > 1 for p in norm.parameters(recurse=False)):
+                why = 'weight and bias are no longer those of other layers'
+                self.notes[why].append(name)
 
     def note_fusions(self, modules: Mapping[str, nn.Module]) -> None:
         """Name modules that would fuse a convolution with its norm."""
