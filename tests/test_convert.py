@@ -355,7 +355,7 @@ def test_convert_refuses_what_it_cannot_prove():
         convert(source, {}, inputs=image())
     with pytest.raises(ValueError, match='give inputs='):
         convert(source, {})
-    part = convert(source, {}, inputs=image(), parts=['conv1'])
+    part = convert(source, {}, inputs=image(), parts='conv1')
     assert type(part.conv2) is nn.Conv2d
     assert type(part.conv1) is WSConv2d
     most = convert(source, {}, inputs=image(), skip=['auxiliary', 'conv1'])
@@ -423,6 +423,7 @@ def test_what_was_converted_is_not_named_again(said):
         (dict(conv=dict(type='Conv2d')), ValueError, 'makes WSConv1d'),
         (dict(norm=dict(momentun=1)), TypeError, "did you mean 'momentum'"),
         (dict(norm=dict(num_features=8)), TypeError, 'num_features=8'),
+        (dict(norm=dict(device='cpu')), TypeError, "no argument 'device'"),
         (dict(norm=dict(momentum=2)), ValueError, r'norm=dict\(momentum='),
         (dict(norm=dict(mode='x')), ValueError, r'norm=dict\(mode='),
         (dict(norm=dict(num_groups='8')), TypeError, r'norm=dict\(num_group'),

@@ -380,6 +380,7 @@ def _check_arguments(
     if norm is not None:
         options = without_type(norm)
         takes = legal_arguments(found)[1:]
+        takes = tuple(n for n in takes if n not in ('device', 'dtype'))
         _reject_unknown(found.__name__, 'norm', options, takes)
         groups = options.get('num_groups', 32)
         with _own_words():
