@@ -100,6 +100,11 @@ class NormAct(nn.BatchNorm2d):
         return F.relu(super().forward(x))
 
 
+class Pair(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x), x
+
+
 class Scaled(nn.Module):
     """The frozen norm of somebody who has other names."""
 
@@ -176,6 +181,7 @@ class Volume(nn.BatchNorm3d):
             'BatchNorm2d has no weight and bias of its own',
         ),
         (Scaled(8), 'cannot', 'Scaled has no weight and bias of its own'),
+        (Pair(8), 'cannot', 'Pair computes something else than a norm'),
         (Shaped(8), 'cannot', 'Shaped keeps its values in another shape'),
     ],
 )
@@ -223,6 +229,13 @@ def test_norms_without_an_eps_or_an_affine_are_known(norm):
     assert torch.equal(new.running_var, norm.running_var)
     assert new.eps == 1e-5
     assert new.affine == (norm.weight is not None)
+
+
+def test_a_layer_is_judged_without_its_hooks():
+    norm, seen = Map(8), []
+    norm.register_forward_hook(lambda *_: seen.append(1))
+    assert type(convert(nn.Sequential(norm), norm={})[0]) is BCN
+    assert not seen
 
 
 def test_norms_of_timm():
