@@ -25,9 +25,9 @@ from .running_statistics import (
 )
 
 NOT_REACHED = 'not reached by the inputs'
-# Of a ConvModule of mmcv, which computes with the state of its norm then.
+# Of a ConvModule of mmcv, which then computes with the values of its norm.
 EFFICIENT = (
-    'does not run its norm in eval mode, before you call '
+    'skips its norm in eval mode, unless you call '
     'turn_on_efficient_conv_bn_eval(False)'
 )
 # Methods of timm and MMPretrain that fuse convolutions and their norms.
@@ -223,11 +223,8 @@ class _Plan:
             if _looks_like_norm(module):
                 kind = type(module).__name__
                 found[kind].append(name)
-                if (
-                    not norms
-                    and not isinstance(module, NORMS)
-                    and not replacement.why_kept(module)
-                ):
+                known = isinstance(module, NORMS)
+                if not known and not replacement.why_kept(module):
                     frozen = kind
         wanted = []
         if convs:
@@ -451,8 +448,7 @@ def _needs_a_batch(norm: nn.Module) -> bool:
     """Return whether a norm learns statistics from its batches."""
     if isinstance(norm, replacement.INSTANCE_NORMS):
         return False
-    statistics = {'running_mean', 'running_var'} & norm._buffers.keys()
-    return bool(statistics) or isinstance(norm, replacement.BATCH_NORMS)
+    return bool({'running_mean', 'running_var'} & norm._buffers.keys())
 
 
 def _mixes(norm: nn.Module, path: tuple[str, ...]) -> bool:

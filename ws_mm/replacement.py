@@ -132,7 +132,7 @@ def ws_type(conv: Any) -> type | None:
     if type(conv) in PLAIN_TO_WS:
         return PLAIN_TO_WS[type(conv)]
     base: Any = next((b for b in type(conv).__mro__ if b in PLAIN_TO_WS), None)
-    if base is None or conv.transposed or standardizes(conv):
+    if base is None or conv.transposed:
         return None
     probe, random = _probe(conv)
     # As many sizes as strides tell apart, and at least both parities.
@@ -307,8 +307,7 @@ def replacement_of(
         setattr(layer, target, nn.Parameter(values, learned))
     for target, initial in [*layer.named_buffers()]:
         found = sources.get(target, initial)
-        device = found.device if target in sources else like.device
-        setattr(layer, target, found.clone().to(device, initial.dtype))
+        setattr(layer, target, found.clone().to(like.device, initial.dtype))
     layer.train(norm.training)
     if has_act:
         layer.drop = getattr(norm, 'drop', nn.Identity())
