@@ -7,7 +7,7 @@ from comparison import HALF_ON_CPU, relative_error
 from small_nets import Net, Run, image, layers, randomize
 from torch import nn
 
-from ws_mm import BCN, WSConv2d, bake, check
+from ws_mm import BCN, WSConv2d, WSConvTranspose2d, bake, check, convert
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.half])
@@ -219,6 +219,36 @@ def test_a_fold_that_computes_something_else_is_refused(kind):
     match = 'behind conv[12] would compute something else'
     with pytest.raises(ValueError, match=match):
         bake(net, x, fold_estimates=True)
+
+
+@pytest.mark.parametrize(
+    ('run', 'inputs'),
+    [
+        (lambda m, x: m.bn(m.conv(input=x)), image),
+        (lambda m, x: m.bn(m.up(x, output_size=(24, 24))), image),
+        (lambda m, x: m.bn(m.conv(x)), lambda: lambda m: m.train()(image())),
+        (lambda m, x: m.bn(m.doubled(x)), image),
+    ],
+    ids=['keyword', 'output_size', 'trains', 'pre-hook'],
+)
+def test_a_fold_is_compared_as_its_convolution_is_called(run, inputs):
+    model = Run(run, **layers(), doubled=WSConv2d(3, 8, 1))
+    model.up = WSConvTranspose2d(3, 8, 3, stride=2, padding=1)
+    model.doubled.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    model, x = randomize(model).eval(), image()
+    baked = bake(model, inputs(), fold_estimates=True)
+    assert type(baked.bn) is nn.GroupNorm
+    assert relative_error(baked(x), model(x)) <= 2e-6
+
+
+def test_a_mask_head_without_a_box_is_folded():
+    detection = pytest.importorskip('torchvision.models.detection')
+    head = detection.mask_rcnn.MaskRCNNHeads(3, [8, 8], 1, nn.BatchNorm2d)
+    head, x = convert(head, conv={}, norm={}, inputs=image()), image()
+    randomize(head).eval()
+    # As a detector calls it for an image in which it finds nothing.
+    baked = bake(head, lambda m: m(x[:0]), fold_estimates=True)
+    assert relative_error(baked(x), head(x)) <= 2e-6
 
 
 def test_a_fold_of_a_norm_that_is_called_by_keyword():
