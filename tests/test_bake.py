@@ -78,6 +78,24 @@ def test_fold_without_affines():
     assert relative_error(baked(x), net(x)) <= 1e-12
 
 
+def changed_by_a_view(m, x):
+    y = m.conv(x)
+    y[:, :4].relu_()
+    return m.bn(y)
+
+
+def changed_by_data(m, x):
+    y = m.conv(x)
+    y.data.relu_()
+    return m.bn(y)
+
+
+def written_over(m, x):
+    y = m.conv(x)
+    torch.add(m.plain(x), 1, out=y.data)
+    return m.bn(y)
+
+
 def twice(m, x):
     return m.bn(m.conv(x)), m.bn(m.conv(2 * x))
 
@@ -116,6 +134,9 @@ def test_a_pair_run_twice_is_folded():
             lambda m, x: m.bn(F.relu(m.conv(x), True)),
             'bn does not follow',
         ),
+        (changed_by_a_view, 'bn does not follow'),
+        (changed_by_data, 'bn does not follow'),
+        (written_over, 'bn does not follow'),
     ],
 )
 def test_fold_refuses_what_it_cannot_prove(run, why):

@@ -210,6 +210,8 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         read = [t for t in tree_leaves((args, kwargs)) if self.known(t)]
         output = func(*args, **kwargs)
+        changed = self.changed(func, args, kwargs)
+        read += changed
         if not read:
             return output
         module = self.stack[-1] if self.stack else None
@@ -234,10 +236,28 @@ class _Watch(TorchDispatchMode):
         else:
             for conv, path in paths.items():
                 paths[conv] = tuple(dict.fromkeys((*path, own)))
-            for tensor in tree_leaves(output):
+            for tensor in (*tree_leaves(output), *changed):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
                     self.origin[id(tensor)] = (tensor, paths)
         return output
+
+    def changed(self, func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+        """Tensors of convolutions whose values an operation writes into.
+
+        They need not be its arguments: those may be views of them.
+        """
+        written = set()
+        if func._schema.is_mutable:
+            for place, argument in enumerate(func._schema.arguments):
+                if argument.alias_info and argument.alias_info.is_write:
+                    value = kwargs.get(argument.name)
+                    if place < len(args):
+                        value = args[place]
+                    written |= {*map(_memory, tree_leaves(value))} - {None}
+        if not written:
+            return []
+        known = [tensor for tensor, _ in self.origin.values()]
+        return [tensor for tensor in known if _memory(tensor) in written]
 
     def known(self, value: Any) -> bool:
         """Return whether a value holds the output of a convolution."""
@@ -286,6 +306,13 @@ class _Watch(TorchDispatchMode):
                     and id(value) not in outputs
                 ):
                     self.used(value, self.names[module])
+
+
+def _memory(value: Any) -> int | None:
+    """The memory of a tensor, which its views share."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return None
+    return int(value.untyped_storage()._cdata)
 
 
 @torch.no_grad()
