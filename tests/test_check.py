@@ -241,6 +241,28 @@ def test_hook_names_what_levels_share(said):
     assert 'model.bbox_head.norm_cfg=dict(' in said[0]
 
 
+def in_a_data_sample(y, z):
+    elements = pytest.importorskip('mmengine.structures')
+    sample = elements.BaseDataElement(metainfo=dict(shape=z.shape), logits=z)
+    sample.features = elements.PixelData(data=y[0])
+    return [sample]
+
+
+@pytest.mark.parametrize(
+    'returned', [SimpleNamespace, in_a_data_sample], ids=['object', 'sample']
+)
+def test_objects_that_a_model_returns_are_opened(returned):
+    def run(m, x):
+        y = m.conv(x)
+        z = m.bn(y)
+        if returned is SimpleNamespace:
+            return SimpleNamespace(features=y, logits=z)
+        return returned(y, z)
+
+    (mistake,) = check(Run(run, **layers()), image()).mistakes
+    assert 'not everywhere: its output goes to the output of the' in mistake
+
+
 class Compiled(nn.Module):
     """An operator of a library, which the dispatcher does not see."""
 

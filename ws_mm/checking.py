@@ -308,6 +308,26 @@ class _Watch(TorchDispatchMode):
                     self.used(value, self.names[module])
 
 
+def _returned(output: Any) -> Iterator[Any]:
+    """Leaves of what a model returns, and of the objects among them.
+
+    Such are dataclasses, and the data samples of the hosts, which nest.
+    """
+    leaves, opened = tree_leaves(output), set[int]()
+    for _ in range(4):
+        yield from leaves
+        objects = {
+            id(leaf): leaf
+            for leaf in leaves
+            if not isinstance(leaf, (Tensor, nn.Module, type))
+            and id(leaf) not in opened
+        }
+        opened |= objects.keys()
+        leaves = tree_leaves(
+            [{**getattr(each, '__dict__', {})} for each in objects.values()]
+        )
+
+
 def _memory(value: Any) -> int | None:
     """The memory of a tensor, which its views share."""
     if not isinstance(value, Tensor) or value.layout != torch.strided:
@@ -347,7 +367,7 @@ def run_traced(
     watch = _Watch(names, norms)
     with _watched(model, watch), watch:
         output = run(model, inputs)
-    for value in tree_leaves(output):
+    for value in _returned(output):
         if watch.known(value):
             watch.used(value, 'the output of the model')
     return watch.trace
