@@ -1,6 +1,7 @@
 """Findings of check in models, and CheckModelHook."""
 
 import re
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -261,6 +262,26 @@ def test_objects_that_a_model_returns_are_opened(returned):
 
     (mistake,) = check(Run(run, **layers()), image()).mistakes
     assert 'not everywhere: its output goes to the output of the' in mistake
+
+
+@pytest.mark.parametrize('fails', ['layer', 'hook'])
+def test_a_model_may_try_what_fails(fails):
+    def run(m, x):
+        for channels in (2, 3):
+            with suppress(RuntimeError):
+                y = m.other(x[:, :channels])
+        return m.conv(y).sigmoid()
+
+    def refuse(module, args):
+        if args[0].shape[1] == 2:
+            raise RuntimeError('two channels')
+
+    model = Run(run, **layers(other=nn.BatchNorm2d(3)))
+    if fails == 'hook':
+        model.other.register_forward_pre_hook(refuse)
+    (mistake,) = check(nn.Sequential(model), image()).mistakes
+    assert 'has no normalization after it (proven)' in mistake
+    assert 'sigmoid in 0' in mistake
 
 
 class Compiled(nn.Module):

@@ -291,7 +291,9 @@ class _Watch(TorchDispatchMode):
     def leave(
         self, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
-        """After a module ran."""
+        """After a module ran, or failed."""
+        if self.stack[-1:] != [module]:
+            return  # a hook before :meth:`enter` failed
         self.stack.pop()
         if isinstance(module, CONVS) and isinstance(output, Tensor):
             self.trace.ran.add(module)
@@ -380,7 +382,10 @@ def _watched(model: nn.Module, watch: _Watch) -> Iterator[None]:
     for module in model.modules():
         handles += [
             module.register_forward_pre_hook(watch.enter, with_kwargs=True),
-            module.register_forward_hook(watch.leave, with_kwargs=True),
+            # The inputs may try what fails, and go on.
+            module.register_forward_hook(
+                watch.leave, with_kwargs=True, always_call=True
+            ),
         ]
     try:
         with restored(model):
