@@ -64,6 +64,22 @@ def test_check_leaves_the_model_as_it_was():
         assert not module._forward_pre_hooks
 
 
+def test_buffers_that_a_model_replaces_are_put_back():
+    def run(m, x):
+        m.count = m.count + 1
+        m.first = x
+        return m.bn(m.conv(x))
+
+    model = Run(run, **layers())
+    model.register_buffer('count', torch.zeros(1))
+    model.register_buffer('first', None)
+    count = model.count
+    check(model, image())
+    assert model.count is count
+    assert count == 0
+    assert model.first is None
+
+
 def test_scale_keeping_operations_are_seen_through():
     def run(m, x):
         y = F.relu(m.conv(x), inplace=True)

@@ -21,6 +21,10 @@ def restored(model: nn.Module) -> Iterator[None]:
         for name, value in vars(module).items()
         if type(value) is dict and not name.startswith('_')
     ]
+    # Some are no longer the same tensors.
+    places = [
+        (module._buffers, {**module._buffers}) for module in model.modules()
+    ]
     modes = {module: module.training for module in model.modules()}
     buffers = [(values, values.clone()) for values in model.buffers()]
     states = random.getstate(), np.random.get_state()
@@ -38,6 +42,9 @@ def restored(model: nn.Module) -> Iterator[None]:
                 value.clear()
                 value.update(content)
                 vars(module)[name] = value
+            for place, content in places:
+                place.clear()
+                place.update(content)
             with torch.no_grad():
                 for values, before in buffers:
                     if not (values.is_meta or torch.equal(values, before)):
