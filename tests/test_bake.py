@@ -70,6 +70,17 @@ def test_filters_that_layers_share_are_baked_for_each(fold):
     assert relative_error(baked(x), model(x)) <= 2e-6
 
 
+@pytest.mark.parametrize('fold', [False, True])
+def test_what_is_frozen_stays_frozen(fold):
+    net = randomize(Net()).eval()
+    for layer in (net.conv1, net.bn2):  # its norm
+        layer.requires_grad_(False)
+    baked = bake(net, image(), fold_estimates=fold)
+    for name, layer in baked.named_children():
+        frozen = name in ('conv1', 'bn2')
+        assert {p.requires_grad for p in layer.parameters()} == {not frozen}
+
+
 def test_fold_without_affines():
     net = Net(norm=lambda c: BCN(c, 4, affine=False)).double()
     randomize(net).eval()

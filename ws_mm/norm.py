@@ -320,9 +320,10 @@ class BCN(RunningStatistics, nn.GroupNorm):
             for name in ('weight', 'bias'):
                 values = getattr(self, name)
                 repeats = self.num_features // values.numel()
-                setattr(
-                    left, name, nn.Parameter(values.repeat_interleave(repeats))
+                values = nn.Parameter(
+                    values.repeat_interleave(repeats), values.requires_grad
                 )
+                setattr(left, name, values)
         return scale, shift, left.train(self.training)
 
     def _load_from_state_dict(
