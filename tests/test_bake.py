@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from comparison import HALF_ON_CPU, relative_error
 from small_nets import Net, Run, image, layers, randomize
 from torch import nn
+from torch.nn.utils import prune
 
 from ws_mm import BCN, WSConv2d, WSConvTranspose2d, bake, check, convert
 
@@ -206,6 +207,17 @@ def test_a_subclass_with_another_output_is_not_baked():
     weight = nn.utils.parametrizations.weight_norm(Gained(3, 8, 1))
     with pytest.raises(ValueError, match='only the convolutions of ws_mm'):
         bake(weight)
+
+
+def test_a_weight_that_a_hook_computes_is_not_baked():
+    model = randomize(nn.Sequential(WSConv2d(3, 8, 1), BCN(8, 4))).eval()
+    prune.l1_unstructured(model[0], 'weight', 0.3)
+    with pytest.raises(ValueError, match='0: only.*torch.nn.utils.prune'):
+        bake(model)
+    prune.remove(model[0], 'weight')
+    x = image()
+    baked = bake(model, x, fold_estimates=True)
+    assert relative_error(baked(x), model(x)) <= 2e-6
 
 
 def test_a_baked_network_that_builds_convolutions_builds_plain_ones():

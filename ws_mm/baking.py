@@ -61,8 +61,9 @@ def bake(
             "baked. For mmcv's ConvWS, build the model with "
             "conv_cfg=dict(type='ws_mm.WSConv2d'), which loads its "
             "checkpoints; timm's StdConv2d can be deployed as it is; of a "
-            'parametrized one, remove the parametrization first '
-            '(torch.nn.utils.parametrize.remove_parametrizations)'
+            'parametrized or pruned one, make the weight a parameter first '
+            '(torch.nn.utils.parametrize.remove_parametrizations, '
+            'torch.nn.utils.prune.remove)'
         )
     pairs = _pairs_to_fold(model, inputs) if fold_estimates else []
     baked = copy.deepcopy(model)

@@ -197,10 +197,10 @@ def is_ours(conv: nn.Module) -> bool:
 
     Subclasses are, if ``standardized_weight`` of the parameter ``weight`` is
     all that they change, or if they declare the ``plain_type`` that computes
-    the rest.
+    the rest. Those whose weight a hook computes, as of pruning, are not.
     """
     base: Any = _own_base(conv)
-    return type(conv) is base or (
+    return (
         base is not None
         and (
             type(conv).forward is base.forward
