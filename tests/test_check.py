@@ -12,6 +12,7 @@ from small_nets import IMAGE, Net, Run, image, layers, randomize
 from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
 
+import ws_mm
 from ws_mm import BCN, WSConv2d, check
 from ws_mm.hooks import batch_norm_problems, frozen_problems
 
@@ -93,6 +94,77 @@ def test_scale_keeping_operations_are_seen_through():
         'max_pool2d_with_indices',
         'add',
     )
+    assert not report.mistake
+
+
+OPERATIONS = {
+    1: [
+        nn.AvgPool1d(2),
+        nn.MaxPool1d(2),
+        nn.AdaptiveAvgPool1d(2),
+        nn.AdaptiveMaxPool1d(2),
+        nn.Upsample(scale_factor=2, mode='linear'),
+    ],
+    2: [
+        nn.AvgPool2d(2),
+        nn.MaxPool2d(2),
+        nn.AdaptiveAvgPool2d(2),
+        nn.AdaptiveMaxPool2d(2),
+        nn.Upsample(scale_factor=2, mode='bilinear'),
+        nn.Upsample(scale_factor=2, mode='bicubic'),
+    ],
+    3: [
+        nn.AvgPool3d(2),
+        nn.MaxPool3d(2),
+        nn.AdaptiveAvgPool3d(2),
+        nn.AdaptiveMaxPool3d(2),
+        nn.Upsample(scale_factor=2, mode='trilinear'),
+    ],
+}
+for dims, operations in OPERATIONS.items():
+    operations += [
+        nn.PReLU(),
+        nn.LeakyReLU(),
+        nn.Upsample(scale_factor=2),
+        nn.Upsample(scale_factor=2, mode='nearest-exact'),
+        *(
+            getattr(nn, f'{kind}Pad{dims}d')(1)
+            for kind in ('Reflection', 'Replication', 'Zero')
+            if hasattr(nn, f'{kind}Pad{dims}d')
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    ('dims', 'operation'),
+    [(dims, each) for dims in OPERATIONS for each in OPERATIONS[dims]],
+    ids=str,
+)
+def test_pooling_resizing_and_padding_keep_the_scale(dims, operation):
+    conv = getattr(ws_mm, f'WSConv{dims}d')(3, 8, 1)
+    x = torch.randn(2, 3, *[6] * dims)
+    (report,) = check(nn.Sequential(conv, operation, BCN(8, 4)), x)
+    assert report.norms == ('2',)
+    assert not report.mistake
+    # It does: half the filters, half the output.
+    y = torch.randn(2, 8, *[6] * dims)
+    torch.testing.assert_close(operation(y / 2), operation(y) / 2)
+
+
+@pytest.mark.parametrize(
+    'rearrange',
+    [
+        lambda y: torch.cat(y.chunk(2, 1)[::-1], 1),
+        lambda y: torch.cat(y.split((2, 6), 1)[::-1], 1),
+        lambda y: torch.stack(y.unbind(1)[::-1], 1),
+        lambda y: F.pixel_shuffle(y, 2).repeat_interleave(4, 1),
+        lambda y: F.pixel_unshuffle(y, 2)[:, :8],
+    ],
+)
+def test_what_moves_values_keeps_the_scale(rearrange):
+    model = Run(lambda m, x: m.bn(rearrange(m.conv(x))), **layers())
+    (report,) = check(model, image())
+    assert report.norms == ('bn',)
     assert not report.mistake
 
 
@@ -298,6 +370,13 @@ def test_a_model_may_try_what_fails(fails):
     (mistake,) = check(nn.Sequential(model), image()).mistakes
     assert 'has no normalization after it (proven)' in mistake
     assert 'sigmoid in 0' in mistake
+
+
+def test_a_scripted_layer_is_seen_through():
+    layers = WSConv2d(3, 8, 1), torch.jit.script(nn.ReLU()), BCN(8, 4)
+    (report,) = check(nn.Sequential(*layers), image())
+    assert report.norms == ('2',)
+    assert report.via == ('relu',)
 
 
 class Compiled(nn.Module):

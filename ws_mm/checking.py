@@ -43,10 +43,18 @@ NORMS = (
 # A norm behind these operations still removes the scale of the convolution.
 # Names without underscores at either end.
 SCALE_KEEPING = frozenset(
-    'adaptive_avg_pool2d add alias avg_pool2d cat clone constant_pad_nd '
-    'detach expand leaky_relu max_pool2d_with_indices mean permute relu '
-    'select slice squeeze to_copy transpose unsafe_view unsqueeze '
-    'upsample_bilinear2d upsample_nearest2d view'.split()
+    'adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d '
+    'adaptive_max_pool3d add alias avg_pool2d avg_pool3d cat clone '
+    'constant_pad_nd detach expand leaky_relu max_pool2d_with_indices '
+    'max_pool3d_with_indices mean permute pixel_shuffle pixel_unshuffle '
+    'prelu_kernel reflection_pad1d reflection_pad2d reflection_pad3d relu '
+    'replication_pad1d replication_pad2d replication_pad3d select slice '
+    'split split_with_sizes squeeze stack to_copy transpose unbind '
+    'unsafe_view unsqueeze upsample_bicubic2d upsample_bilinear2d '
+    'upsample_linear1d upsample_nearest1d upsample_nearest2d '
+    'upsample_nearest3d '
+    'upsample_nearest_exact1d upsample_nearest_exact2d '
+    'upsample_nearest_exact3d upsample_trilinear3d view'.split()
 )
 
 
@@ -380,6 +388,8 @@ def _watched(model: nn.Module, watch: _Watch) -> Iterator[None]:
     """Hook a model, and leave it as it was: inputs may train it."""
     handles = []
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # it takes no hooks; its operations are seen
         handles += [
             module.register_forward_pre_hook(watch.enter, with_kwargs=True),
             # The inputs may try what fails, and go on.

@@ -23,7 +23,9 @@ def restored(model: nn.Module) -> Iterator[None]:
     ]
     # Some are no longer the same tensors.
     places = [
-        (module._buffers, {**module._buffers}) for module in model.modules()
+        (module._buffers, {**module._buffers})
+        for module in model.modules()
+        if isinstance(module._buffers, dict)  # a scripted one keeps no tensors
     ]
     modes = {module: module.training for module in model.modules()}
     buffers = [(values, values.clone()) for values in model.buffers()]
