@@ -123,6 +123,26 @@ def test_gn_is_rejected_by_an_outer_affine_per_group(tmp_path):
         PretrainedGN(path)(target)
 
 
+@pytest.mark.parametrize(
+    'like',
+    [
+        torch.empty(0, dtype=torch.half),
+        torch.empty(0, dtype=torch.double),
+        torch.empty(0, device='meta'),
+    ],
+    ids=['half', 'double', 'meta'],
+)
+def test_what_gn_lacks_is_created_as_what_it_has(like):
+    target = BCN(12, 4, outer_affine='channel').to('meta')
+    state = nn.GroupNorm(4, 12).to(like).state_dict()
+    target.load_state_dict(state, assign=True)
+    for name, values in target.state_dict().items():
+        assert values.device == like.device
+        # The estimates are those of the layer built in this dtype.
+        own = BCN(12, 4, dtype=like.dtype).state_dict()[name]
+        assert values.dtype == own.dtype
+
+
 def test_batch_norm_is_rejected(tmp_path):
     source = randomize(Net(nn.BatchNorm2d(12), 'bn1'))
     path = str(tmp_path / 'bn.pth')

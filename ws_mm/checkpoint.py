@@ -262,12 +262,14 @@ def to_native_layout(
             "norm_cfg=dict(outer_affine='channel') to load it exactly, or "
             f'convert a ResNet, verified, with: {CONVERTER} --ws-source'
         )
-    ones = torch.ones(num_features)
+    # load_state_dict(assign=True) takes dtypes and devices, too.
+    ones = torch.ones_like(state_dict[f'{prefix}weight'])
+    exact = ones.to(torch.promote_types(ones.dtype, torch.float32))
     for name, values in (
         ('bn_weight', ones),
         ('bn_bias', 0 * ones),
-        ('running_mean', 0 * ones),
-        ('running_var', ones),
+        ('running_mean', 0 * exact),
+        ('running_var', exact),
     ):
         state_dict[prefix + name] = values.clone()
     return (
