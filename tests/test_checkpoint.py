@@ -490,6 +490,20 @@ def test_half_of_the_layout_of_the_authors_is_reported_by_torch():
     found = BCN(12, 4).load_state_dict(state, strict=False)
     assert found.unexpected_keys == list(state)
     assert 'weight' in found.missing_keys
+    for lacks, own in (('bias', 'bn_bias'), ('running_var', 'running_var')):
+        state = authors_layout('pbn')
+        del state[f'pbn.{lacks}']
+        found = BCN(12, 4).load_state_dict(state, strict=False)
+        assert found.missing_keys == [own]
+        assert found.unexpected_keys == []
+
+
+def test_half_of_an_outer_affine_is_reported_by_torch():
+    state = BCN(12, 4).state_dict()
+    del state['bias']
+    layer = BCN(12, 4, outer_affine='channel')
+    with pytest.raises(RuntimeError, match='Missing key.*"bias"'):
+        layer.load_state_dict(state)
 
 
 def test_a_release_of_the_user_keeps_the_rest_of_its_file(tmp_path):

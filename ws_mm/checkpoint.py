@@ -288,7 +288,8 @@ def _fit_outer(
     """Repeat an outer affine per group where it is kept per channel."""
     outer = state_dict.get(f'{prefix}weight')
     inner = state_dict[f'{prefix}bn_weight']
-    if outer is None or inner.numel() != num_features:
+    complete = outer is not None and f'{prefix}bias' in state_dict
+    if not complete or inner.numel() != num_features:
         return ''  # Other channels: torch reports them.
     found = outer.numel()
     per_channel = outer_affine == 'channel'
@@ -348,9 +349,14 @@ def reject_other_name(prefix: str, unexpected: list[str]) -> None:
 def _map_authors(state_dict: dict[str, Any], inner: str, prefix: str) -> None:
     for name in ('weight', 'bias'):
         state_dict[prefix + name] = state_dict[prefix + name].flatten()
-        state_dict[f'{prefix}bn_{name}'] = state_dict.pop(inner + name)
-    for name in ('running_mean', 'running_var'):
-        state_dict[prefix + name] = state_dict.pop(inner + name)
+    for name, own in (
+        ('weight', 'bn_weight'),
+        ('bias', 'bn_bias'),
+        ('running_mean', 'running_mean'),
+        ('running_var', 'running_var'),
+    ):
+        if inner + name in state_dict:  # else torch reports it
+            state_dict[prefix + own] = state_dict.pop(inner + name)
     for name in ('num_batches_tracked', 'estbn_moving_speed'):
         state_dict.pop(inner + name, None)
 
