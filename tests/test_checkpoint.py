@@ -16,8 +16,9 @@ from mmengine.runner.checkpoint import (
 from torch import nn
 
 from ws_mm import BCN, PretrainedGN, WSConv2d, bake
-from ws_mm.checkpoint import mark_standardized, without_prefix
+from ws_mm.checkpoint import CENTERED, mark_standardized, without_prefix
 from ws_mm.conv import WSConv1d
+from ws_mm.zoo import CenteredConv2d
 
 
 def authors_layout(inner: str) -> dict[str, torch.Tensor]:
@@ -514,6 +515,31 @@ def test_a_release_of_the_user_keeps_the_rest_of_its_file(tmp_path):
     found = CheckpointLoader.load_checkpoint(str(path), 'cpu')
     assert found['meta'] == dict(epoch=3)
     assert 'optimizer' in found
+
+
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_a_release_keeps_the_versions_of_its_layers(wrapped, tmp_path, said):
+    net = nn.Sequential(CenteredConv2d(3, 8, 3), nn.BatchNorm2d(8))
+    path = str(tmp_path / 'net_bn_ws.pth')
+    source = nn.DataParallel(net) if wrapped else net
+    torch.save(dict(state_dict=source.state_dict()), path)
+    found = CheckpointLoader.load_checkpoint(path)['state_dict']._metadata
+    assert found['0'] == dict(version=CENTERED)
+    assert found['1'] == dict(version=nn.BatchNorm2d._version)
+    load_from(net, path)
+    assert not said
+
+
+@pytest.mark.parametrize('content', [[1, 2], {'conv.weight': None}, None])
+def test_what_is_no_release_is_rejected_by_the_host(content, tmp_path):
+    path = str(tmp_path / 'net_gn_ws.pth')
+    torch.save(content, path)
+    net = WSConv2d(3, 8, 3)
+    if isinstance(content, dict):
+        load_from(net, path)
+        return
+    with pytest.raises(RuntimeError, match='No state_dict found'):
+        load_from(net, path)
 
 
 def test_filters_of_one_dimension_are_marked_as_standardized():

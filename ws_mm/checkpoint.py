@@ -114,22 +114,36 @@ def load_from_release(
         scheme = ''
     load = CheckpointLoader._get_checkpoint_loader(scheme)
     content: dict[str, Any] = load(filename, map_location=map_location)
+    if not isinstance(content, dict):
+        return content  # mmengine rejects it
     key = 'state_dict' if 'state_dict' in content else None
-    state = OrderedDict(content[key] if key else content)
+    found = content[key] if key else content
+    state = OrderedDict(found)
+    # torch's convolutions have version 1, and know nothing of it.
+    state._metadata = getattr(  # type: ignore[attr-defined]
+        found, '_metadata', {}
+    )
     mark_standardized(state)
     return {**content, key: state} if key else state
 
 
 def mark_standardized(state: OrderedDict[str, Any]) -> None:
-    """Mark the filters of a state dict as those of WS convolutions."""
-    state._metadata = OrderedDict(  # type: ignore[attr-defined]
-        (
-            name.removeprefix('module.').removesuffix('.weight'),
-            dict(version=STANDARDIZED),
-        )
-        for name, values in state.items()
-        if name.endswith('.weight') and values.dim() > 2
+    """Mark the filters of a state dict as those of WS convolutions.
+
+    Those of layers with later versions, such as deformable ones, have them.
+    """
+    versions: OrderedDict[str, Any] = OrderedDict(
+        (name.removeprefix('module.'), version)
+        for name, version in getattr(state, '_metadata', {}).items()
     )
+    for name, values in state.items():
+        if not isinstance(values, torch.Tensor) or values.dim() < 3:
+            continue
+        layer = name.removeprefix('module.').removesuffix('.weight')
+        version = versions.get(layer, {}).get('version') or 1
+        if name.endswith('.weight') and version < STANDARDIZED:
+            versions[layer] = dict(version=STANDARDIZED)
+    state._metadata = versions  # type: ignore[attr-defined]
 
 
 def without_prefix(
