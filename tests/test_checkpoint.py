@@ -113,6 +113,10 @@ def test_pretrained_gn_takes_a_prefix_and_names_it(tmp_path):
     torch.save({'other.a': torch.ones(1)}, path)
     with pytest.raises(ValueError, match=r"it has 'other\.a'.*, the model 'b"):
         PretrainedGN(path)(target)
+    for empty in ({}, dict(state_dict={})):
+        torch.save(empty, path)
+        with pytest.raises(ValueError, match="it has nothing, the model 'b"):
+            PretrainedGN(path)(target)
 
 
 def test_gn_is_rejected_by_an_outer_affine_per_group(tmp_path):

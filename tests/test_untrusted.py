@@ -220,7 +220,12 @@ def test_safetensors_are_read_where_mmengine_reads(
             'url': f'http://127.0.0.1:{server.server_port}',
             'function': str(tmp_path),
         }[kind]
-        where = (lambda storage, _: storage) if kind == 'function' else 'cpu'
+        # As torch.load takes them.
+        where = {
+            'home': {'cuda:0': 'cpu'},
+            'url': 'cpu',
+            'function': lambda storage, _: storage,
+        }[kind]
         for index, path in enumerate(others):
             name = f'{base}/{path.relative_to(tmp_path)}'
             for _ in range(2):

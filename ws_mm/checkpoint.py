@@ -40,8 +40,8 @@ def load_from_safetensors(
 
     Args:
         filename: a path or URL.
-        map_location: device of the tensors; a function leaves them on the
-            CPU.
+        map_location: device of the tensors; a function, or a dict of
+            devices, leaves them on the CPU.
     """
     try:
         from safetensors import safe_open
@@ -52,7 +52,9 @@ def load_from_safetensors(
         ) from error
     if filename.startswith(('http://', 'https://')):
         filename = _downloaded(filename)
-    device = 'cpu' if callable(map_location) else map_location or 'cpu'
+    device = map_location or 'cpu'
+    if callable(device) or isinstance(device, Mapping):
+        device = 'cpu'
     with safe_open(os.path.expanduser(filename), 'pt', device='cpu') as file:
         state = OrderedDict(
             (name, file.get_tensor(name).to(device)) for name in file.keys()
@@ -455,7 +457,11 @@ class PretrainedGN(PretrainedInit):
             return
         extra, _ = differing_prefixes(theirs, ours)
         fix = f' Set init_cfg=dict(prefix={extra!r}).' if extra else ''
+        has, wants = (
+            f'{min(names)!r}...' if names else 'nothing'
+            for names in (theirs, ours)
+        )
         raise ValueError(
-            f'{self.checkpoint} has no name of the model: it has '
-            f'{min(theirs)!r}..., the model {min(ours)!r}....{fix}'
+            f'{self.checkpoint} has no name of the model: it has {has}, the '
+            f'model {wants}.{fix}'
         )
