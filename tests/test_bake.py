@@ -40,6 +40,7 @@ def test_baked_model_computes_the_same(fold, outer_affine, dtype, tolerance):
     baked = bake(net, image(dtype), fold_estimates=fold)
     assert type(baked.conv1) is nn.Conv2d
     assert type(baked.bn1) is (nn.GroupNorm if fold else BCN)
+    assert vars(baked.conv1).keys() == vars(nn.Conv2d(1, 1, 1)).keys()
     x = image(dtype)
     # Sharing parameters with the copy would make them equal in any case.
     expected = net(x)
@@ -214,17 +215,24 @@ def test_a_weight_that_a_hook_computes_is_not_baked():
     prune.l1_unstructured(model[0], 'weight', 0.3)
     with pytest.raises(ValueError, match='0: only.*torch.nn.utils.prune'):
         bake(model)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 1), BCN(8, 4)).eval()
+    prune.l1_unstructured(plain[0], 'weight', 0.3)
+    with pytest.raises(ValueError, match='fold the estimates: 0 is a Conv2d'):
+        bake(plain, image(), fold_estimates=True)
     prune.remove(model[0], 'weight')
     x = image()
     baked = bake(model, x, fold_estimates=True)
     assert relative_error(baked(x), model(x)) <= 2e-6
 
 
-def test_a_baked_network_that_builds_convolutions_builds_plain_ones():
+@pytest.mark.parametrize(
+    'kind', ['ws_mm.WSConv2d', WSConv2d, 'ws_mm.CenteredConv2d'], ids=str
+)
+def test_a_baked_network_that_builds_convolutions_builds_plain_ones(kind):
     pytest.importorskip('mmpretrain.models')
     from mmpretrain.registry import MODELS
 
-    conv_cfg = dict(type='ws_mm.WSConv2d')
+    conv_cfg = dict(type=kind)
     repvgg = dict(type='RepVGG', arch='A0', conv_cfg=conv_cfg)
     net = randomize(MODELS.build(repvgg)).double()
     net.eval()  # returns nothing
@@ -232,8 +240,9 @@ def test_a_baked_network_that_builds_convolutions_builds_plain_ones():
     baked = bake(net)
     baked.switch_to_deploy()
     assert net.conv_cfg == conv_cfg
+    own = WSConv2d if kind is WSConv2d else MODELS.get(kind)
     assert {type(m) for m in net.modules() if isinstance(m, nn.Conv2d)} == {
-        WSConv2d
+        own
     }
     assert relative_error(baked(x)[-1], net(x)[-1]) <= 1e-10
 
@@ -258,11 +267,43 @@ def test_a_fold_that_computes_something_else_is_refused(kind):
     net = randomize(Net(conv, lambda c: BCN(c, 4))).eval()
     if kind == 'hook':
         net.conv1.register_forward_hook(clamped)
+    for values in (*net.bn1.parameters(), *net.bn2.parameters()):
+        values.data.mul_(1e-4)  # small, but as wrong
     x = image()
     bake(net, x)
-    match = 'behind conv[12] would compute something else'
-    with pytest.raises(ValueError, match=match):
-        bake(net, x, fold_estimates=True)
+    match = (
+        r'behind conv[12] would compute something else \(relative difference '
+        r'[1-9]\.\de[-+]0[0-2]\)'
+    )
+    for inputs in (x, lambda model: model(x)):
+        with pytest.raises(ValueError, match=match):
+            bake(net, inputs, fold_estimates=True)
+
+
+def test_a_fold_may_round():
+    model = randomize(Run(lambda m, x: m.bn(m.conv(x)), **layers())).eval()
+    for values in (model.conv.bias, model.bn.running_mean):
+        values.data.add_(1000)
+    # The shift cancels what the convolution adds, to 1000 * 2^-24.
+    bake(model, image(), fold_estimates=True)
+
+
+def test_bake_leaves_the_model_as_it_was():
+    model = randomize(Net()).train()
+    model.bn1.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    bake(model, lambda m: m.train()(image()), fold_estimates=True)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    training = {name for name, m in model.named_modules() if m.training}
+    assert training == {name for name, _ in model.named_modules()} - {'bn1'}
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_nothing_to_fold_needs_no_inputs():
+    model = nn.Sequential(WSConv2d(3, 8, 1), nn.GroupNorm(4, 8))
+    assert type(bake(model, fold_estimates=True)[0]) is nn.Conv2d
 
 
 @pytest.mark.parametrize(
