@@ -2,7 +2,7 @@
 
 import re
 from contextlib import suppress
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +32,7 @@ def test_execution_is_believed_over_names():
     assert [conv.standardized for conv in report] == [True, True, False, False]
     assert not report.mistakes
     assert 'bn2 (BCN)' in str(report).splitlines()[1]
+    assert '-; goes to the output of the model' in str(report)
 
 
 def test_names_are_believed_without_inputs():
@@ -47,22 +48,78 @@ def test_guess_wants_fitting_channels_and_order():
     fourth = nn.Sequential(WSConv2d(8, 8, 1), nn.ReLU(), nn.BatchNorm2d(8))
     fifth = nn.Sequential(WSConv2d(8, 8, 1), nn.BatchNorm2d(8))
     fifth.order = ('norm', 'act', 'conv')
-    report = check(nn.Sequential(first, second, third, fourth, fifth))
-    assert [len(conv.norms) for conv in report] == [0, 0, 0, 1, 0]
-    assert len(report.mistakes) == 4
+    sixth = nn.Sequential(
+        WSConv2d(8, 8, 1), WSConv2d(8, 8, 1), nn.LayerNorm([8, 3, 3])
+    )
+    seventh = nn.ModuleDict(dict(bn11=BCN(8, 4), conv1=WSConv2d(8, 8, 1)))
+    report = check(
+        nn.Sequential(first, second, third, fourth, fifth, sixth, seventh)
+    )
+    assert [len(conv.norms) for conv in report] == [0, 0, 0, 1, 0, 0, 1, 0]
+    assert len(report.mistakes) == 6
+    (alone,) = check(WSConv2d(3, 8, 1))
+    assert not alone.norms
 
 
-def test_check_leaves_the_model_as_it_was():
+@pytest.mark.parametrize('kind', ['runs', 'fails'])
+def test_check_leaves_the_model_as_it_was(kind):
     model = randomize(Net()).train()
     model.bn1.eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    check(model, {'x': image()})
+    ran = []
+
+    def fails(m):
+        y = m(image())
+        ran.append((m.training, y.requires_grad))
+        raise RuntimeError('no such input')
+
+    if kind == 'fails':
+        with pytest.raises(RuntimeError, match='no such input'):
+            check(model, fails)
+        assert ran == [(False, False)]
+    else:
+        check(model, MappingProxyType({'x': image()}))
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert model.training
     assert not model.bn1.training
     for module in model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    'norm',
+    [
+        nn.BatchNorm2d(8),
+        nn.InstanceNorm2d(8),
+        nn.LayerNorm([8, 12, 12]),
+        ws_mm.zoo.FRN(8),
+    ],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_norms_of_any_kind_are_known(norm):
+    model = nn.Sequential(WSConv2d(3, 8, 1), nn.Sequential(norm))
+    (report,) = check(model, image())
+    assert report.norms == ('1.0',)
+    assert not report.mistake
+
+
+def test_a_norm_that_reads_twice_is_listed_with_both_ways():
+    def run(m, x):
+        y = m.conv(x)
+        return m.bn(F.relu(y)), m.bn(y), m.other(F.relu(y))
+
+    (report,) = check(Run(run, **layers(other=BCN(8, 4))), image())
+    assert report.norms == ('bn', 'other')
+    assert report.via == ('relu',)
+
+
+def test_indices_of_a_pooling_are_no_output_of_the_convolution():
+    def run(m, x):
+        y, indices = F.max_pool2d(m.conv(x), 2, return_indices=True)
+        return m.bn(y), indices
+
+    assert not check(Run(run, **layers()), image()).mistakes
 
 
 def test_buffers_that_a_model_replaces_are_put_back():
@@ -159,6 +216,8 @@ def test_pooling_resizing_and_padding_keep_the_scale(dims, operation):
         lambda y: torch.stack(y.unbind(1)[::-1], 1),
         lambda y: F.pixel_shuffle(y, 2).repeat_interleave(4, 1),
         lambda y: F.pixel_unshuffle(y, 2)[:, :8],
+        lambda y: y.double().float(),
+        nn.Sequential(nn.Sequential(nn.ReLU())),
     ],
 )
 def test_what_moves_values_keeps_the_scale(rearrange):
@@ -387,7 +446,7 @@ class Compiled(nn.Module):
         return torch.ones(IMAGE[0], 8, *IMAGE[2:])
 
 
-@pytest.mark.parametrize('first', ['norm', 'own'])
+@pytest.mark.parametrize('first', ['norm', 'own', 'keyword'])
 def test_an_operator_that_no_dispatcher_sees_reads_what_it_is_given(first):
     class Two(nn.Module):
         def __init__(self):
@@ -399,6 +458,8 @@ def test_an_operator_that_no_dispatcher_sees_reads_what_it_is_given(first):
             x = self.conv(x)
             if first == 'norm':
                 return self.norm(x) + self.own(x)
+            if first == 'keyword':
+                return self.norm(x) + self.own(x=x)
             return self.own(x) + self.norm(x)
 
     (mistake,) = check(Two(), image()).mistakes
