@@ -16,7 +16,13 @@ from mmengine.runner.checkpoint import (
 from torch import nn
 
 from ws_mm import BCN, PretrainedGN, WSConv2d, bake
-from ws_mm.checkpoint import CENTERED, mark_standardized, without_prefix
+from ws_mm.checkpoint import (
+    CENTERED,
+    differing_prefixes,
+    mark_standardized,
+    to_native_layout,
+    without_prefix,
+)
 from ws_mm.conv import WSConv1d
 from ws_mm.zoo import CenteredConv2d
 
@@ -92,7 +98,10 @@ def test_pretrained_gn_keeps_the_function(tmp_path):
     path = str(tmp_path / 'gn.pth')
     torch.save({'state_dict': source.state_dict()}, path)
     target = randomize(Net(BCN(12, 4, outer_affine='channel'), 'bn1'))
-    PretrainedGN(path)(target)
+    seen = []
+    where = lambda storage, name: seen.append(name) or storage  # noqa: E731
+    PretrainedGN(path, map_location=where)(target)
+    assert seen
     x = torch.randn(2, 3, 9, 9)
     torch.testing.assert_close(target(x), source(x), rtol=1e-4, atol=1e-4)
 
@@ -117,6 +126,53 @@ def test_pretrained_gn_takes_a_prefix_and_names_it(tmp_path):
         torch.save(empty, path)
         with pytest.raises(ValueError, match="it has nothing, the model 'b"):
             PretrainedGN(path)(target)
+
+
+def test_pretrained_gn_renames_whole_names_alone(tmp_path):
+    def net(norm: nn.Module, name: str) -> nn.Module:
+        # Names that only begin or end as 'module.' or 'gn' does.
+        return nn.ModuleDict(
+            {
+                'module1': nn.ModuleDict({'module': nn.Conv2d(3, 12, 1)}),
+                'align': nn.Conv2d(12, 12, 1),
+                'gn_proj': nn.Conv2d(12, 12, 1),
+                name: norm,
+            }
+        )
+
+    path = save(randomize(net(nn.GroupNorm(4, 12), 'gn')), tmp_path)
+    target = randomize(net(BCN(12, 4, outer_affine='channel'), 'bn'))
+    PretrainedGN(path)(target)
+    loaded = target.state_dict()
+    for name, values in torch.load(path).items():
+        name = name.replace('gn.', 'bn.') if name[:3] == 'gn.' else name
+        assert torch.equal(loaded[name], values), name
+
+
+NAMES = [*torch.nn.Transformer(8, 2, 1, 1, 8).state_dict()]
+OTHERS = [f'other.{index}' for index in range(2 * len(NAMES))]
+
+
+@pytest.mark.parametrize(
+    ('theirs', 'ours', 'expected'),
+    [
+        (['k.' + n for n in NAMES], NAMES, ('k.', '')),
+        (NAMES, ['net.' + n for n in NAMES] + OTHERS, ('', 'net.')),
+        (
+            ['k.' + n for n in NAMES],
+            ['net.' + n for n in NAMES],
+            ('k.', 'net.'),
+        ),
+        # A part of the model, or the model a part.
+        (['k.' + n for n in NAMES[:8]], NAMES, ('k.', '')),
+        (['k.' + n for n in NAMES[:8]] + OTHERS, NAMES[:8], ('k.', '')),
+        # By accident.
+        (['k.' + n for n in NAMES[:4]] + OTHERS, NAMES, ('', '')),
+        (['k.' + NAMES[0]], NAMES, ('', '')),
+    ],
+)
+def test_prefixes_are_those_of_most_names(theirs, ours, expected):
+    assert differing_prefixes(theirs, ours) == expected
 
 
 def test_gn_is_rejected_by_an_outer_affine_per_group(tmp_path):
@@ -356,6 +412,8 @@ def test_own_filters_do_not_warn(route, tmp_path, said):
         ('resnet50_gn_ws-15beedd8.pth', True),
         ('R-50-GN-WS.pth.tar', True),
         ('rn50_bcn_ws.pth', True),
+        ('r50_bn_ws.pth', True),
+        ('design_ws.pth', False),
         ('mask_rcnn_r50_fpn_gn_ws-all_2x_coco_20200226-16acb762.pth', True),
         ('resnet50_gn-9186a21c.pth', False),
         ('resnext50_32x4d_gn-c7e8b754.pth', False),
@@ -478,9 +536,11 @@ def test_parts_that_the_checkpoint_lacks_are_initialised(tmp_path):
     path = save(nn.Sequential(nn.GroupNorm(4, 12)), tmp_path)
     init_cfg = dict(type='ws_mm.PretrainedGN', checkpoint=path)
     norm = BCN(12, 4, outer_affine='channel')
-    net = Sequential(norm, Part(), init_cfg=init_cfg)
+    net = Sequential(norm, Part(), Part(), init_cfg=init_cfg)
+    net[2].is_init = True  # by its own checkpoint
     net.init_weights()
     assert net[1].initialised
+    assert not hasattr(net[2], 'initialised')
 
 
 def test_a_batch_norm_without_affine_is_rejected():
@@ -503,12 +563,26 @@ def test_half_of_the_layout_of_the_authors_is_reported_by_torch():
         assert found.unexpected_keys == []
 
 
-def test_half_of_an_outer_affine_is_reported_by_torch():
+@pytest.mark.parametrize('lacks', ['weight', 'bias'])
+def test_half_of_an_outer_affine_is_reported_by_torch(lacks):
     state = BCN(12, 4).state_dict()
-    del state['bias']
+    del state[lacks]
     layer = BCN(12, 4, outer_affine='channel')
-    with pytest.raises(RuntimeError, match='Missing key.*"bias"'):
+    with pytest.raises(RuntimeError, match=f'Missing key.*"{lacks}"'):
         layer.load_state_dict(state)
+
+
+def test_a_bcn_of_other_channels_is_reported_by_torch():
+    state = BCN(24, 12).state_dict()
+    with pytest.raises(RuntimeError, match='size mismatch for bn_weight'):
+        BCN(12, 4).load_state_dict(state)
+
+
+def test_groups_that_are_not_known_are_not_compared():
+    state = dict(BCN(12, 4).state_dict(prefix='0.'))
+    assert not to_native_layout({**state}, '0.', 12, 'group')
+    said = to_native_layout(state, '0.', 12, 'channel')
+    assert 'weight, bias of 4 groups -> weight, bias of 12 channels' in said
 
 
 def test_a_release_of_the_user_keeps_the_rest_of_its_file(tmp_path):
@@ -547,8 +621,8 @@ def test_what_is_no_release_is_rejected_by_the_host(content, tmp_path):
 
 
 def test_filters_of_one_dimension_are_marked_as_standardized():
-    layer = nn.Sequential(WSConv1d(3, 8, 3))
+    layer = nn.Sequential(WSConv1d(3, 8, 3), nn.Linear(8, 2))
     state = OrderedDict(layer.state_dict())
     mark_standardized(state)
     expected = layer.state_dict()._metadata
-    assert state._metadata['0'] == expected['0']
+    assert state._metadata == {'0': expected['0']}

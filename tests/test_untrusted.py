@@ -171,7 +171,8 @@ def test_safetensors_are_read_and_written(
 ) -> None:
     source = source_of('bn', centered=True)
     old, new = (tmp_path / f'{n}.safetensors' for n in 'ab')
-    save_file(source.state_dict(), old)
+    # As Hugging Face and timm write them.
+    save_file(source.state_dict(), old, metadata={'format': 'pt'})
     convert = load('convert_checkpoint')
     for out in (new, tmp_path / 'b.pth'):
         monkeypatch.setattr('sys.argv', ['x', str(old), str(out)])
@@ -212,6 +213,13 @@ def test_safetensors_are_read_where_mmengine_reads(
     for index, path in enumerate(others):
         path.parent.mkdir()
         save_file({'weight': torch.full((1,), float(index))}, path)
+    downloaded, download = [], torch.hub.download_url_to_file
+    monkeypatch.setattr(
+        'torch.hub.download_url_to_file',
+        lambda url, *args, **options: (
+            downloaded.append(url) or download(url, *args, **options)
+        ),
+    )
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
     with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
@@ -232,3 +240,4 @@ def test_safetensors_are_read_where_mmengine_reads(
                 found = CheckpointLoader.load_checkpoint(name, where)
                 assert found['state_dict'] == {'weight': index}
         server.shutdown()
+    assert len(downloaded) == (2 if kind == 'url' else 0)
