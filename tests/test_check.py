@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 import ws_mm
 from ws_mm import BCN, WSConv2d, check
 from ws_mm.hooks import batch_norm_problems, frozen_problems
+from ws_mm.running_statistics import RunningStatistics
 
 
 def norms_of(report):
@@ -87,6 +88,19 @@ def test_check_leaves_the_model_as_it_was(kind):
         assert not module._forward_pre_hooks
 
 
+class Minimal(RunningStatistics):
+    """A norm of a user, which is none of torch's."""
+
+    statistics = {'running_mean': 0.0}  # noqa: RUF012
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_statistics(channels)
+
+    def forward(self, x):
+        return x - self.running_mean.view(1, -1, 1, 1)
+
+
 @pytest.mark.parametrize(
     'norm',
     [
@@ -94,6 +108,7 @@ def test_check_leaves_the_model_as_it_was(kind):
         nn.InstanceNorm2d(8),
         nn.LayerNorm([8, 12, 12]),
         ws_mm.zoo.FRN(8),
+        Minimal(8),
     ],
     ids=lambda norm: type(norm).__name__,
 )
@@ -107,11 +122,12 @@ def test_norms_of_any_kind_are_known(norm):
 def test_a_norm_that_reads_twice_is_listed_with_both_ways():
     def run(m, x):
         y = m.conv(x)
-        return m.bn(F.relu(y)), m.bn(y), m.other(F.relu(y))
+        twice = m.bn(F.max_pool2d(F.relu(y), 2)), m.bn(y)
+        return *twice, m.other(F.relu(y))
 
     (report,) = check(Run(run, **layers(other=BCN(8, 4))), image())
     assert report.norms == ('bn', 'other')
-    assert report.via == ('relu',)
+    assert report.via == ('relu', 'max_pool2d_with_indices')
 
 
 def test_indices_of_a_pooling_are_no_output_of_the_convolution():
