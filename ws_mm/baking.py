@@ -156,7 +156,7 @@ def _pairs_to_fold(model: nn.Module, inputs: Inputs) -> list[tuple[str, str]]:
             problems.append(f'{names[norm]} is a {kind}, which has no fold')
         elif not feeders:
             problems.append(f'{names[norm]} is not reached by the inputs')
-        elif None in feeders or not convs:
+        elif None in feeders:
             problems.append(f'{names[norm]} does not follow a convolution')
         elif len(convs) > 1:
             shared = ' and '.join(sorted(names[conv] for conv in convs))

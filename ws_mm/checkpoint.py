@@ -304,8 +304,9 @@ def _fit_outer(
     """Repeat an outer affine per group where it is kept per channel."""
     outer = state_dict.get(f'{prefix}weight')
     inner = state_dict[f'{prefix}bn_weight']
-    complete = outer is not None and f'{prefix}bias' in state_dict
-    if not complete or inner.numel() != num_features:
+    if outer is None or f'{prefix}bias' not in state_dict:
+        return ''  # torch reports it.
+    if inner.numel() != num_features:
         return ''  # Other channels: torch reports them.
     found = outer.numel()
     per_channel = outer_affine == 'channel'
