@@ -19,6 +19,7 @@ from ws_mm import BCN, PretrainedGN, WSConv2d, bake
 from ws_mm.checkpoint import (
     CENTERED,
     differing_prefixes,
+    from_batch_norm,
     mark_standardized,
     to_native_layout,
     without_prefix,
@@ -626,3 +627,11 @@ def test_filters_of_one_dimension_are_marked_as_standardized():
     mark_standardized(state)
     expected = layer.state_dict()._metadata
     assert state._metadata == {'0': expected['0']}
+
+
+@pytest.mark.parametrize('affine', [False, True])
+def test_a_batch_norm_without_affine_becomes_a_bcn(affine):
+    state = nn.BatchNorm2d(12, affine=False).state_dict()
+    layer = BCN(12, 4, affine=affine)
+    from_batch_norm(state, '', layer.weight)
+    layer.load_state_dict(state)  # nothing is missing, nothing too many
