@@ -47,14 +47,14 @@ SCALE_KEEPING = frozenset(
     'adaptive_max_pool3d add alias avg_pool2d avg_pool3d cat clone '
     'constant_pad_nd detach expand leaky_relu max_pool2d_with_indices '
     'max_pool3d_with_indices mean permute pixel_shuffle pixel_unshuffle '
-    'prelu_kernel reflection_pad1d reflection_pad2d reflection_pad3d relu '
-    'replication_pad1d replication_pad2d replication_pad3d select slice '
-    'split split_with_sizes squeeze stack to_copy transpose unbind '
-    'unsafe_view unsqueeze upsample_bicubic2d upsample_bilinear2d '
-    'upsample_linear1d upsample_nearest1d upsample_nearest2d '
-    'upsample_nearest3d '
-    'upsample_nearest_exact1d upsample_nearest_exact2d '
-    'upsample_nearest_exact3d upsample_trilinear3d view'.split()
+    'prelu_kernel reflection_pad1d reflection_pad2d reflection_pad3d '
+    'relu replication_pad1d replication_pad2d replication_pad3d select '
+    'slice split split_with_sizes squeeze stack to_copy transpose '
+    'unbind unsafe_view unsqueeze upsample_bicubic2d '
+    'upsample_bilinear2d upsample_linear1d upsample_nearest1d '
+    'upsample_nearest2d upsample_nearest3d upsample_nearest_exact1d '
+    'upsample_nearest_exact2d upsample_nearest_exact3d '
+    'upsample_trilinear3d view'.split()
 )
 
 
