@@ -419,7 +419,7 @@ def _guess_norm(modules: dict[str, nn.Module], name: str) -> list[nn.Module]:
             same = re.fullmatch(rf'[a-z_]+{number[0]}', sibling)
             if same and isinstance(module, NORMS) and _fits(module, conv):
                 return [module]
-    # Absent where the same module has another name, too.
+    # A convolution that is the whole model has no siblings.
     later = list(siblings.values())
     for module in later[later.index(conv) + 1 :] if conv in later else ():
         if isinstance(module, NORMS):
