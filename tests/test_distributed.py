@@ -484,6 +484,12 @@ def test_a_channel_that_is_nan_on_one_rank_stays_finite_on_all(world):
         assert not disagreements(buffers, expected, TOLERANCE[torch.float64])
 
 
+def test_values_are_counted_where_the_layer_is() -> None:
+    layer = BCN(CHANNELS, device='meta')
+    layer.count_values()
+    assert layer.values_seen.compiled.device == layer.running_mean.device
+
+
 class Skipping(Net):
     """A model whose second layer is not called on rank 1."""
 

@@ -152,6 +152,22 @@ def test_unequal_batches_weigh_by_their_values(layer):
     assert not disagreements(actual, expected, WIDE)
 
 
+@pytest.mark.parametrize('mode', ['estimate', 'batch'])
+@pytest.mark.parametrize('dtype', [torch.half, torch.bfloat16], ids=str)
+def test_half_precision_is_measured_in_more(
+    dtype: torch.dtype, mode: str
+) -> None:
+    layer = BCN(8, 4, mode=mode)
+    batches = [x.to(dtype) for x in make_batches(2, 3)]
+    ws_mm.update_estimates(nn.Sequential(layer), batches)
+    moments = of_all_values if mode == 'estimate' else within_batches
+    expected = moments([x.double() for x in batches])
+    # Moments in the precision of the inputs have three digits, or two.
+    assert not disagreements(
+        buffers(layer), expected, TOLERANCE[torch.float32]
+    )
+
+
 def test_one_value_per_channel_is_measured() -> None:
     # As the hooks find it in a layer that raises only when it runs.
     layer = BCN(8, 4, mode='batch')

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import ws_mm
-from ws_mm import hooks
+from ws_mm import hooks, running_statistics
 from ws_mm.config_layers import has_same_weights
 from ws_mm.running_statistics import RunningStatistics
 from ws_mm.shapes import build_without_memory
@@ -195,6 +195,25 @@ def test_statistics_move_once_where_activations_are_recomputed():
     )
 
 
+class Attached(RunningRMS):
+    """One whose statistics of a batch have a graph."""
+
+    def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
+        return {'running_square': input.square().mean((0, 2, 3))}
+
+
+def test_buffers_do_not_hold_the_graph_of_a_batch() -> None:
+    model, expected = Attached(CHANNELS).double(), RunningRMS(CHANNELS)
+    x = images(2).requires_grad_()
+    for _ in range(2):  # a second backward through the first would fail
+        model(x).backward(torch.randn_like(x))
+        expected.double()(x.detach())
+    assert not model.running_square.requires_grad
+    assert not disagreements(
+        dict(model.named_buffers()), dict(expected.named_buffers()), WIDE
+    )
+
+
 def test_nothing_and_what_is_not_finite_move_no_statistics():
     model = layer()
     model(images(0))
@@ -272,6 +291,26 @@ def test_update_estimates_measures_all_values():
     assert not disagreements(found, {'square': expected}, WIDE)
     alike = torch.stack([square(x) for x in batches[:2]]).mean(0)
     assert disagreements(found, {'square': alike}, 1e-3)
+
+
+def test_statistics_that_nothing_has_are_not_asked_for() -> None:
+    class Peaks(RunningRMS):
+        def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
+            # torch knows no maximum of no value.
+            return {'running_square': input.amax((0, 2, 3))}
+
+    model = nn.Sequential(Peaks(CHANNELS)).double()
+    x = images(2)
+    ws_mm.update_estimates(model, [images(0), x])
+    assert torch.equal(model[0].running_square, x.amax((0, 2, 3)))
+
+
+def test_arguments_that_a_class_hands_on_are_no_names() -> None:
+    class Open(RunningStatistics):
+        def __init__(self, num_features: int, *more: Any, **others: Any):
+            super().__init__(*more, **others)
+
+    assert running_statistics.legal_arguments(Open) == ('num_features',)
 
 
 def test_bake_folds_it():
