@@ -183,6 +183,8 @@ class RunningStatistics(nn.Module):
     def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
         """The statistics of one batch, in the shapes of the buffers.
 
+        Detached: activation checkpointing refuses a forward that saves more
+        for its backward than the recomputation, where nothing moves.
         Without those that its values do not determine, such as a count:
         :func:`~ws_mm.update_estimates` leaves them alone.
         """
