@@ -233,6 +233,24 @@ def test_the_batch_of_a_process_divides_the_batch_asked():
     assert cfg.optim_wrapper.optimizer.lr == 0.00375
 
 
+@pytest.mark.parametrize('counts', [1, 2])
+def test_the_images_that_a_sampler_draws_together_stay(counts: int) -> None:
+    """One labeled image and four without labels make a batch."""
+    cfg = read('mmdet::soft_teacher/*_180k_semi-0.1-coco.py')
+    assert cfg.train_dataloader.batch_size == 5
+    assert cfg.train_dataloader.sampler.source_ratio == [1, 4]
+    cfg.optim_wrapper.accumulative_counts = counts
+    before = cfg.to_dict()
+    options = dict(parts=['neck'], base_batch_size=40)
+    match = rf'=8 must be a multiple of {5 * counts}: .*sampler\.batch_size'
+    with pytest.raises(ConfigError, match=match):
+        apply_norm(cfg, images_per_step=8, **options)
+    assert cfg.to_dict() == before
+    apply_norm(cfg, images_per_step=10, **options)
+    assert cfg.optim_wrapper.optimizer.lr == 0.0025
+    assert cfg.train_dataloader == before['train_dataloader']
+
+
 def test_a_base_without_images_is_refused() -> None:
     with pytest.raises(ConfigError, match='images_per_step=None must be a wh'):
         apply_norm(read(MASK), parts=['neck'], base_batch_size=16)

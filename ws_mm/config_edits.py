@@ -20,6 +20,8 @@ from .shapes import WEIGHTS, no_weights
 HOOK = dict(type='ws_mm.SyncEstimatesHook')
 BASE_KEY: Key = ('auto_scale_lr', 'base_batch_size')
 COUNTS_KEY: Key = ('optim_wrapper', 'accumulative_counts')
+# That of semi-supervised training has its own, and a ratio of sources in it.
+SAMPLER_KEY: Key = ('train_dataloader', 'sampler', 'batch_size')
 
 
 class _Absent:
@@ -235,6 +237,12 @@ def scale_lr(
     draft.set(BASE_KEY, images, 'what the learning rate is for')
     at_once = images // counts  # of all processes
     if batch and at_once % batch:
+        if draft.get(SAMPLER_KEY) is not ABSENT:
+            raise ConfigError(
+                f'images_per_step={images} must be a multiple of '
+                f'{batch * counts}: a process has {batch} images, which its '
+                f'sampler draws together ({spell(SAMPLER_KEY)})'
+            )
         fits = math.gcd(at_once, batch)
         why = f'{at_once} images are {at_once // fits} processes of this many'
         draft.set(batch_key, fits, why)
