@@ -203,10 +203,11 @@ def test_what_a_class_takes_through_others(monkeypatch):
     assert left == []
 
 
-@pytest.mark.parametrize('norm', ['BN', 'keep'])
-def test_norms_that_were_frozen_at_lost_weights_train(norm):
+@pytest.mark.parametrize(('norm', 'stages'), [('BN', 1), ('keep', 0)])
+def test_norms_that_were_frozen_at_lost_weights_train(norm, stages):
     cfg = read('mmdet::faster_rcnn/faster-rcnn_r50-caffe_fpn_1x_coco.py')
     assert cfg.model.backbone.norm_cfg.requires_grad is False
+    cfg.model.backbone.frozen_stages = stages  # 0 freezes the stem
     changes, _ = apply_norm(cfg, 'WSConv2d', norm, backbone='convert')
     assert 'model.backbone.init_cfg' in by_key(changes)
     model = MODELS.build({**cfg.model.backbone, '_scope_': 'mmdet'})
@@ -214,6 +215,22 @@ def test_norms_that_were_frozen_at_lost_weights_train(norm):
     assert all(weight.requires_grad for weight in model.parameters())
     again, _ = apply_norm(cfg, 'WSConv2d', norm, backbone='convert')
     assert again == []
+
+
+@pytest.mark.parametrize(
+    ('norm', 'why'),
+    [
+        ('GN', 'the new norms are trained'),
+        ('keep', 'the statistics belong to other convolutions'),
+    ],
+)
+def test_norms_leave_eval_mode_for_a_reason(norm: str, why: str) -> None:
+    cfg = read(RETINA)
+    assert cfg.model.backbone.norm_eval
+    changes, _ = apply_norm(cfg, 'WSConv2d', norm, ['backbone'])
+    said = {'.'.join(map(str, change.key)): change.why for change in changes}
+    assert said['model.backbone.norm_eval'] == why
+    assert said['model.backbone.conv_cfg'] == ''  # asked for
 
 
 @pytest.mark.parametrize('kind', ['BN', 'GN'])
@@ -226,11 +243,34 @@ def test_norms_that_shall_be_frozen_are(kind):
         assert cfg.model.backbone.norm_cfg.requires_grad is False
 
 
-def test_the_batch_of_a_process_divides_the_batch_asked():
+@pytest.mark.parametrize(
+    ('images', 'batch', 'lr', 'share', 'inverse'),
+    [(3, 1, 0.00375, '0.1875', '5.33333'), (12, 4, 0.015, '0.75', '1.33333')],
+)
+def test_the_batch_of_a_process_divides_the_batch_asked(
+    images, batch, lr, share, inverse
+):
     cfg = read(MASK)
-    apply_norm(cfg, images_per_step=3)
-    assert cfg.train_dataloader.batch_size == 1
-    assert cfg.optim_wrapper.optimizer.lr == 0.00375
+    cfg.train_dataloader.batch_size = 8
+    changes, left = apply_norm(cfg, parts=['neck'], images_per_step=images)
+    assert cfg.train_dataloader.batch_size == batch
+    assert cfg.optim_wrapper.optimizer.lr == lr
+    said = ' '.join(map(str, [*changes, *left]))
+    assert f'rule: {images} images per step instead of 16' in said
+    assert f'{images} images are 3 processes of this many' in said
+    assert f'{share} times the images' in said
+    assert f'multiply them by {inverse}' in said
+
+
+def test_the_name_of_a_file_speaks_not_of_its_folder(tmp_path) -> None:
+    cfg = read(MASK)
+    path = tmp_path / 'runs_3xb7' / 'mask-rcnn_8xb2.py'
+    path.parent.mkdir()
+    cfg.dump(path)
+    cfg = Config.fromfile(path)
+    cfg.auto_scale_lr.base_batch_size = None
+    apply_norm(cfg, parts=['neck'], images_per_step=8)
+    assert cfg.optim_wrapper.optimizer.lr == 0.01
 
 
 @pytest.mark.parametrize('counts', [1, 2])
@@ -331,9 +371,14 @@ def test_iterations_that_make_a_step_are_counted(base):
 
 def test_groups_of_gn_divide_all_channels_of_a_part():
     cfg = read(PLUS)
-    apply_norm(cfg, norm='GN')
+    _, left = apply_norm(cfg, norm='GN')
     assert cfg.model.decode_head.norm_cfg == dict(type='GN', num_groups=16)
     assert cfg.model.backbone.norm_cfg == dict(type='GN', num_groups=16)
+    why = {'.'.join(map(str, one.key)): one.why for one in reversed(left)}
+    assert why['model.backbone'].startswith('16 groups instead of 32')
+    # 32 of them would have one channel each.
+    assert why['model.backbone'].endswith('of its 32 channels')
+    assert why['model.decode_head'].endswith('of its 48, 560 channels')
     assert 'custom_hooks' not in cfg
     assert counts(cfg)[0] == 60
 
@@ -497,6 +542,25 @@ def test_a_part_that_cannot_be_standardized_stays_plain(name, part, why):
     assert part not in standardized
 
 
+def test_convolutions_of_another_kind_stay() -> None:
+    cfg = read('mmdet::detectors/cascade-rcnn_r50-sac_1x_coco.py')
+    cfg.model.backbone.pop('sac')
+    before = cfg.model.backbone.conv_cfg.to_dict()
+    changes, left = apply_norm(cfg, norm='GN', parts=['backbone'])
+    assert 'model.backbone.norm_cfg' in by_key(changes)
+    assert cfg.model.backbone.conv_cfg == before == dict(type='ConvAWS')
+    why = 'model.backbone: its convolutions stay ConvAWS (conv_cfg)'
+    assert why in map(str, left)
+
+
+def test_a_part_without_norms_has_one_reason() -> None:
+    cfg = read('mmdet::carafe/faster-rcnn_r50_fpn-carafe_1x_coco.py')
+    _, left = apply_norm(cfg, norm='GN')
+    (why,) = (one.why for one in left if one.key == ('model', 'neck'))
+    # Not that its class takes no conv_cfg either.
+    assert why.startswith('has no norm that could be replaced; --parts')
+
+
 def test_a_mistake_of_another_part_stays_its_own() -> None:
     cfg = read(RETINA)
     cfg.model.neck.conv_cfg = WS  # and no norm
@@ -568,7 +632,10 @@ def test_only_layers_that_are_asked_for_say_something(monkeypatch):
 def test_a_group_has_more_than_one_value_on_a_map_of_one_pixel():
     """Behind its pooling pyramid 32 channels meet one pixel."""
     cfg = read(FAST)
-    apply_norm(cfg, norm='GN')
+    _, left = apply_norm(cfg, norm='GN')
+    # Its own are separable in depth.
+    why = 'model.decode_head: builds no convolution from conv_cfg'
+    assert why in map(str, left)
     with DefaultScope.overwrite_default_scope('mmseg'):
         model = MODELS.build(cfg.model).train()
     assert all(
@@ -600,12 +667,15 @@ def test_weights_of_the_same_layers_are_kept():
     assert cfg.model.backbone.init_cfg is None
 
 
+class Lacking(nn.Module):
+    """A part whose package is not installed."""
+
+    def __init__(self, conv_cfg=None, norm_cfg=None, **more):
+        raise ImportError('no module named extra')
+
+
 def test_other_parts_are_converted_where_a_package_is_missing(monkeypatch):
     from mmdet.registry import MODELS
-
-    class Lacking(nn.Module):
-        def __init__(self, conv_cfg=None, norm_cfg=None, **more):
-            raise ImportError('no module named extra')
 
     monkeypatch.setitem(MODELS._module_dict, 'Lacking', Lacking)
     cfg = read(MASK)
@@ -621,6 +691,20 @@ def test_other_parts_are_converted_where_a_package_is_missing(monkeypatch):
     assert why['model'].startswith('each changed part was built alone')
     stays = 'stays as it is: ImportError: no module named extra'
     assert why['model.rpn_head'] == stays
+
+
+def test_parts_of_a_part_that_does_not_build_are_fitted(monkeypatch):
+    from mmdet.registry import MODELS
+
+    monkeypatch.setitem(MODELS._module_dict, 'Lacking', Lacking)
+    cfg = read('mmdet::soft_teacher/*_180k_semi-0.1-coco.py')
+    cfg.model.detector.rpn_head = dict(type='Lacking')
+    cfg.model.detector.backbone.base_channels = 32
+    apply_norm(cfg, norm='GN')
+    for part, groups in (('backbone', 16), ('neck', 32)):
+        assert cfg.model.detector[part].conv_cfg == WS
+        norm_cfg = dict(type='GN', num_groups=groups)
+        assert cfg.model.detector[part].norm_cfg == norm_cfg
 
 
 def test_a_tracker_without_its_package_is_no_part_to_convert(monkeypatch):
@@ -693,11 +777,14 @@ def test_a_teacher_in_a_config_of_its_own_is_named() -> None:
 
 def test_one_part_may_be_named_without_a_list():
     found = []
-    for parts in ('neck', ['neck']):
-        cfg = read(MASK)
-        apply_norm(cfg, parts=parts)
-        found.append(cfg.to_dict())
-    assert found[0] == found[1] != read(MASK).to_dict()
+    # Named twice, it is one part all the same.
+    for parts in ('backbone', ['backbone'], ['backbone', 'model.backbone']):
+        cfg = read(PIDNET)
+        _, left = apply_norm(cfg, parts=parts)
+        assert left
+        found.append((cfg.to_dict(), list(map(str, left))))
+    assert found[0] == found[1] == found[2]
+    assert found[0][0] != read(PIDNET).to_dict()
 
 
 def test_keys_may_be_written_from_the_top_of_the_config() -> None:

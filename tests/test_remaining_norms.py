@@ -52,6 +52,11 @@ def test_batch_norms_that_remain_are_named_and_converted(name, key, number):
     layers = counts(cfg)
     changes, left = apply_norm(cfg, remaining=True)
     assert {f'model.{key}.type', f'model.{key}.of'} <= set(by_key(changes))
+    # BCN is what it gives by itself.
+    assert f'model.{key}.norm' not in by_key(changes)
+    why = 'batch norms that no norm_cfg reaches'
+    reasons = {change.key[-1]: change.why for change in changes}
+    assert (reasons['type'], reasons['of']) == (why, why)
     assert 'batch norms remain' not in ' '.join(map(str, left))
     built = build(cfg)
     assert not batch_norms(built)
