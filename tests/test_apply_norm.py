@@ -828,6 +828,14 @@ def test_a_detector_in_another_is_measured(name, kind):
     assert build(cfg)
 
 
+def test_what_a_detector_in_another_reads_itself_stays_plain() -> None:
+    cfg = read('mmdet::soft_teacher/*_180k_semi-0.01-*')
+    cfg.model.type = 'SemiBaseDetector'
+    cfg.model.detector = read('mmdet::tood/tood_r50_fpn_1x_coco.py').model
+    apply_norm(cfg, norm='GN', parts=['detector.bbox_head'])
+    assert 'conv_cfg' not in cfg.model.detector.bbox_head
+
+
 # As the pure Python configs of mmdet: types are classes. One of the modules
 # has the name of a function that its package exports.
 PURE = """
@@ -880,6 +888,10 @@ def test_a_config_that_fails_is_left_as_it_was():
     before = cfg.to_dict()
     with pytest.raises(ConfigError, match="must be one of 'WSConv2d'"):
         apply_norm(cfg, conv='WSConv')
+    # The beginning of a name is none.
+    match = "'roi_head.mask' selects nothing: .* roi_head.mask_head"
+    with pytest.raises(ConfigError, match=match):
+        apply_norm(cfg, parts=['roi_head.mask'])
     for wrong in (0, '16'):
         match = f'images_per_step={wrong!r} must be a whole number'
         with pytest.raises(ConfigError, match=match):
