@@ -279,7 +279,7 @@ def _base_batch_size(
         words = f'its name ({named[0][1:]})'
         images = int(named[1]) * int(named[2])
         # It may or may not count the iterations of a step.
-        if counts == 1 or (found and base not in (images, images * counts)):
+        if counts == 1 or (found and base != images * counts):
             found[words] = images
         elif not found:
             says = f'{words} with {spell(COUNTS_KEY)}={counts} does not say'
