@@ -183,10 +183,10 @@ class RunningStatistics(nn.Module):
     def batch_statistics(self, input: Tensor) -> dict[str, Tensor]:
         """The statistics of one batch, in the shapes of the buffers.
 
-        Detached: activation checkpointing refuses a forward that saves more
-        for its backward than the recomputation, where nothing moves.
-        Without those that its values do not determine, such as a count:
-        :func:`~ws_mm.update_estimates` leaves them alone.
+        They are detached: activation checkpointing refuses a forward that
+        saves more for its backward than the recomputation, where nothing
+        moves. Those that the values of the input do not determine, such as a
+        count, are left out: :func:`~ws_mm.update_estimates` keeps them.
         """
         raise NotImplementedError(
             f'{type(self).__name__} does not define batch_statistics'
