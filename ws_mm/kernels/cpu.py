@@ -192,6 +192,13 @@ def is_faster(input: Tensor) -> bool:
     return input.numel() >= MIN_NUMEL
 
 
+# Values of a row from which its moments are two sums, and of a piece of one:
+# sums of fewer values have more digits.
+LONG, PIECE = 128, 512
+# Deviations between 0 and a mean up to which these sums have the digits.
+FAR = 4
+
+
 # Bytes of temporaries per thread, which stay in the cache. Smaller ones make
 # more parallel regions, each of which waits for the last thread: a long wait
 # where other processes use the cores.
@@ -225,12 +232,51 @@ def instance_moments(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(input.dtype, torch.float32)
     if not input.is_contiguous():
         return *_moments_channels_last(input, dtype), torch.empty_like(input)
+    if input.shape[2:].numel() >= LONG:
+        mean, var = _moments_of_long_rows(as_rows(input), dtype)
+        return mean.view(shape), var.view(shape), torch.empty_like(input)
+    mean, var, output = _moments_of_rows(input, dtype)
+    return mean.view(shape), var.view(shape), output
+
+
+def _moments_of_rows(
+    input: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance of each row, and what group norm has computed."""
+    shape = input.shape[:2]
     # Groups of one channel; scales in the dtype that the moments shall have.
     one = input.new_ones(shape[1], dtype=dtype)
     output, mean, rstd = aten.native_group_norm(
         input, one, one, *shape, input.shape[2:].numel(), shape[1], TINY
     )
-    return mean.view(shape), rstd.view(shape).pow(-2), output
+    return mean, rstd.pow(-2), output
+
+
+def _moments_of_long_rows(
+    rows: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each row, from its sum and that of its squares.
+
+    This reads the rows once and writes nothing like them. The squares lose
+    digits where the mean is large: those rows are computed again.
+    """
+    count, size = rows.shape[1:]
+    most = max(size // PIECE, 1)
+    pieces = next(n for n in range(most, 0, -1) if size % n == 0)
+    parts = rows.view(1, count * pieces, -1)
+    zeros = rows.new_zeros(count * pieces, dtype=dtype)
+    square, mean = (
+        total.view(count, pieces).sum(1).div_(size)
+        for total in row_sums(parts, parts, zeros)
+    )
+    var = square.addcmul_(mean, mean, value=-1)
+    is_exact = mean.square() <= FAR**2 * var  # NaN is not
+    if not is_exact.all():
+        again = ~is_exact
+        part = rows[:, again]
+        of_part = _moments_of_rows(part, dtype)
+        mean[again], var[again] = (x.flatten() for x in of_part[:2])
+    return mean, var
 
 
 def _moments_channels_last(
