@@ -5,10 +5,12 @@
 Needs no GPU: CPU tensors go through the launch path of a GPU, whose driver is
 a stand-in that drops the launch. Prints microseconds of process time, forward
 and backward, above those of a multiplication by 1 in the same run: what
-autograd takes for any function. All take turns and the fastest call counts,
-but other work on the machine still slows its caches. The driver's own share
-of a launch, 2 to 3 microseconds on a GPU, is in none of the figures. The last
-one is all that SyncEstimatesHook takes once per iteration.
+autograd takes for any function. `Empty` is an autograd function of as many
+tensors as BCN has, which only makes its results. All take turns and the
+fastest call counts, but other work on the machine still slows its caches. The
+driver's own share of a launch, 2 to 3 microseconds on a GPU, is in none of
+the figures. The last one is all that SyncEstimatesHook takes once per
+iteration.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -86,6 +89,21 @@ def both_ways(
     return step
 
 
+class Empty(torch.autograd.Function):
+    """As many tensors as BCN takes, saves and makes; computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, *affines: Tensor) -> Tensor:
+        """Return a new tensor like input."""
+        ctx.save_for_backward(input, *affines)
+        return torch.empty_like(input)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        """Return new tensors like all that forward got."""
+        return tuple(map(torch.empty_like, ctx.saved_tensors))
+
+
 def layers() -> dict[str, float]:
     """Each layer alone, above the floor."""
     x = torch.randn(1, 256, 2, 2)
@@ -97,7 +115,12 @@ def layers() -> dict[str, float]:
             lambda leaf: conv.standardized_weight(), weight, [conv.weight]
         ),
     }
-    for layer in (ws_mm.BCN(256), nn.GroupNorm(32, 256), nn.BatchNorm2d(256)):
+    bcn = ws_mm.BCN(256)
+    affines = [*bcn.parameters()]
+    steps['Empty'] = both_ways(
+        lambda leaf: Empty.apply(leaf, *affines), x, affines
+    )
+    for layer in (bcn, nn.GroupNorm(32, 256), nn.BatchNorm2d(256)):
         step = both_ways(layer, x, [*layer.parameters()])
         steps[type(layer).__name__] = step
     floor, *rest = least(steps)
