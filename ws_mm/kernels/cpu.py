@@ -225,8 +225,7 @@ def instance_moments(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Moments of each (sample, channel), and memory for the output.
 
     Returns mean and biased variance, both (N, C), in float32 or float64, and
-    a dense tensor like input. Sums of squares would cancel where the mean is
-    large: both ways compute deviations from a mean.
+    a dense tensor like input.
     """
     shape = input.shape[:2]
     dtype = torch.promote_types(input.dtype, torch.float32)
@@ -242,7 +241,7 @@ def instance_moments(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _moments_of_rows(
     input: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance of each row, and what group norm has computed."""
+    """Mean and variance of each row, and a dense tensor like input."""
     shape = input.shape[:2]
     # Groups of one channel; scales in the dtype that the moments shall have.
     one = input.new_ones(shape[1], dtype=dtype)
