@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import ws_mm
 from ws_mm import BCN, WSConv2d, batch_channel_norm, standardize_weight
+from ws_mm.compat import has_half_batch_norm
 from ws_mm.kernels import choose, compiled, cpu, plain
 
 LAYOUTS = {
@@ -532,6 +533,8 @@ def test_fused_kernels_run(monkeypatch):
 
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
 def test_moments_of_long_rows(dtype):
+    if dtype == torch.half and not has_half_batch_norm():
+        pytest.skip('such an input goes to the composed operations')
     # 1260 values are two pieces, 1261 one, and 187 too few for two.
     for size in ((30, 42), (13, 97), (11, 17)):
         x = torch.randn(2, 5, *size, dtype=torch.float64)
