@@ -105,18 +105,27 @@ class Pair(nn.BatchNorm2d):
         return super().forward(x), x
 
 
-class Scaled(nn.Module):
-    """The frozen norm of somebody who has other names."""
+class Detached(nn.Module):
+    """The frozen norm of DETR, whose eps is a number of its forward."""
+
+    affine = 'weight', 'bias'
 
     def __init__(self, channels):
         super().__init__()
-        for name in ('gamma', 'beta', 'running_mean', 'running_var'):
+        for name in (*self.affine, 'running_mean', 'running_var'):
             self.register_buffer(name, torch.ones(channels))
 
     def forward(self, x):
-        scale = self.gamma * (self.running_var + 1e-5).rsqrt()
-        shift = self.beta - self.running_mean * scale
+        weight, bias = (self.get_buffer(name) for name in self.affine)
+        scale = weight * (self.running_var + 1e-5).rsqrt()
+        shift = bias - self.running_mean * scale
         return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+
+class Scaled(Detached):
+    """The frozen norm of somebody who has other names."""
+
+    affine = 'gamma', 'beta'
 
 
 class Shaped(nn.Module):
@@ -206,20 +215,6 @@ def test_norms_of_another_name_are_known(conv, norm, base):
     assert isinstance(norm(8), base)
     new = convert(model, norm={}, inputs=x)
     assert torch.equal(new[1].running_var, model[1].running_var)
-
-
-class Detached(nn.Module):
-    """The frozen norm of DETR, whose eps is a number of its forward."""
-
-    def __init__(self, channels):
-        super().__init__()
-        for name in ('weight', 'bias', 'running_mean', 'running_var'):
-            self.register_buffer(name, torch.ones(channels))
-
-    def forward(self, x):
-        scale = self.weight * (self.running_var + 1e-5).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
 
 
 @pytest.mark.parametrize('norm', [Detached(8), Map(8, affine=False)])
