@@ -234,8 +234,7 @@ def instance_moments(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if input.shape[2:].numel() >= LONG:
         mean, var = _moments_of_long_rows(as_rows(input), dtype)
         return mean.view(shape), var.view(shape), torch.empty_like(input)
-    mean, var, output = _moments_of_rows(input, dtype)
-    return mean.view(shape), var.view(shape), output
+    return _moments_of_rows(input, dtype)
 
 
 def _moments_of_rows(
