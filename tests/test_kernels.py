@@ -531,6 +531,18 @@ def test_fused_kernels_run(monkeypatch):
     assert choose(x) is plain
 
 
+def test_composed_batch_norm_computes_its_moments_once(monkeypatch):
+    monkeypatch.setenv('WS_MM_KERNELS', 'plain')
+    monkeypatch.delattr(plain, 'batch_moments')
+    bcn = BCN(8, 4, mode='batch')
+    x = torch.randn(2, 8, 6, 6) + 3
+    bcn(x)
+    var, mean = torch.var_mean(x, (0, 2, 3))
+    part = bcn.momentum
+    torch.testing.assert_close(bcn.running_mean, part * mean)
+    torch.testing.assert_close(bcn.running_var, 1 - part + part * var)
+
+
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
 def test_moments_of_long_rows(dtype):
     if dtype == torch.half and not has_half_batch_norm():

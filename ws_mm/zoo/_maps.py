@@ -24,9 +24,7 @@ def moments_of_maps(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.dim() == 2:
         return x, torch.zeros_like(x)
     if _is_composed(x):
-        dims = tuple(range(2, x.dim()))
-        var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
-        return mean, var
+        return plain.mean_and_variance(x, tuple(range(2, x.dim())))
     moments: tuple[Tensor, Tensor] = _Moments.apply(x)
     return moments
 
@@ -92,7 +90,7 @@ class _Moments(torch.autograd.Function):
             mean, var, _ = cpu.instance_moments(x)
         else:
             dims = tuple(range(2, x.dim()))
-            var, mean = torch.var_mean(x, dims, correction=0)
+            mean, var = plain.mean_and_variance(x, dims)
         mean, var = mean.view(shape), var.view(shape)
         ctx.save_for_backward(x, mean)
         return mean, var
