@@ -50,7 +50,7 @@ CASES = [
     Case(
         'PositionalNorm',
         oracle,
-        saves=3.2,
+        saves=2.2,
         wrong=(dict(unbiased=False), dict(inside=False), dict(whole=True)),
     )
 ]

@@ -33,7 +33,7 @@ def joined_moments(
     mean: Tensor, var: Tensor, dim: int
 ) -> tuple[Tensor, Tensor]:
     """Those of the maps along one dimension together; nothing cancels."""
-    spread, joined = torch.var_mean(mean, dim, correction=0, keepdim=True)
+    joined, spread = plain.mean_and_variance(mean, (dim,))
     return joined, var.mean(dim, keepdim=True) + spread
 
 

@@ -177,9 +177,10 @@ class _MovingGradient(torch.autograd.Function):
         scale = inverse * ratio
         if weight is not None:
             scale = scale * per_channel(weight.to(x.dtype), x)
-        if bias is None:
-            return x * scale
-        return torch.addcmul(per_channel(bias.to(x.dtype), x), x, scale)
+        output = x * scale
+        if bias is not None:
+            output += per_channel(bias.to(x.dtype), x)
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -200,7 +201,7 @@ class _MovingGradient(torch.autograd.Function):
         rows.copy_(moved([rows], [_appended(rows, newest)], 1.0)[0])
         mean = torch.where(is_early, newest, rows.mean(1).to(x.dtype))
         along = per_channel(mean, x) * inverse.square()
-        dx = torch.addcmul(grad * slope, x, along, value=-1)
+        dx = (grad * slope).addcmul_(x, along, value=-1)
         dweight = None if weight is None else dweight
         dbias = None if bias is None else total.flatten()
         return dx, dweight, dbias, *[None] * 4

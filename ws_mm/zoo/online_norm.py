@@ -164,7 +164,7 @@ class _Controlled(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, mean: Tensor, std: Tensor, control: Any, q: float
     ) -> Tensor:
-        y = torch.addcmul(-mean / std, x, 1 / std)
+        y = (x * (1 / std)).sub_(mean / std)
         ctx.save_for_backward(y, std)
         ctx.control, ctx.share = control, q
         return y
@@ -192,5 +192,5 @@ class _Controlled(torch.autograd.Function):
         for buffer, value in zip(ctx.control, (scale, shift), strict=True):
             buffer.copy_(value)
         scales, shifts = (ctx.share * torch.stack(used, 1)).to(g)
-        dx = torch.addcmul(-per_channel(shifts, g), g, 1 / std)
+        dx = (g * (1 / std)).sub_(per_channel(shifts, g))
         return dx.addcmul_(y, -per_channel(scales, g) / std), *[None] * 4

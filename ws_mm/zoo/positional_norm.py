@@ -35,5 +35,7 @@ class PositionalNorm(Norm):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalize over channels."""
-        var, mean = torch.var_mean(x, 1, correction=1, keepdim=True)
-        return self.scaled((x - mean) * torch.rsqrt(var + self.eps))
+        deviation = x - x.mean(1, keepdim=True)
+        square = deviation.square().sum(1, keepdim=True)
+        var = square / (self.num_features - 1)
+        return self.scaled(deviation * torch.rsqrt(var + self.eps))
