@@ -16,7 +16,11 @@ import torch
 from in_process import load, save_run, tools  # noqa: F401
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler, InfiniteSampler
-from mmengine.runner import loops
+from mmengine.fileio import FileClient
+from mmengine.fileio.backends import LocalBackend, registry_utils
+from mmengine.logging import MessageHub
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner, loops
 from mmengine.runner.priority import get_priority
 from torch.utils.data import BatchSampler, DataLoader
 
@@ -115,9 +119,39 @@ def test_resume_looks_where_the_hook_saves(tmp_path: Path) -> None:
     save_run(saved, 3)
     resuming.apply_resume(cfg, None)
     assert cfg.load_from == str(saved)
-    # The hook takes its own folder for one of many runs, the work dir not.
-    cfg.default_hooks.checkpoint.out_dir = str(tmp_path / 'run')
-    assert resuming.checkpoint_dir(cfg) == f'{tmp_path}/run/'
+
+
+@pytest.mark.parametrize('work_dir', ['run', 'run/', '{}/run', '{}/run/'])
+@pytest.mark.parametrize('out_dir', ['run', '{}/run', '{}/run/', 'other'])
+def test_the_folder_of_checkpoints_is_that_of_the_hook(
+    work_dir: str,
+    out_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    work_dir, out_dir = work_dir.format(tmp_path), out_dir.format(tmp_path)
+    hook = dict(type='CheckpointHook', out_dir=out_dir)
+    cfg = Config(dict(work_dir=work_dir, default_hooks=dict(checkpoint=hook)))
+    built = HOOKS.build(cfg.default_hooks.checkpoint)
+    built.before_train(
+        SimpleNamespace(
+            work_dir=os.path.abspath(work_dir),
+            logger=logging.getLogger('saves'),
+            message_hub=MessageHub('saves'),
+        )
+    )
+    found = load('resuming').checkpoint_dir(cfg)
+    assert os.path.abspath(found) == os.path.abspath(built.out_dir)
+
+
+def test_hooks_of_a_config_that_has_none(tmp_path: Path) -> None:
+    resuming = load('resuming')
+    cfg = Config(dict(work_dir=str(tmp_path), default_hooks=None))
+    resuming.keep_a_whole_checkpoint(cfg)
+    save_run(tmp_path / 'iter_3.pth', 3)
+    resuming.apply_resume(cfg, 'auto')
+    assert cfg.load_from == str(tmp_path / 'iter_3.pth')
 
 
 def test_resume_of_the_config_takes_its_load_from(tmp_path: Path) -> None:
@@ -171,6 +205,33 @@ def test_an_interrupted_save_leaves_no_checkpoint(tmp_path: Path) -> None:
         str(tmp_path), filename='b.pth', backend_args={'b': 1}, fail=False
     )
     assert written == ['a.pth.part', 'a.pth.part', 'b.pth']
+
+
+def test_what_is_saved_elsewhere_is_left_to_the_backend_of_its_prefix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    class Bucket(LocalBackend):
+        def put(self, obj: bytes, filepath: str) -> None:
+            written.append(filepath)
+
+    # mmengine asks both of its registries.
+    for backends in (
+        registry_utils.prefix_to_backends,
+        FileClient._prefix_to_backends,
+    ):
+        monkeypatch.setitem(backends, 'bucket', Bucket)
+    runner = Runner(
+        torch.nn.Linear(1, 1),
+        str(tmp_path),
+        train_dataloader=DataLoader(Samples()),
+        train_cfg=dict(by_epoch=True, max_epochs=1),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+    )
+    load('resuming').save_atomically(runner)
+    runner.save_checkpoint('bucket://b', 'a.pth', save_optimizer=False)
+    assert written == ['bucket://b/a.pth']
 
 
 def test_only_the_first_process_renames_a_checkpoint(

@@ -73,20 +73,24 @@ class BatchHook(Hook):
         }
 
 
+def _checkpoint_hook(cfg: Config) -> dict:
+    return (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+
+
 def checkpoint_dir(cfg: Config) -> str:
     """Folder into which mmengine's CheckpointHook will save."""
-    hook = cfg.get('default_hooks', {}).get('checkpoint') or {}
-    out_dir = hook.get('out_dir') or cfg.work_dir
-    if os.path.abspath(out_dir) == os.path.abspath(cfg.work_dir):
+    out_dir = _checkpoint_hook(cfg).get('out_dir')
+    # mmengine compares the text: a relative path is another folder.
+    if out_dir in (None, os.path.abspath(cfg.work_dir)):
         return cfg.work_dir
     return os.path.join(out_dir, os.path.basename(cfg.work_dir.rstrip('/')))
 
 
 def newest_checkpoint(cfg: Config) -> tuple[str | None, list[str]]:
     """Checkpoint to continue from, and a line per broken one."""
-    hook = cfg.get('default_hooks', {}).get('checkpoint') or {}
+    with_optimizer = _checkpoint_hook(cfg).get('save_optimizer', True)
     return checkpoints.newest_checkpoint(
-        checkpoint_dir(cfg), hook.get('save_optimizer', True), cfg.work_dir
+        checkpoint_dir(cfg), with_optimizer, cfg.work_dir
     )
 
 
@@ -156,7 +160,7 @@ def keep_a_whole_checkpoint(cfg: Config) -> None:
     mmengine's hook removes what exceeds ``max_keep_ckpts`` first and saves
     then, so a run with 1 that is killed while saving would have nothing.
     """
-    hook = cfg.get('default_hooks', {}).get('checkpoint') or {}
+    hook = _checkpoint_hook(cfg)
     if hook.get('max_keep_ckpts') == 1:
         hook['max_keep_ckpts'] = 2
         launch.say(
@@ -177,7 +181,7 @@ def save_atomically(runner: Runner) -> None:
             *args,
             *map(kwargs.get, ('file_client_args', 'backend_args')),
         )
-        if any(remote):
+        if any(remote) or not is_local(out_dir):
             save(out_dir, filename, *args, **kwargs)
             return
         part = os.path.join(out_dir, f'{filename}.part')
