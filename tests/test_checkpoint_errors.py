@@ -12,6 +12,7 @@ from in_process import (  # noqa: F401
     Script,
     backbone_weights,
     load,
+    save_run,
     tools,
     write_bad_checkpoint,
 )
@@ -275,6 +276,23 @@ def test_checkpoint_with_a_prefix_too_many(
             f'{text}model["backbone"]["init_cfg"] = {init_cfg}\n'
         )
         refuses(match, 'train', config, *work[:2])
+
+
+@pytest.mark.parametrize('key', ['message_hub', 'epoch', 'iter'])
+def test_weights_alone_are_not_resumed(
+    refuses: Script, config: Path, tmp_path: Path, key: str
+) -> None:
+    path = tmp_path / 'w.pth'
+    meta = {name: 1 for name in ('epoch', 'iter') if name != key}
+    save_run(path, 1, meta=meta, **{key: None})
+    command = f'--cfg-options resume=False load_from={path}'
+    match = rf'^--resume: {path} has weights alone.*{command}$'
+    refuses(match, 'train', config, '--resume', path)
+    refuses(
+        match,
+        *('train', config, '--cfg-options', 'resume=True'),
+        f'load_from={path}',
+    )
 
 
 def test_a_prefix_as_it_is_said_is_taken(

@@ -126,14 +126,28 @@ def check_checkpoints(cfg: Config) -> None:
     """Look into every local checkpoint that the config names.
 
     Raises:
-        SetupError: from :func:`read_checkpoint`, with the config key.
+        SetupError: from :func:`read_checkpoint`, with the config key; or
+            weights alone are to be resumed.
     """
     for key, path in named_checkpoints(cfg):
         if is_local(path):
             try:
-                read_checkpoint(path)
+                content = read_checkpoint(path)
             except SetupError as error:
                 raise SetupError(f'{key}: {error}') from error
+            if key == '--resume' and not _can_be_continued(content):
+                raise SetupError(
+                    f'--resume: {path} has weights alone, without the place '
+                    'in the training (message_hub, meta.epoch, meta.iter). '
+                    'To start a training from them, replace --resume by '
+                    f'--cfg-options resume=False load_from={path}'
+                )
+
+
+def _can_be_continued(content: dict) -> bool:
+    """Return whether a checkpoint has what mmengine resumes from."""
+    meta = content.get('meta') or {}
+    return 'message_hub' in content and {'epoch', 'iter'} <= set(meta)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -294,15 +308,15 @@ def newest_checkpoint(
         except SetupError as error:
             broken.append(str(error))
             continue
-        meta = content.get('meta') or {}
-        if 'message_hub' not in content or 'iter' not in meta:
+        if not _can_be_continued(content):
             continue
         if with_optimizer and 'optimizer' not in content:
             continue
+        meta = content['meta']
         # Several may be saved within the second that the time is exact to.
         place = (
             *(path.name == last, meta.get('time') or '', meta['iter']),
-            *(meta.get('epoch', 0), str(path)),
+            *(meta['epoch'], str(path)),
         )
         best = max(best or place, place)
     return best and best[-1], broken
