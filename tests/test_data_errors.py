@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from in_process import Script, load, tools  # noqa: F401
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 from tiny_runs import SEG, write_config, write_data
 
@@ -70,6 +70,18 @@ def test_data_elsewhere_is_not_looked_for(config: Path) -> None:
     ]
     cfg = Config(dict(train_dataloader=dict(dataset=dict(datasets=remote))))
     load('checks').check_data(cfg, ('train_dataloader', 'val_dataloader'))
+
+
+def test_data_that_mmpretrain_downloads_is_not_looked_for() -> None:
+    checks = load('checks')
+    datasets = pytest.importorskip('mmpretrain.datasets')
+    for kind in ('CIFAR10', 'mmpretrain.MNIST', datasets.FashionMNIST):
+        dataset = ConfigDict(type=kind, data_root='no/data')
+        cfg = Config(dict(train_dataloader=dict(dataset=dataset)))
+        checks.check_data(cfg, ('train_dataloader',))
+        cfg.train_dataloader.dataset.download = False
+        with pytest.raises(checks.SetupError, match='no folder'):
+            checks.check_data(cfg, ('train_dataloader',))
 
 
 def test_validation_data_is_looked_for(refuses: Script, config: Path) -> None:

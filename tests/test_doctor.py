@@ -162,13 +162,22 @@ def test_norms_that_stay_as_built(norm: str, said: str, examined) -> None:
 
 
 @pytest.mark.parametrize(
-    ('schedule', 'name'),
-    [('[{}]', 'param_scheduler.0'), ('{}', 'param_scheduler')],
+    ('schedule', 'name', 'kind'),
+    [
+        ('[{}]', 'param_scheduler.0', "'LinearLR'"),
+        ('{}', 'param_scheduler', "'LinearLR'"),
+        ('{}', 'param_scheduler', 'LinearLR'),  # of a pure Python config
+    ],
 )
-def test_a_warm_up_that_never_ends(schedule: str, name: str, examined) -> None:
-    warm_up = "dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=9)"
+def test_a_warm_up_that_never_ends(
+    schedule: str, name: str, kind: str, examined
+) -> None:
+    warm_up = f'dict(type={kind}, start_factor=0.1, by_epoch=False, end=9)'
     extra = f'{MEANT}param_scheduler = {schedule.format(warm_up)}\n'
-    (found,) = not_ok(examined(SEG, extra))
+    text = SEG
+    if kind == 'LinearLR':
+        text = f'from mmengine.optim import LinearLR\n{SEG}'
+    (found,) = not_ok(examined(text, extra))
     assert found.level == 'warning'
     said = f'{name}, a warm-up, ends at iteration 9, and'
     assert found.text.startswith(said)
@@ -271,9 +280,11 @@ def test_frozen_weights_take_memory_once(
     monkeypatch.setattr(config_checks, 'MIB', 1)
     found = []
     data = write_data(tmp_path / 'data')
-    for stages in (-1, 4):
+    pure = SEG.replace("type='SGD'", 'type=SGD')
+    pure = f'from torch.optim import SGD\n{pure}'
+    for stages, text in ((-1, SEG), (4, pure)):
         extra = MEANT + f"model['backbone']['frozen_stages'] = {stages}\n"
-        config = write_config(data, SEG, extra)
+        config = write_config(data, text, extra)
         training = Training(Config.fromfile(config), 1, tmp_path / 'drawn')
         _, model = training._step()
         own = sum(p.nbytes for p in model.parameters())

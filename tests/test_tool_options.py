@@ -157,6 +157,67 @@ def test_options_of_testing_reach_the_config(
     assert (hook.draw, hook.get('show')) == (True, None)
 
 
+@pytest.mark.parametrize(
+    'hooks', ['None', 'dict(visualization=None)', 'dict(logger=None)']
+)
+def test_pictures_are_drawn_where_the_config_draws_none(
+    reaches: Callable[..., Config], config: Path, tmp_path: Path, hooks: str
+) -> None:
+    with config.open('a') as file:
+        file.write(f'default_hooks = {hooks}\nvisualizer = None\n')
+    command = 'test', config, 'https://host/w.pth', '--work-dir', tmp_path
+    cfg = reaches(*command, '--show-dir', tmp_path / 'seen')
+    hook = cfg.default_hooks.visualization
+    assert (hook.type, hook.draw) == ('DetVisualizationHook', True)
+    assert hook.test_out_dir == str(tmp_path / 'seen')
+    # The visualizer of mmengine would draw none.
+    assert cfg.visualizer.type == 'DetLocalVisualizer'
+    assert cfg.default_hooks.get('logger', 0) == (
+        None if 'logger' in hooks else 0
+    )
+
+
+def write_pure(folder: Path) -> Path:
+    """The detection config in pure Python: classes for types, no scope."""
+    config = write_config(write_data(folder))
+    text = config.read_text().replace("default_scope = 'mmdet'\n", '')
+    for module, kind in (
+        ('mmengine.optim', 'OptimWrapper'),
+        ('mmdet.models', 'MaskRCNN'),
+    ):
+        assert f"type='{kind}'" in text
+        text = text.replace(f"type='{kind}'", f'type={kind}')
+        text = f'from {module} import {kind}\n{text}'
+    text = f'from mmdet.models import DetTTAModel\n{text}'
+    config.write_text(f'{text}\ntta_model = dict(type=DetTTAModel)\n')
+    return config
+
+
+def test_a_pure_python_config_is_understood(
+    reaches: Callable[..., Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    config = write_pure(tmp_path / 'data')
+    work = ('--work-dir', tmp_path / 'work')
+    cfg = reaches('train', config, *work, '--amp')
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+    assert cfg.default_scope == 'mmdet'
+    command = 'test', config, 'https://host/w.pth', *work
+    cfg = reaches(*command, '--show-dir', tmp_path / 'seen')
+    assert cfg.default_hooks.visualization.type == 'DetVisualizationHook'
+
+
+def test_augmentation_of_masks_in_a_pure_python_config(
+    refuses: Script, weights: Path, tmp_path: Path
+) -> None:
+    config = write_pure(tmp_path / 'data')
+    work = ('--work-dir', tmp_path / 'work')
+    match = 'merges boxes, not masks.*MaskRCNN'
+    refuses(match, 'test', config, weights, *work, '--tta')
+
+
 def test_options_of_training_reach_the_config(
     reaches: Callable[..., Config],
     config: Path,

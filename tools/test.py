@@ -97,8 +97,10 @@ def apply_show(cfg: Config, args: argparse.Namespace) -> None:
             "--show and --show-dir do not go with --tta: mmpretrain's "
             'VisualizationHook draws one view of an image. Leave out one.'
         )
-    hooks = cfg.setdefault('default_hooks', ConfigDict())
-    hook = hooks.setdefault('visualization', ConfigDict(type=HOOKS[scope]))
+    hooks = cfg.get('default_hooks') or {}
+    hook = hooks.get('visualization') or ConfigDict(type=HOOKS[scope])
+    # That of mmengine draws no predictions.
+    visualizer = cfg.get('visualizer') or ConfigDict(type=VISUALIZERS[scope])
     if scope == 'mmpretrain':
         hook.update(enable=True, interval=1)
     else:
@@ -109,8 +111,6 @@ def apply_show(cfg: Config, args: argparse.Namespace) -> None:
     if args.show_dir:
         folder = os.path.abspath(args.show_dir)
         checks.check_writable(folder, '--show-dir')
-        visualizer = cfg.setdefault('visualizer', ConfigDict())
-        visualizer.setdefault('type', VISUALIZERS[scope])
         if scope == 'mmdet':
             hook.test_out_dir = folder
         elif scope == 'mmpretrain':
@@ -119,6 +119,8 @@ def apply_show(cfg: Config, args: argparse.Namespace) -> None:
             hook.interval = 1  # the official one draws every 50th
             visualizer.save_dir = folder
             visualizer.vis_backends = [dict(type='LocalVisBackend')]
+    cfg.default_hooks = {**hooks, 'visualization': hook}
+    cfg.visualizer = visualizer
 
 
 def apply_tta(cfg: Config) -> None:
@@ -164,7 +166,7 @@ def check_tta(cfg: Config, model: nn.Module) -> None:
     Raises:
         SetupError: it predicts masks.
     """
-    if str(cfg.tta_model.type).rpartition('.')[2] != 'DetTTAModel':
+    if checks.short_name(cfg.tta_model) != 'DetTTAModel':
         return
     heads = [
         name

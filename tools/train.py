@@ -1,9 +1,8 @@
 """Train a detector, a segmentor or a classifier from a config."""
 
 import argparse
-import glob
-import os
 import sys
+from pathlib import Path
 
 import torch
 from mmengine.config import Config
@@ -52,7 +51,7 @@ def apply_amp(cfg: Config) -> None:
             '--amp needs a GPU and torch sees none. Leave it out to train in '
             'float32.'
         )
-    wrapper = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    wrapper = checks.short_name(cfg.optim_wrapper) or 'OptimWrapper'
     if wrapper not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise SetupError(
             f'--amp replaces optim_wrapper.type OptimWrapper, but the config '
@@ -158,9 +157,8 @@ def main() -> None:
         launch.build_loops(runner, ('train', 'val'))
         launch.gather_in_work_dir(runner, 'val')
         if is_main_process():
-            folder = resuming.checkpoint_dir(cfg)
-            for part in glob.glob(os.path.join(folder, '*.part')):
-                os.remove(part)
+            for part in Path(resuming.checkpoint_dir(cfg)).glob('*.part'):
+                part.unlink()
         resuming.save_atomically(runner)
         scale_lr_by_step(runner)
         runner.register_hook(resuming.BatchHook())

@@ -89,7 +89,7 @@ def stock_config(cfg: Config) -> Config:
         else:
             del content['custom_imports']
     left = [
-        f'{key}.type = {_name(node)}'.lstrip('.')
+        f'{key}.type = {checks.type_name(node)}'.lstrip('.')
         for key, node in _dicts('', content)
         if _is_own(node)
     ]
@@ -101,19 +101,11 @@ def stock_config(cfg: Config) -> Config:
     return Config(content, filename=cfg.filename)
 
 
-def _name(node: Any) -> str:
-    """The type that a dict of a config names, '' if none."""
-    kind = node.get('type') if isinstance(node, dict) else None
-    if isinstance(kind, type):
-        return f'{kind.__module__}.{kind.__qualname__}'
-    return kind if isinstance(kind, str) else ''
-
-
 def _is_own(node: Any) -> bool:
     """Return whether a dict of a config names a type of ws_mm."""
     import ws_mm
 
-    name = _name(node)
+    name = checks.type_name(node)
     if '.' in name:
         return name.split('.')[0] == 'ws_mm'
     return isinstance({**vars(ws_mm.zoo), **vars(ws_mm)}.get(name), type)
@@ -124,7 +116,7 @@ def _plain_conv(node: dict) -> dict[str, Any] | None:
     import ws_mm
     from ws_mm.replacement import WS_TO_PLAIN
 
-    short = _name(node).rpartition('.')[2]
+    short = checks.short_name(node)
     kind = {**vars(ws_mm.zoo), **vars(ws_mm)}.get(short)
     if host := getattr(kind, 'host_type', None):
         own = 'eps', 'eps_mode'

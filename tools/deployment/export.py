@@ -125,7 +125,7 @@ def deployable(cfg: Config, model: nn.Module) -> Features | Logits:
         scope == 'mmpretrain' and hasattr(model, 'head')
     ):
         return Logits(model).eval()
-    if scope in ('mmdet', 'mmseg', 'mmpretrain'):
+    if scope in launch.HOSTS:
         return Features(model).eval()
     raise SetupError(
         f'default_scope = {scope!r}: models of mmdet, mmseg and mmpretrain '

@@ -106,6 +106,22 @@ def check_apart(outputs: list[Path], inputs: tuple[str, ...]) -> None:
                 )
 
 
+def type_name(node: Any) -> str:
+    """The type that a dict of a config names, '' if none.
+
+    In a pure Python config it is the class itself.
+    """
+    kind = node.get('type') if isinstance(node, dict) else None
+    if isinstance(kind, type):
+        return f'{kind.__module__}.{kind.__qualname__}'
+    return kind if isinstance(kind, str) else ''
+
+
+def short_name(node: Any) -> str:
+    """The same without scope and modules."""
+    return type_name(node).rpartition('.')[2]
+
+
 def iter_nodes(key: str, node: Any) -> Iterator[tuple[str, Any]]:
     """Yield every value of a config, with its key."""
     yield key, node
@@ -133,8 +149,7 @@ def iter_datasets(dataset: Any, key: str) -> Iterator[tuple[str, dict]]:
 def _is_downloaded(dataset: dict) -> bool:
     """Return whether MMPretrain downloads a data set that is missing."""
     kinds = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
-    kind = str(dataset.get('type')).rpartition('.')[2]
-    return kind in kinds and dataset.get('download', True)
+    return short_name(dataset) in kinds and dataset.get('download', True)
 
 
 def _missing_paths(dataset: dict, key: str) -> Iterator[str]:

@@ -202,7 +202,7 @@ class Training:
             named = {'param_scheduler': schedulers} if one else {}
         for name, scheduler in named.items():
             end = scheduler.get('end') or 0
-            if scheduler.get('type') not in WARM_UPS or scheduler.get(
+            if checks.short_name(scheduler) not in WARM_UPS or scheduler.get(
                 'by_epoch', True
             ):
                 continue
@@ -258,7 +258,7 @@ class Training:
         batch, model = self._step()
         own = [*model.parameters(), *model.buffers()]
         activations = saved_bytes(lambda: model(**batch, mode='loss'), own)
-        kind = self.cfg.optim_wrapper.optimizer.type
+        kind = checks.short_name(self.cfg.optim_wrapper.optimizer)
         copies = COPIES.get(kind, 4)
         weights = sum(
             p.nbytes * (copies if p.requires_grad else 1)

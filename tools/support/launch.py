@@ -34,6 +34,7 @@ from support.checks import (
     SetupError,
     did_you_mean,
     iter_datasets,
+    type_name,
 )
 from support.layer_checks import check_norms, explain
 from support.options import KeyValues, check_keys
@@ -43,6 +44,7 @@ from support.options import KeyValues, check_keys
 with contextlib.suppress(ImportError):
     import ws_mm  # noqa: F401
 
+HOSTS = ('mmdet', 'mmseg', 'mmpretrain')
 # Environment names of rank, world size and local rank, per launcher.
 ENVIRONMENT = {
     'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
@@ -225,6 +227,10 @@ def load_config(
             f'{args.config} has no {", ".join(lacking)}: it is a part that '
             'other configs build on. Give a config outside of _base_.'
         )
+    # Pure Python configs name classes and may have no default_scope.
+    package = type_name(cfg.get('model')).partition('.')[0]
+    if not cfg.get('default_scope') and package in HOSTS:
+        cfg.default_scope = package
     check_norms(cfg)
     data_checks.check_class_lists(cfg)
     scope = cfg.get('default_scope')
