@@ -106,6 +106,39 @@ def test_checkpoints_elsewhere_are_left_to_the_host() -> None:
     checkpoints.check_weights_fit(None, torch.nn.Linear(1, 1))
 
 
+def test_weights_of_a_layer_below_are_named_with_its_key(
+    tmp_path: Path,
+) -> None:
+    checkpoints = load('checkpoints')
+    inner = torch.nn.Linear(1, 1)
+    path = str(tmp_path / 'inner.pth')
+    torch.save(dict(state_dict=inner.state_dict()), path)
+    key = 'model.backbone.init_cfg'
+    match = (
+        rf"set model\.backbone\.inner\.init_cfg=dict\(type='Pretrained', "
+        rf"checkpoint='{path}'\) in place of model\.backbone\.init_cfg;"
+    )
+    with pytest.raises(checkpoints.SetupError, match=match):
+        checkpoints.check_weights_fit(
+            path, torch.nn.ModuleDict({'inner': inner}), key
+        )
+
+
+def test_a_backbone_that_renames_what_it_loads_is_left_to_itself(
+    weights: Path,
+) -> None:
+    checkpoints = load('checkpoints')
+    backbones = pytest.importorskip('mmdet.models.backbones')
+    init_cfg = dict(type='Pretrained', checkpoint=str(weights))
+    shape = dict(embed_dims=4, depths=(1,) * 4, num_heads=(1,) * 4)
+    swin = backbones.SwinTransformer(**shape, init_cfg=init_cfg)
+    checkpoints.check_parts_fit(torch.nn.ModuleDict({'backbone': swin}))
+    resnet = backbones.ResNet(18, base_channels=4, init_cfg=init_cfg)
+    match = r'^model\.backbone\.init_cfg: checkpoint .* shares no parameter'
+    with pytest.raises(checkpoints.SetupError, match=match):
+        checkpoints.check_parts_fit(torch.nn.ModuleDict({'backbone': resnet}))
+
+
 def test_weights_of_a_teacher_are_opened(tmp_path: Path) -> None:
     cfg = read('mmdet::ld/ld_r18-gflv1-r101_fpn_1x_coco.py')
     checkpoints = load('checkpoints')

@@ -19,6 +19,7 @@ from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.fileio import FileClient
 from mmengine.fileio.backends import LocalBackend, registry_utils
 from mmengine.logging import MessageHub
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner, loops
 from mmengine.runner.priority import get_priority
@@ -200,11 +201,19 @@ def test_an_interrupted_save_leaves_no_checkpoint(tmp_path: Path) -> None:
     assert not (tmp_path / 'a.pth').exists()
     runner.save_checkpoint(str(tmp_path), 'a.pth', None, fail=False)
     assert [path.name for path in tmp_path.iterdir()] == ['a.pth']
-    # What only a backend can name is left to the backend.
-    runner.save_checkpoint(
-        str(tmp_path), filename='b.pth', backend_args={'b': 1}, fail=False
-    )
-    assert written == ['a.pth.part', 'a.pth.part', 'b.pth']
+    assert written == ['a.pth.part', 'a.pth.part']
+    # What only a backend can name is left to the backend. mmengine's hook
+    # gives the older argument by its place.
+    for args, more in (
+        ((), dict(backend_args={'b': 1})),
+        ((), dict(file_client_args={'b': 1})),
+        (({'b': 1},), {}),
+    ):
+        written.clear()
+        runner.save_checkpoint(
+            str(tmp_path), 'b.pth', *args, fail=False, **more
+        )
+        assert written == ['b.pth']
 
 
 def test_what_is_saved_elsewhere_is_left_to_the_backend_of_its_prefix(
@@ -222,13 +231,7 @@ def test_what_is_saved_elsewhere_is_left_to_the_backend_of_its_prefix(
         FileClient._prefix_to_backends,
     ):
         monkeypatch.setitem(backends, 'bucket', Bucket)
-    runner = Runner(
-        torch.nn.Linear(1, 1),
-        str(tmp_path),
-        train_dataloader=DataLoader(Samples()),
-        train_cfg=dict(by_epoch=True, max_epochs=1),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
-    )
+    runner = runner_of_batches(tmp_path)
     load('resuming').save_atomically(runner)
     runner.save_checkpoint('bucket://b', 'a.pth', save_optimizer=False)
     assert written == ['bucket://b/a.pth']
@@ -477,7 +480,12 @@ def test_a_resumed_run_keeps_the_seed_that_it_began_with(
 ) -> None:
     resuming = load('resuming')
     path = tmp_path / 'iter_1.pth'
-    content = dict(state_dict={'a': torch.zeros(1)}, meta=dict(seed=7, iter=1))
+    content = dict(state_dict={'a': torch.zeros(1)}, meta=dict(iter=1))
+    torch.save(content, path)
+    cfg = Config(dict(work_dir=str(tmp_path), randomness=dict(seed=3)))
+    resuming.apply_resume(cfg, str(path))
+    assert cfg.randomness.seed == 3  # the checkpoint does not say its own
+    content['meta']['seed'] = 7
     torch.save(content, path)
     cfg = Config(dict(work_dir=str(tmp_path)))
     if asked is not None:
@@ -489,6 +497,60 @@ def test_a_resumed_run_keeps_the_seed_that_it_began_with(
     assert ('randomness.seed=8 is ignored: the run began with 7' in said) == (
         warns
     )
+
+
+def runner_of_batches(
+    folder: Path, optim_wrapper: object = None, **loader: object
+) -> Runner:
+    """A Runner that could train."""
+    return Runner(
+        torch.nn.Linear(1, 1),
+        str(folder),
+        train_dataloader=DataLoader(Samples(), **loader),
+        train_cfg=dict(by_epoch=True, max_epochs=1),
+        optim_wrapper=optim_wrapper or dict(optimizer=dict(type='SGD', lr=1)),
+    )
+
+
+def test_the_batch_of_any_loader_and_optimizer_is_saved(
+    tmp_path: Path,
+) -> None:
+    batches = BatchSampler(DefaultSampler(Samples()), 3, drop_last=False)
+    optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), 0.1)
+    wrapper = OptimWrapper(optimizer, accumulative_counts=5)
+    for loader, wrappers, size, counts in (
+        (dict(batch_size=2), wrapper, 2, 5),
+        (
+            dict(batch_sampler=batches),
+            OptimWrapperDict(a=wrapper),
+            *(3, 5),
+        ),
+        (dict(batch_size=4), None, 4, 1),
+    ):
+        content: dict = dict(meta={})
+        runner = runner_of_batches(tmp_path, wrappers, **loader)
+        load('resuming').BatchHook().before_save_checkpoint(runner, content)
+        assert list(content['meta']['batch'].values()) == [size, counts, 1]
+
+
+def test_a_batch_is_compared_where_a_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = runner_of_batches(tmp_path, batch_size=2)
+    said: list[str] = []
+    monkeypatch.setattr(runner.logger, 'warning', said.append)
+    hook = load('resuming').BatchHook()
+    of_another = {'batch': {'train_dataloader.batch_size': 9}}
+    for resume, meta, warnings in (
+        (False, of_another | dict(experiment_name='other'), 0),
+        (True, {}, 0),  # of a run without this hook
+        (True, of_another, 1),
+        (True, of_another | dict(experiment_name='other'), 2),
+    ):
+        said.clear()
+        runner._resume = resume
+        hook.after_load_checkpoint(runner, dict(meta=meta))
+        assert len(said) == warnings
 
 
 @pytest.mark.parametrize(

@@ -312,11 +312,8 @@ def newest_checkpoint(
             continue
         if with_optimizer and 'optimizer' not in content:
             continue
-        meta = content['meta']
+        time, iteration = content['meta'].get('time'), content['meta']['iter']
         # Several may be saved within the second that the time is exact to.
-        place = (
-            *(path.name == last, meta.get('time') or '', meta['iter']),
-            *(meta['epoch'], str(path)),
-        )
+        place = path.name == last, time or '', iteration, str(path)
         best = max(best or place, place)
     return best and best[-1], broken

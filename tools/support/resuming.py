@@ -127,8 +127,6 @@ def keep_seed(cfg: Config, checkpoint: str) -> None:
     mmengine takes it from the checkpoint, too, but only after the samplers
     and the workers have got another one.
     """
-    if not is_local(checkpoint):
-        return
     try:
         meta = checkpoints.read_checkpoint(checkpoint).get('meta') or {}
     except SetupError:
