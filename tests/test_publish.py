@@ -30,6 +30,9 @@ def write(path: Path, **more) -> Path:
             mmengine_version='0.10.12',
             hook_msgs=dict(best_ckpt='/home/somebody/best.pth'),
             epoch=4,
+            iter=40,
+            seed=3,
+            time='20251121_111213',
         ),
         state_dict=dict(weight=whole[:3]),
         message_hub=dict(),
@@ -80,7 +83,9 @@ def test_weights_and_meta_under_their_hash(publish, tmp_path, capsys):
     meta = content['meta']
     assert meta['cfg'] == 'model = dict()'
     assert meta['dataset_meta'] == dict(classes=('nucleus',))
-    assert meta['epoch'] == 4
+    assert [meta[key] for key in ('epoch', 'iter', 'seed')] == [4, 40, 3]
+    assert meta['time'] == '20251121_111213'
+    assert meta['experiment_name'] == 'some_config_20251121_101112'
     assert meta['mmengine_version'] == '0.10.12'
     assert meta['ws_mm_version'] == ws_mm.__version__
     assert meta['torch_version'] == str(torch.__version__)
@@ -255,6 +260,8 @@ def test_averaged_weights_of_a_run(
         (dict(ema_state_dict={}), ('--ema',), '^--ema: .*no ema_state_dict'),
         (dict(ema_state_dict={}), ('--no-ema',), '^--no-ema: .* leave the'),
         (dict(meta={}), (), 'give --name'),
+        (dict(meta=dict(experiment_name='a_name_own')), (), 'give --name'),
+        (dict(meta=dict(experiment_name='a_2025_own')), (), 'give --name'),
         ({}, ('--name', 'a/b'), 'not a path'),
     ],
 )
