@@ -272,6 +272,11 @@ def test_options_of_training(refuses: Script, config: Path) -> None:
         *('train', config, '--auto-scale-lr'),
     )
     refuses(
+        r'needs auto_scale_lr\.base_batch_size',
+        *('train', config, '--auto-scale-lr', '--cfg-options'),
+        'auto_scale_lr=None',
+    )
+    refuses(
         r"runner_type='FlexibleRunner' .* and 4 make a step .*"
         r'Set auto_scale_lr\.base_batch_size=3, which is 12 / 4',
         *('train', config, '--auto-scale-lr', '--cfg-options'),
