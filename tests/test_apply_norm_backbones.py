@@ -8,7 +8,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from shipped import build
-from test_apply_norm import MASK, PIDNET, PSP, by_key, counts, read
+from test_apply_norm import MASK, PIDNET, PSP, RETINA, by_key, counts, read
 from torch import nn
 
 import ws_mm
@@ -168,6 +168,22 @@ def test_remaining_norms_of_a_frozen_backbone_stay() -> None:
     assert cfg.model.neck.type == 'ws_mm.Converted'
     assert cfg.model.type == 'YOLOF'
     assert cfg.model.backbone.type == 'ResNet'
+
+
+def test_a_part_around_a_frozen_backbone_is_not_converted() -> None:
+    cfg = read(RETINA)
+    # Not a class: its batch norms are those of the model.
+    cfg.model.neck.update(
+        type='ws_mm.Converted', of='FPN', norm_cfg=dict(type='BN'), conv={}
+    )
+    before = cfg.model.to_dict()
+    _, left = ws_mm.apply_norm(cfg, 'keep', 'BCN', remaining=True)
+    assert cfg.model.to_dict() == before
+    (why,) = (one.why for one in left if 'batch norms remain' in one.why)
+    assert why.startswith('8 batch norms remain')
+    assert '--remaining (remaining=True) with --backbone convert (b' in why
+    ws_mm.apply_norm(cfg, 'keep', 'BCN', remaining=True, backbone='convert')
+    assert batch_norms(build(cfg)) == []
 
 
 @pytest.mark.parametrize(

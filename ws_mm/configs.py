@@ -46,6 +46,7 @@ from .config_layers import (
     registered,
 )
 from .config_parts import (
+    Key,
     Part,
     decide,
     is_named,
@@ -189,7 +190,9 @@ def convert_config(
         check_groups(built, scope)
     prune(selected, built, everything)
     if remaining and finish(
-        selected, trained_batch_norms(built, frozen), new_norm
+        [part for part in selected if not _holds(part.key, frozen)],
+        trained_batch_norms(built, frozen),
+        new_norm,
     ):
         built = settle(everything)
     write_parts(draft, selected)
@@ -203,6 +206,11 @@ def convert_config(
     for change in draft.changes:
         put(cfg._cfg_dict, change.key, change.new)
     return draft.changes, draft.left, built
+
+
+def _holds(key: Key, parts: list[Part]) -> bool:
+    """Return whether one of the parts is at a key, or below it."""
+    return any(part.key[: len(key)] == key for part in parts)
 
 
 def _plain(value: Any) -> Any:
@@ -261,11 +269,14 @@ def _note_norms(
         for key, names in owners_of(everything, rest).items():
             if key not in mine:
                 continue
+            how = '--remaining (remaining=True)'
+            if _holds(key, frozen):
+                how += " with --backbone convert (backbone='convert')"
             draft.leave(
                 key,
                 f'{len(names)} batch norms remain, since no norm_cfg reaches '
-                f'them ({first_names(names)}): --remaining (remaining=True) '
-                'converts them to BCN on the built model',
+                f'them ({first_names(names)}): {how} converts them to BCN on '
+                'the built model',
             )
     explained = [part.key for part in parts if part.why]
     explained += [part.key for part in frozen]
