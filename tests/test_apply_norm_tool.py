@@ -323,6 +323,7 @@ def test_a_base_that_hosts_do_not_find_is_named(script, tmp_path, capsys):
             ['CONFIG', 'OUT', '--parts', 'neck'],
             r"parts='neck' selects nothing: .* backbone, heads",
         ),
+        (['CONFIG', 'OUT', '--parts', ''], "parts='' selects nothing: the m"),
         (
             ['CONFIG', 'OUT', *STEP, '0'],
             'images_per_step=0 must be a whole number of at least 1',
@@ -342,6 +343,14 @@ def test_a_base_that_hosts_do_not_find_is_named(script, tmp_path, capsys):
         (
             ['CONFIG', 'OUT', '--norm-options', 'num_groups=7'],
             'fit no part.*num_groups=N',
+        ),
+        *(
+            (
+                ['CONFIG', 'OUT', '--norm-options', f'num_groups={groups}'],
+                f'num_groups={groups} must be a whole number of at least 1 '
+                '.*--norm-options',
+            )
+            for groups in (0, -4)
         ),
         (
             ['CONFIG', 'OUT', '--norm', 'OutputBN'],
@@ -374,6 +383,17 @@ def test_bad_arguments_write_nothing(arguments, message, refuses, tmp_path):
         ('model = None', 'has no model'),
         ("model['type'] = 'Segmenter'", 'Segmenter'),
         ("model['backbone']['depth'] = 19", 'does not build as it is.*19'),
+        *(
+            (
+                f"model['{part}']['{key}'] = '{kind}'",
+                rf"model\.{part}\.{key}='{kind}' must be a dict, such as "
+                rf"dict\(type='{kind}'\)",
+            )
+            for part, key, kind in (
+                ('backbone', 'norm_cfg', 'BN'),
+                ('decode_head', 'conv_cfg', 'Conv2d'),
+            )
+        ),
         ('if False:\n    read_base()', 'pure Python config'),
     ],
 )

@@ -99,6 +99,10 @@ def map_layer(cfg: Mapping[str, Any], scope: str) -> Any:
         channels, size = 64, 4
         if isinstance(groups, int) and groups > 0:
             channels = 2 * groups
+        elif cls is nn.GroupNorm:
+            raise ValueError(
+                f'num_groups={groups!r} must be a whole number of at least 1'
+            )
         layer = cls(**{names[0]: channels}, **options)
     else:
         return None

@@ -122,9 +122,10 @@ def read_parts(model: Cfg, scope: str) -> list[Part]:
     """List the modules that a config describes, the model first.
 
     Raises:
-        ConfigError: neither the model nor a part of it is registered.
+        ConfigError: neither the model nor a part of it is registered, or
+            ``conv_cfg`` or ``norm_cfg`` of a part is no dict.
     """
-    parts = []
+    parts: list[Part] = []
     for key, value, inner in iter_dicts(model, ('model',), scope):
         cls = registered(value.get('type'), inner)
         if cls is not None or key == ('model',):
@@ -134,6 +135,14 @@ def read_parts(model: Cfg, scope: str) -> list[Part]:
             # Arguments of a module that the class above chooses itself.
             takes = dict.fromkeys({'conv_cfg', 'norm_cfg'} & value.keys())
             parts.append(Part(key, value, nn.Module, takes, inner))
+    for part in parts:
+        for name in {'conv_cfg', 'norm_cfg'} & part.accepts.keys():
+            layer = part.get(name)
+            if layer is not None and not isinstance(layer, dict):
+                raise ConfigError(
+                    f'{spell((*part.key, name))}={layer!r} must be a dict, '
+                    f'such as dict(type={layer!r})'
+                )
     if not parts[1:] and parts[0].cls is nn.Module:
         raise ConfigError(
             f'model.type={model.get("type")!r} is not in the registry of '
@@ -151,8 +160,8 @@ def select(everything: list[Part], names: Sequence[str]) -> list[Part]:
         found = [
             part
             for part in everything
-            if f'{part.name}.'.startswith(path)
-            or name == next(filter(None, reversed(part.roles)), '')
+            if (name and f'{part.name}.'.startswith(path))
+            or name == next(filter(None, reversed(part.roles)), None)
         ]
         if not found:
             roles = sorted({r for p in everything for r in p.roles} - {''})
