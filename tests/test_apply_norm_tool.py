@@ -211,6 +211,32 @@ def test_a_dumped_config_passes_on_no_work_dir(script, tmp_path, capsys):
     assert Config.fromfile(out).resume is False
 
 
+def test_a_name_may_stand_without_folder_and_ending(script, tmp_path):
+    # The dot in it is no ending.
+    name = 'mmdet::mask-rcnn_regnetx-3.2GF_fpn_1x_coco'
+    out = tmp_path / 'new.py'
+    for given in (name, f'{name}.py'):
+        assert script('apply_norm', given, out, '--overwrite') == 0
+        assert Config.fromfile(out).model.backbone.arch == 'regnetx_3.2gf'
+
+
+def test_names_that_python_has_words_for_are_written(script, tmp_path):
+    hook = {'type': 'EMAHook', 'lambda': 1}
+    extra = f'custom_hooks = [{hook}]\n'
+    config = write_config(tmp_path, without_ws(SEG), extra)
+    out = tmp_path / 'out.py'
+    assert script('apply_norm', config, out, '--norm', 'BCN') == 0
+    assert Config.fromfile(out).custom_hooks == [hook, HOOK]
+
+
+def test_what_has_no_source_is_named(refuses, tmp_path):
+    extra = "custom_hooks = [dict(type='EMAHook', begin=float('inf'))]\n"
+    config = write_config(tmp_path, without_ws(SEG), extra)
+    match = "would not load .*'inf' is not defined.*nothing was written"
+    refuses(match, 'apply_norm', config, tmp_path / 'o.py', '--norm', 'BCN')
+    assert [path.name for path in tmp_path.iterdir()] == ['tiny.py']
+
+
 def test_a_base_of_ws_mm_is_found_by_hosts(script, tmp_path):
     name = 'ws_mm::mask_rcnn/mask-rcnn_r50_fpn_gn-all_8xb2-2x_coco.py'
     out = tmp_path / 'new.py'

@@ -11,6 +11,7 @@ else. What changed and what was left alone is printed.
 import argparse
 import difflib
 import importlib.util
+import keyword
 import os
 import re
 import sys
@@ -146,11 +147,12 @@ def find_config(name: str) -> Path:
     path = root / inner
     if not path.is_file():
         # Metafiles know configs by name, without the folder.
-        found = sorted(root.rglob(f'{Path(inner).stem}.py'))
+        file = f'{Path(inner).name.removesuffix(".py")}.py'
+        found = sorted(root.rglob(file))
         if '/' not in inner and len(found) == 1:
             return found[0]
         shipped = {p.name: p for p in root.rglob('*.py') if p.parent != root}
-        close = difflib.get_close_matches(Path(inner).stem + '.py', shipped, 3)
+        close = difflib.get_close_matches(file, shipped, 3)
         meant = ', '.join(
             f'{package}::{shipped[key].relative_to(root)}' for key in close
         )
@@ -205,7 +207,10 @@ def render(value: Any, indent: int = 0, used: int = 0) -> str:
     if isinstance(value, Raw):
         return value.text
     if isinstance(value, dict) and all(
-        isinstance(key, str) and key.isidentifier() for key in value
+        isinstance(key, str)
+        and key.isidentifier()
+        and not keyword.iskeyword(key)
+        for key in value
     ):
         opening, closing = 'dict(', ')'
         items = [(f'{key}=', inner) for key, inner in value.items()]
@@ -360,11 +365,23 @@ def write_child(out: Path, source: str, new: Config) -> None:
     """
     check_writable(str(out.resolve().parent), 'OUT')
     with tempfile.NamedTemporaryFile(
-        'w', dir=out.resolve().parent, suffix='.py', delete=False
+        'w',
+        dir=out.resolve().parent,
+        suffix='.py',
+        delete=False,
+        encoding='utf-8',
     ) as file:
         file.write(source)
     try:
-        loaded = Config.fromfile(file.name)
+        try:
+            loaded = Config.fromfile(file.name)
+        # Values without a source raise whatever Python says of their repr.
+        except Exception as error:
+            raise SetupError(
+                'The config written would not load '
+                f'({type(error).__name__}: {error}); nothing was written. '
+                'Use ws_mm.apply_norm on the loaded config.'
+            ) from error
         for key, wanted in new._cfg_dict.to_dict().items():
             found = _at(loaded._cfg_dict, (key,))
             # Variables that other keys of the config were made from.
