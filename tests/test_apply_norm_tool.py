@@ -195,6 +195,8 @@ def test_nothing_to_change_writes_nothing(script, tmp_path, capsys):
     config = write_config(tmp_path, without_ws(SEG))
     first, second = tmp_path / 'first.py', tmp_path / 'second.py'
     assert script('apply_norm', config, first) == 0
+    with first.open('a') as file:
+        file.write("work_dir = 'old'\n")
     assert script('apply_norm', first, second) == 0
     assert 'Nothing to change' in capsys.readouterr().out
     assert not second.exists()
@@ -218,10 +220,14 @@ def test_a_name_may_stand_without_folder_and_ending(script, tmp_path):
     for given in (name, f'{name}.py'):
         assert script('apply_norm', given, out, '--overwrite') == 0
         assert Config.fromfile(out).model.backbone.arch == 'regnetx_3.2gf'
+    # How to make it again, where it is not there yet.
+    assert '--overwrite' not in out.read_text()
+    # Not the mode of a temporary file: others may read it.
+    assert out.stat().st_mode & 0o777 == 0o644
 
 
 def test_names_that_python_has_words_for_are_written(script, tmp_path):
-    hook = {'type': 'EMAHook', 'lambda': 1}
+    hook = {'type': 'EMAHook', 'lambda': (1,)}
     extra = f'custom_hooks = [{hook}]\n'
     config = write_config(tmp_path, without_ws(SEG), extra)
     out = tmp_path / 'out.py'
@@ -308,6 +314,11 @@ def test_a_base_that_hosts_do_not_find_is_named(script, tmp_path, capsys):
         (['none.py', 'OUT'], r'No config file none\.py'),
         (
             ['mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coc.py', 'OUT'],
+            r'Did you mean mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco\.py',
+        ),
+        # The folder is wrong.
+        (
+            ['mmdet::mask_rcn/mask-rcnn_r50_fpn_1x_coco.py', 'OUT'],
             r'Did you mean mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco\.py',
         ),
         (
