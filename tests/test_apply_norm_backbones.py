@@ -162,6 +162,15 @@ def test_batch_norms_are_continued(name: str) -> None:
         assert ws_mm.apply_norm(cfg, backbone=again)[0] == []
 
 
+def test_a_backbone_without_batch_norms_may_stay() -> None:
+    cfg = read('mmdet::swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py')
+    before = cfg.model.backbone.to_dict()
+    changes, _ = ws_mm.apply_norm(cfg, backbone='freeze')
+    assert 'model.neck.norm_cfg' in by_key(changes)
+    # Its class takes no norm_eval.
+    assert cfg.model.backbone.to_dict() == before
+
+
 def test_remaining_norms_of_a_frozen_backbone_stay() -> None:
     cfg = read('mmdet::yolof/yolof_r50-c5_8xb8-1x_coco.py')
     ws_mm.apply_norm(cfg, norm='BCN', remaining=True)
