@@ -31,7 +31,7 @@ def test_only_neck_and_heads_change() -> None:
     }
     assert cfg.model.backbone.to_dict() == backbone
     words = [str(one) for one in left]
-    assert not any('batch norms remain' in one for one in words)
+    assert not any('remain' in one for one in words)
     assert 'backbone: keeps its pretrained weights' in words[0]
     again, _ = ws_mm.apply_norm(cfg)
     assert again == []
