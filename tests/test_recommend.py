@@ -53,7 +53,10 @@ def test_it_prints_a_command_that_works(
 ) -> None:
     assert script('recommend', '--start', start, '--images', 1) == 0
     said = capsys.readouterr().out
-    assert re.search('frozen BN 1528, .*BCN[+]WS 1985', said)
+    memory = re.search('frozen BN .*BCN[+]WS [0-9]+', said)[0]
+    page = (ROOT / 'docs/which_norm.md').read_text()
+    for amount in re.findall(r' (\d+)', memory):
+        assert f'| {int(amount):,} ' in page
     command = re.search('apply_norm.py CONFIG NEW.py (.*)', said)[1]
     config = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
     new = tmp_path / 'new.py'
