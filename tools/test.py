@@ -153,7 +153,10 @@ def apply_tta(cfg: Config) -> None:
         }.get(scope, dict(type='SegTTAModel'))
     for dataset in datasets:
         dataset.pipeline = cfg.tta_pipeline
-    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    # Not from its items, which would be classes where mmengine dumps names.
+    wrapped = deepcopy(cfg.tta_model)
+    wrapped.module = cfg.model
+    cfg.model = wrapped
 
 
 def check_tta(cfg: Config, model: nn.Module) -> None:
