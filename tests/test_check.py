@@ -405,6 +405,18 @@ def test_hook_names_what_levels_share(said):
     assert 'model.bbox_head.norm_cfg=dict(' in said[0]
 
 
+def test_levels_are_seen_where_a_norm_takes_its_input_by_keyword(said):
+    head = nn.ModuleDict(dict(bbox_head=nn.Sequential(BCN(8))))
+    hook = HOOKS.build(dict(type='ws_mm.CheckModelHook'))
+    runner = SimpleNamespace(model=head, cfg={})
+    hook.before_train(runner)
+    for size in (8, 4):
+        head['bbox_head'][0](input=torch.randn(1, 8, size, size))
+    hook.after_train_iter(runner, 0)
+    (line,) = said
+    assert line.startswith('1 BCN layers ran on maps of several sizes')
+
+
 def in_a_data_sample(y, z):
     elements = pytest.importorskip('mmengine.structures')
     sample = elements.BaseDataElement(metainfo=dict(shape=z.shape), logits=z)

@@ -204,7 +204,10 @@ class CheckModelHook(_FrozenLayersHook):
                 seen = self._sizes.setdefault(key, set())
                 self._watched.append(
                     module.register_forward_pre_hook(
-                        lambda _, args, seen=seen: seen.add(args[0].shape[2:])
+                        lambda _, args, kwargs, seen=seen: seen.add(
+                            (*args, *kwargs.values())[0].shape[2:]
+                        ),
+                        with_kwargs=True,
                     )
                 )
 
