@@ -277,6 +277,23 @@ def test_what_a_norm_gave_counts_once_and_until_the_next() -> None:
     assert found['norm2'] == Moments.of(seen).report()
 
 
+class ByKeyword(nn.Sequential):
+    """Layers that take their input by its name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(input=x)
+        return x
+
+
+def test_a_relu_that_takes_its_input_by_keyword_is_measured() -> None:
+    x = torch.randn(2, 3, 9, 9)
+    layers = nn.BatchNorm2d(3), nn.ReLU()
+    found = measure(ByKeyword(*layers), lambda model: model(x))
+    assert found
+    assert found == measure(nn.Sequential(*layers), lambda model: model(x))
+
+
 def test_only_the_first_rank_writes_what_all_measure(tmp_path: Path) -> None:
     runner = SimpleNamespace(
         rank=1,

@@ -110,8 +110,8 @@ def measure(
         if isinstance(output, Tensor):
             fresh[id(output)] = output, norm
 
-    def before_relu(relu: nn.Module, args: Any) -> None:
-        held = fresh.pop(id(args[0]), None)
+    def before_relu(relu: nn.Module, args: Any, kwargs: Any) -> None:
+        held = fresh.pop(id((*args, *kwargs.values())[0]), None)
         if held is None or held[0].numel() == 0:
             return
         name = names[held[1]]
@@ -123,7 +123,9 @@ def measure(
         if isinstance(module, NORMS):
             handles.append(module.register_forward_hook(after_norm))
         elif isinstance(module, nn.ReLU):
-            handles.append(module.register_forward_pre_hook(before_relu))
+            handles.append(
+                module.register_forward_pre_hook(before_relu, with_kwargs=True)
+            )
     try:
         with restored(model):
             model.eval()
