@@ -6,9 +6,10 @@ import importlib
 import logging
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -434,6 +435,25 @@ def test_an_iteration_draws_by_its_number() -> None:
     assert all(a != b for a, b in zip(*drawn[:2], strict=True))
     # Before other hooks, which may draw, too.
     assert get_priority(hook.priority) < get_priority('HIGH')
+
+
+@pytest.mark.parametrize('as_indices', [list, np.array, torch.tensor])
+def test_indices_of_numpy_and_torch_are_numbered(
+    as_indices: Callable[[list[int]], Iterable[Any]],
+) -> None:
+    order = np.random.permutation(6).tolist()
+
+    class Shuffled:
+        def __iter__(self) -> Iterator[Any]:
+            return iter(as_indices(order))
+
+    drawn = []
+    for _ in range(2):
+        hook, runner = hooked(Shuffled())
+        hook.before_train_epoch(runner)
+        drawn.append([s for b in runner.train_loop.dataloader for s in b])
+    assert [sample[0] for sample in drawn[0]] == order
+    assert drawn[0] == drawn[1]
 
 
 def test_samplers_of_samplers_and_none_are_left_alone() -> None:

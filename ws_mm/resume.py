@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -104,7 +104,10 @@ class NumberedSampler:
         """Number integer indices; pass others unchanged."""
         for index in self.sampler:
             number, self.number = self.number, self.number + 1
-            if isinstance(index, int):
+            # Those of NumPy and of torch are no int.
+            if isinstance(index, SupportsIndex) and not getattr(
+                index, 'ndim', 0
+            ):
                 index = Numbered(index)
                 index.place = (self.epoch, number)
             yield index
