@@ -302,6 +302,16 @@ def test_hook_counts_the_images_of_a_step(grouped, monkeypatch):
     assert 'train on the statistics of 2 images' in ''.join(said)
 
 
+def test_batches_of_a_sampler_without_a_size_are_not_counted(said):
+    data = [torch.zeros(1)] * 4
+    runner = SimpleNamespace(
+        model=nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)),
+        train_dataloader=DataLoader(data, batch_sampler=[[0, 1, 2], [3]]),
+    )
+    HOOKS.build(dict(type='CheckModelHook')).before_train_iter(runner, 0)
+    assert not said
+
+
 @pytest.mark.parametrize(
     ('images', 'processes', 'expected'),
     [
@@ -385,7 +395,8 @@ def test_hook_names_what_levels_share(said):
         for x in levels[:sizes]:
             head['bbox_head'](x)
             head['bbox_head'](x)
-        hook.after_train_iter(runner, 0)
+        for iteration in range(2):
+            hook.after_train_iter(runner, iteration)
         assert len(said) == count
         # It looks once and leaves nothing behind.
         assert not head['bbox_head'][0]._forward_pre_hooks
