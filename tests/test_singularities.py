@@ -9,8 +9,10 @@ from unittest import mock
 import pytest
 import torch
 from mmengine.evaluator import BaseMetric
+from mmengine.hooks import CheckpointHook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
+from mmengine.runner.priority import get_priority
 from torch import Tensor, nn
 
 import ws_mm
@@ -292,6 +294,13 @@ def test_a_relu_that_takes_its_input_by_keyword_is_measured() -> None:
     found = measure(ByKeyword(*layers), lambda model: model(x))
     assert found
     assert found == measure(nn.Sequential(*layers), lambda model: model(x))
+
+
+def test_it_measures_with_the_estimates_that_a_checkpoint_has() -> None:
+    averages = get_priority(ws_mm.SyncEstimatesHook.priority)
+    measures = get_priority(SingularitiesHook.priority)
+    saves = get_priority(CheckpointHook.priority)
+    assert averages < measures < saves
 
 
 def test_only_the_first_rank_writes_what_all_measure(tmp_path: Path) -> None:
