@@ -136,8 +136,8 @@ def read_parts(model: Cfg, scope: str) -> list[Part]:
             takes = dict.fromkeys({'conv_cfg', 'norm_cfg'} & value.keys())
             parts.append(Part(key, value, nn.Module, takes, inner))
     for part in parts:
-        for name in {'conv_cfg', 'norm_cfg'} & part.accepts.keys():
-            layer = part.get(name)
+        for name in ('conv_cfg', 'norm_cfg'):
+            layer = part.get(name) if name in part.accepts else None
             if layer is not None and not isinstance(layer, dict):
                 raise ConfigError(
                     f'{spell((*part.key, name))}={layer!r} must be a dict, '

@@ -138,7 +138,7 @@ def find_config(name: str) -> Path:
             f'{name}: the package {package} is not installed. '
             + (
                 f'Install it with: {install_command(package)}'
-                if package in ('mmdet', 'mmseg', 'mmpretrain')
+                if package in launch.HOSTS
                 else 'Packages that ship configs are mmdet, mmseg and '
                 'mmpretrain.'
             )

@@ -111,9 +111,7 @@ def _batch_norm(
         x, mean, var, weight, bias, training=True, momentum=1.0, eps=eps
     )
     if update:
-        new = moved(running, (mean, var), momentum)
-        running[0].copy_(new[0])
-        running[1].copy_(new[1])
+        _settled(running, (mean, var), momentum)
     return y
 
 
@@ -294,8 +292,7 @@ def statistics(
         if update:
             _move(running, mean, var, x.numel() / x.shape[1], momentum)
     elif update and x.numel():
-        mean, var = moved(running, moments(running[0]), momentum)
-        mean, var = settle(running[0], mean), settle(running[1], var)
+        mean, var = _settled(running, moments(running[0]), momentum)
     else:
         # The buffers change in later calls; what backward keeps must not.
         mean, var = running[0].clone(), running[1].clone()
@@ -368,6 +365,16 @@ def moved(
     ]
 
 
+def _settled(
+    running: tuple[Tensor, Tensor],
+    batch: tuple[Tensor, Tensor],
+    momentum: float,
+) -> tuple[Tensor, Tensor]:
+    """Move running values in place; return them for the forward."""
+    mean, var = moved(running, batch, momentum)
+    return settle(running[0], mean), settle(running[1], var)
+
+
 def _move(
     running: tuple[Tensor, Tensor],
     mean: Tensor,
@@ -389,9 +396,7 @@ def _move(
         unbiased = var * (count / (count - 1).clamp(min=0))  # inf or NaN
     else:
         unbiased = var * (count / (count - 1))
-    new = moved(running, (mean, unbiased), momentum)
-    settle(running[0], new[0])
-    settle(running[1], new[1])
+    _settled(running, (mean, unbiased), momentum)
 
 
 def _synchronized_norm(
