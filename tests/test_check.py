@@ -411,8 +411,8 @@ def test_hook_names_what_levels_share(said):
     runner.model = nn.ModuleDict(dict(student=head))
     hook.before_train(runner)
     assert not head['bbox_head'][0]._forward_pre_hooks
-    assert said[0].startswith('2 BCN layers ran on maps of several sizes')
-    assert 'bbox_head.0, bbox_head.1' in said[0]
+    layers = '2 BCN layers (bbox_head.0, bbox_head.1)'
+    assert said[0].startswith(f'{layers} ran on maps of several sizes')
     assert 'model.bbox_head.norm_cfg=dict(' in said[0]
 
 
@@ -425,7 +425,7 @@ def test_levels_are_seen_where_a_norm_takes_its_input_by_keyword(said):
         head['bbox_head'][0](input=torch.randn(1, 8, size, size))
     hook.after_train_iter(runner, 0)
     (line,) = said
-    assert line.startswith('1 BCN layers ran on maps of several sizes')
+    assert line.startswith('1 BCN layer (bbox_head.0) ran on maps of several')
 
 
 def in_a_data_sample(y, z):

@@ -4,6 +4,7 @@ import copy
 import importlib
 import logging
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 from torch.optim.swa_utils import AveragedModel, update_bn
-from torch.utils.data import BatchSampler, ConcatDataset, DataLoader
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+)
 
 import ws_mm
 from ws_mm import BCN, WSConv2d
@@ -332,7 +338,7 @@ def test_a_layer_that_sees_nothing_is_named(
         model, make_batches(2, 1), forward=lambda model, x: model[1](x)
     )
     (line,) = said
-    assert line.startswith('2 layers (0, 2, ...) saw no value in 2 batches')
+    assert line.startswith('2 layers (0, 2) saw no value in 2 batches')
     kept = {k for k, v in state(model).items() if torch.equal(v, before[k])}
     moved = {'1.running_mean', '1.running_var'}
     assert kept == before.keys() - moved
@@ -403,6 +409,28 @@ def test_several_processes_measure_all_batches(mode, world):
     for name, values in expected.items():
         assert torch.equal(ranks[0][name], ranks[1][name])
         assert not disagreements({name: ranks[0][name]}, {name: values}, WIDE)
+
+
+def compiled_rank(rank: int, outside: bool) -> dict[str, Tensor]:
+    model = randomized(BCN(8, 4)).eval()
+    if outside:
+        ranks = nn.parallel.DistributedDataParallel(model)
+        wrapped = torch.compile(ranks, backend='eager')
+    else:
+        compiled = torch.compile(model, backend='eager')
+        wrapped = nn.parallel.DistributedDataParallel(compiled)
+    own = make_batches(2, 1, seed=rank)
+    with torch.no_grad():
+        wrapped(own[0])  # such a graph runs no hook that comes later
+    ws_mm.update_estimates(wrapped, own)
+    return buffers(model[0])
+
+
+@pytest.mark.parametrize('outside', [True, False])
+def test_a_compiled_model_is_measured_by_ranks(outside, world):
+    every = [x for rank in range(2) for x in make_batches(2, 1, seed=rank)]
+    for found in world(2).run(compiled_rank, outside):
+        assert not disagreements(found, of_all_values(every), WIDE)
 
 
 def batch_norm_rank(rank: int) -> dict[str, Tensor]:
@@ -511,6 +539,34 @@ def test_a_sampler_of_several_sources_is_refused_before_training():
 
 
 # With mmengine's Runner.
+
+
+class Stream(IterableDataset):
+    """Images that come one after the other, as from a web archive."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(IMAGES)
+
+
+def test_a_stream_of_images_is_refused_before_training(tmp_path):
+    loader = dict(
+        dataset=Stream(),
+        sampler=None,
+        batch_size=2,
+        collate_fn=dict(type='default_collate'),
+    )
+    runner = Runner(
+        small_run.Small(WSConv2d(3, 2, 5), BCN(2)),
+        work_dir=str(tmp_path),
+        train_dataloader=loader,
+        train_cfg=dict(by_epoch=False, max_iters=1),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+        custom_hooks=[dict(type='ws_mm.UpdateEstimatesHook')],
+        experiment_name='stream',
+    )
+    with pytest.raises(ValueError, match='data set is a Stream, a stream'):
+        runner.train()
+
 
 IMAGES = small_run.make_data(6)
 # All images, so that their order does not matter to the first norm.

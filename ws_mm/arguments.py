@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 
@@ -82,6 +82,17 @@ def check_count(name: str, value: Any, least: int, key: str) -> None:
             f'{name}={value!r} must be a whole number of at least {least} '
             f'({key}=dict({name}=...))'
         )
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first three of many, for a message."""
+    return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
+
+
+def counted(names: Sequence[str], noun: str = 'layer') -> str:
+    """Their number, the noun, and the first three, for a message."""
+    plural = '' if len(names) == 1 else 's'
+    return f'{len(names)} {noun}{plural} ({first_names(names)})'
 
 
 def _number(value: Any) -> float:

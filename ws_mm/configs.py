@@ -12,6 +12,7 @@ from typing import Any
 from mmengine.config import Config
 from torch import nn
 
+from .arguments import first_names
 from .checking import check
 from .config_backbones import (
     ease_in,
@@ -54,7 +55,6 @@ from .config_parts import (
     read_parts,
     select,
 )
-from .hooks import first_names
 from .replacement import BATCH_NORMS
 from .running_statistics import RunningStatistics
 

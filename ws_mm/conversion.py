@@ -14,7 +14,7 @@ from mmengine.logging import print_log
 from torch import nn
 
 from . import replacement
-from .arguments import check_choice, check_eps, reject_unknown
+from .arguments import check_choice, check_eps, counted, reject_unknown
 from .checking import CONVS, NORMS, Inputs, Trace, run_traced
 from .functional import EPS_MODES
 from .running_statistics import (
@@ -323,12 +323,9 @@ def _has_method(module: nn.Module, method: str) -> bool:
 
 def _listed(reasons: Reasons) -> str:
     """Each reason, with the number of its layers and some names."""
-    parts = []
-    for why, names in reasons.items():
-        some = ', '.join(names[:4]) + (', ...' if len(names) > 4 else '')
-        layers = 'layer' if len(names) == 1 else 'layers'
-        parts.append(f'{why}: {len(names)} {layers} ({some})')
-    return '; '.join(parts)
+    return '; '.join(
+        f'{why}: {counted(names)}' for why, names in reasons.items()
+    )
 
 
 def _covering(names: set[str], others: set[str]) -> list[str]:

@@ -13,6 +13,7 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
+from .arguments import counted
 from .replacement import BATCH_NORMS
 from .restoring import restored
 from .running_statistics import (
@@ -101,9 +102,7 @@ def measure(
             f'num_batches={num_batches!r} must be a whole number of at least '
             '1, or None for all batches'
         )
-    model = getattr(model, '_orig_mod', model)  # compiled, it runs no hooks
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module  # it would broadcast buffers in each forward
+    model = _eager_and_alone(model)
     host = _host_model(model)
     # A copy: it may draw the size of the next images, which is no buffer.
     preprocess = copy.deepcopy(host.data_preprocessor) if host else None
@@ -160,12 +159,23 @@ def measure(
     ]
     if missed:
         print_log(
-            f'{len(missed)} layers ({", ".join(missed[:3])}, ...) saw no '
-            f'value in {taken} batches and keep the statistics that they had',
+            f'{counted(missed)} saw no value in {taken} batches. The '
+            'statistics there are as they were',
             logger='current',
             level=logging.WARNING,
         )
     return found
+
+
+def _eager_and_alone(model: nn.Module) -> nn.Module:
+    """The model without torch.compile and DDP, whichever is outside.
+
+    A compiled one runs no hooks; DDP broadcasts buffers in each forward.
+    """
+    inner = getattr(model, '_orig_mod', None)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        inner = model.module
+    return model if inner is None else _eager_and_alone(inner)
 
 
 class _BatchNorm:

@@ -11,7 +11,7 @@ from mmengine.dist import broadcast_object_list, get_dist_info
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from .estimates import measure
 from .hooks import inner_model
@@ -42,8 +42,9 @@ class UpdateEstimatesHook(Hook):
 
     Raises:
         ValueError: ``num_batches`` is no whole number of at least 1; the
-            sampler of ``train_dataloader`` cannot be replaced, or gives no
-            batch; or ``EMAHook`` has ``evaluate_on_origin``.
+            sampler of ``train_dataloader`` cannot be replaced (that of a
+            stream, for one), or gives no batch; or ``EMAHook`` has
+            ``evaluate_on_origin``.
     """
 
     # After EMAHook (NORMAL, 49 in configs) has averaged or put its weights
@@ -202,6 +203,9 @@ class UpdateEstimatesHook(Hook):
         sampler or its workers.
         """
         loader = runner.train_loop.dataloader
+        if isinstance(loader.dataset, IterableDataset):
+            kind = f'data set is a {type(loader.dataset).__name__}, a stream'
+            raise _cannot_draw(kind)
         # With diff_rank_seed each rank has a seed of its own; one order is
         # shared by all.
         seeds = [runner.seed]
@@ -212,13 +216,13 @@ class UpdateEstimatesHook(Hook):
         drawn = getattr(own, 'sampler', None)
         # mmdet's samplers of several sources: each batch has some of all.
         if hasattr(drawn, 'source_ratio'):
-            raise _cannot_draw(drawn)
+            raise _cannot_draw(_sampled_by(drawn))
         try:
             batches = type(own)(
                 samples, batch_size=own.batch_size, drop_last=own.drop_last
             )
         except (AttributeError, TypeError) as error:
-            raise _cannot_draw(own) from error
+            raise _cannot_draw(_sampled_by(own)) from error
         fetch = getattr(loader.dataset, '__getitems__', None)
         if isinstance(fetch, SeededSamples):
             # Once built: mmdet's refuse what is no Sampler of torch.
@@ -251,11 +255,15 @@ class UpdateEstimatesHook(Hook):
             buffers[name].copy_(values)
 
 
-def _cannot_draw(sampler: Any) -> ValueError:
+def _sampled_by(sampler: Any) -> str:
+    return f'sampler is a {type(sampler).__name__}'
+
+
+def _cannot_draw(kind: str) -> ValueError:
     return ValueError(
         'UpdateEstimatesHook cannot go over the images of train_dataloader: '
-        f'its sampler is a {type(sampler).__name__}, and no other sampler can '
-        'draw them in its place. Remove the hook from custom_hooks, and call '
+        f'its {kind}, and no other sampler can draw them in its place. '
+        'Remove the hook from custom_hooks, and call '
         'ws_mm.update_estimates(model, loader) after training'
     )
 

@@ -14,6 +14,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
+from .arguments import counted, first_names
 from .checking import check
 from .distributed import world_size
 from .running_statistics import RunningStatistics
@@ -181,9 +182,9 @@ class CheckModelHook(_FrozenLayersHook):
             names, (kind, *_) = zip(*shared, strict=True)
             part = names[0].split('.')[0]
             print_log(
-                f'{len(shared)} {kind} layers ran on maps of several sizes in '
-                f'one iteration ({", ".join(names[:3])}, ...): a head shared '
-                'over pyramid levels. Their estimates mix the levels and move '
+                f'{counted(names, f"{kind} layer")} ran on maps of several '
+                'sizes in one iteration: a head shared over pyramid levels. '
+                'Their estimates mix the levels and move '
                 'once per level. GN has none: set '
                 f"model.{part}.norm_cfg=dict(type='GN', num_groups=32)",
                 logger='current',
@@ -335,11 +336,6 @@ def batch_norm_problems(
         'those of a pretrained backbone'
         for number, names in few.items()
     ]
-
-
-def first_names(names: list[str]) -> str:
-    """The first three of many, for a message."""
-    return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
 
 
 @cache
