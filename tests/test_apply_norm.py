@@ -262,6 +262,58 @@ def test_the_batch_of_a_process_divides_the_batch_asked(
     assert f'multiply them by {inverse}' in said
 
 
+def test_rates_of_schedulers_are_scaled_with_the_other() -> None:
+    cfg = read('mmdet::yolox/yolox_tiny_8xb8-300e_coco.py')
+    cosine = next(s for s in cfg.param_scheduler if 'eta_min' in s)
+    assert cosine.eta_min == 0.0005
+    cfg.param_scheduler += [
+        dict(type='OneCycleLR', eta_max=[0.01, 0.1], total_steps=9),
+        dict(type='CosineAnnealingMomentum', eta_min=0.85),
+    ]
+    before = cfg.to_dict()
+    apply_norm(cfg, parts=['neck'], images_per_step=8)  # of 64
+    assert cosine.eta_min == 0.0000625
+    assert cfg.param_scheduler[-2].eta_max == [0.00125, 0.0125]
+    for old, new in zip(
+        before['param_scheduler'], cfg.param_scheduler, strict=True
+    ):
+        if old['type'] not in ('CosineAnnealingLR', 'OneCycleLR'):
+            assert new == old
+    cfg = read(PLUS)
+    (poly,) = cfg.param_scheduler
+    cfg.param_scheduler = poly
+    given = dict(images_per_step=2, base_batch_size=16)
+    apply_norm(cfg, parts=['decode_head'], **given)
+    assert cfg.param_scheduler == {**poly, 'eta_min': 0.0000125}
+
+
+@pytest.mark.parametrize(
+    ('key', 'value'),
+    [
+        ('auto_scale_lr.base_batch_size', '16'),
+        ('auto_scale_lr.base_batch_size', 0.5),
+        ('optim_wrapper.accumulative_counts', '2'),
+        ('optim_wrapper.accumulative_counts', 2.0),
+    ],
+)
+def test_a_count_of_the_config_that_is_none_is_named(key, value) -> None:
+    cfg = read(MASK)
+    cfg.merge_from_dict({key: value})
+    match = f'{key}={value!r} must be a whole number of at least 1 .in the'
+    with pytest.raises(ConfigError, match=match):
+        apply_norm(cfg, parts=['neck'], images_per_step=8)
+
+
+def test_a_class_is_a_layer_as_its_name_is() -> None:
+    named, given = read(MASK), read(MASK)
+    apply_norm(named, 'WSConv2d', 'BCN')
+    apply_norm(given, ws_mm.WSConv2d, ws_mm.BCN)
+    assert given.to_dict() == named.to_dict()
+    for wrong in (3, nn.Linear, [ws_mm.BCN]):
+        with pytest.raises(ConfigError, match=r'norm=.* must be one of'):
+            apply_norm(given, norm=wrong)
+
+
 def test_the_name_of_a_file_speaks_not_of_its_folder(tmp_path) -> None:
     cfg = read(MASK)
     path = tmp_path / 'runs_3xb7' / 'mask-rcnn_8xb2.py'

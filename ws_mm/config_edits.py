@@ -22,6 +22,8 @@ BASE_KEY: Key = ('auto_scale_lr', 'base_batch_size')
 COUNTS_KEY: Key = ('optim_wrapper', 'accumulative_counts')
 # That of semi-supervised training has its own, and a ratio of sources in it.
 SAMPLER_KEY: Key = ('train_dataloader', 'sampler', 'batch_size')
+# Of a scheduler; its other numbers are shares of the optimizer's rate.
+ABSOLUTE_RATES = 'eta_min', 'eta_max'
 
 
 class _Absent:
@@ -211,8 +213,9 @@ def scale_lr(
         images: images in one step of the optimizer.
         base: images per step that the learning rate is for, if given.
     """
-    images = _count('images_per_step', images)
-    base = base if base is None else _count('base_batch_size', base)
+    images = _count('images_per_step', images, '--images-per-step')
+    if base is not None:
+        base = _count('base_batch_size', base, '--base-batch-size')
     lr_key: Key = ('optim_wrapper', 'optimizer', 'lr')
     batch_key: Key = ('train_dataloader', 'batch_size')
     lr, batch = (
@@ -223,7 +226,9 @@ def scale_lr(
         draft.leave(lr_key, 'not there, so the rate cannot be scaled')
         return
     counts = draft.get(COUNTS_KEY)
-    counts = 1 if counts is ABSENT or not counts else counts
+    if counts is ABSENT or not counts:
+        counts = 1
+    counts = _count(spell(COUNTS_KEY), counts, 'in the config')
     base = base or _base_batch_size(draft, filename, lr, counts)
     if base == images:
         return
@@ -233,7 +238,9 @@ def scale_lr(
             f'iterations of one step ({spell(COUNTS_KEY)})'
         )
     why = f'linear rule: {images} images per step instead of {base}'
-    draft.set(lr_key, float(f'{lr * images / base:.12g}'), why)
+    draft.set(lr_key, _scaled(lr, images / base), why)
+    for key, rate in _absolute_rates(draft):
+        draft.set(key, _scaled(rate, images / base), why)
     draft.set(BASE_KEY, images, 'what the learning rate is for')
     at_once = images // counts  # of all processes
     if batch and at_once % batch:
@@ -249,19 +256,44 @@ def scale_lr(
     share = images / base
     draft.leave(
         ('param_scheduler',),
-        'absolute rates (eta_min) are as before, and iterations: each has '
-        f'{share:g} times the images. Where max_iters, val_interval or a '
-        f'warm-up (end) count iterations, multiply them by {1 / share:g}',
+        f'iterations are as before: each has {share:g} times the images. '
+        'Where max_iters, val_interval or a warm-up (end) count iterations, '
+        f'multiply them by {1 / share:g}',
     )
 
 
-def _count(name: str, value: Any) -> int:
+def _scaled(rate: Any, share: float) -> Any:
+    """Return a share of a rate, or of each in a list."""
+    if isinstance(rate, (list, tuple)):
+        return [_scaled(one, share) for one in rate]
+    return float(f'{rate * share:.12g}')
+
+
+def _absolute_rates(draft: Draft) -> list[tuple[Key, Any]]:
+    """Return keys and values of rates that schedulers do not take from lr."""
+    top: Key = ('param_scheduler',)
+    schedulers: Any = draft.content.get('param_scheduler') or ()
+    if not isinstance(schedulers, dict):
+        places = [
+            ((*top, number), one) for number, one in enumerate(schedulers)
+        ]
+    else:  # one, or those of each of several optimizers
+        places = [(top, schedulers)] if 'type' in schedulers else []
+    return [
+        ((*place, name), scheduler[name])
+        for place, scheduler in places
+        for name in ABSOLUTE_RATES
+        # The others change a momentum.
+        if scheduler.get(name) and short(scheduler['type']).endswith('LR')
+    ]
+
+
+def _count(name: str, value: Any, where: str) -> int:
     """Return a count that was given, if it is one."""
     if isinstance(value, int) and value >= 1:
         return value
     raise ConfigError(
-        f'{name}={value!r} must be a whole number of at least 1 '
-        f'(--{name.replace("_", "-")})'
+        f'{name}={value!r} must be a whole number of at least 1 ({where})'
     )
 
 
@@ -273,6 +305,7 @@ def _base_batch_size(
     says = 'nothing in the config says'
     base = draft.get(BASE_KEY)
     if base is not ABSENT and base:
+        base = _count(spell(BASE_KEY), base, 'in the config')
         found[f'{spell(BASE_KEY)}={base}'] = base
     name = os.path.basename(filename or '')
     if named := re.search(r'_(\d+)xb(\d+)', name):

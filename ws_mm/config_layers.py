@@ -22,7 +22,7 @@ from .replacement import standardizes, ws_type
 from .running_statistics import RunningStatistics
 
 Cfg: TypeAlias = dict[str, Any]
-Layer: TypeAlias = str | Mapping[str, Any] | None
+Layer: TypeAlias = str | type[Any] | Mapping[str, Any] | None
 
 # Those that messages name.
 KNOWN = dict(conv=('WSConv2d',), norm=('BCN', 'GN', 'BN', 'SyncBN'))
@@ -120,7 +120,7 @@ def asked_layer(
     """Return the cfg of a layer that was asked for, None to keep.
 
     Args:
-        asked: registered type, cfg, 'keep' or None.
+        asked: registered type or class, cfg, 'keep' or None.
         kind: 'conv' or 'norm'.
         scope: registry that the type is looked up in.
         auto: what the type 'auto' stands for; it stands for nothing if None.
@@ -131,7 +131,7 @@ def asked_layer(
     """
     if asked is None or asked == 'keep':
         return None
-    cfg = dict(type=asked) if isinstance(asked, str) else dict(asked)
+    cfg = dict(asked if isinstance(asked, Mapping) else {'type': asked})
     if auto is not None and cfg.get('type') == 'auto':
         cfg['type'] = auto
     try:

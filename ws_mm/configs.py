@@ -84,6 +84,7 @@ def apply_norm(
         lr = lr * images_per_step / base
         base = base_batch_size, else what the config says:
             auto_scale_lr.base_batch_size, and G * B of a file name with _GxbB
+    and so are eta_min and eta_max of the schedulers.
 
     One step has ``optim_wrapper.accumulative_counts`` iterations. With more
     than one, a file name alone is not enough.
@@ -91,11 +92,11 @@ def apply_norm(
     Args:
         cfg: config; changed in place, or not at all where this raises.
             Applied a second time, nothing changes.
-        conv: registered type of a convolution, such as 'WSConv2d'; a
-            ``conv_cfg``; 'keep' or None; or 'auto', which is the convolution
-            that the norm was published with, for most WSConv2d.
+        conv: registered type of a convolution, such as 'WSConv2d', or its
+            class; a ``conv_cfg``; 'keep' or None; or 'auto', which is the
+            convolution that the norm was published with, for most WSConv2d.
         norm: registered type of a norm, such as 'BCN', 'GN', 'BN' or
-            'SyncBN'; a ``norm_cfg``; or 'keep' or None. Without
+            'SyncBN', or its class; a ``norm_cfg``; or 'keep' or None. Without
             ``num_groups``, GN gets the largest count up to 32 that divides
             the channels of all norms of a part.
         parts: 'backbone', 'neck', 'heads' or keys below ``model``, such as
