@@ -24,7 +24,7 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner, loops
 from mmengine.runner.priority import get_priority
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from ws_mm import ExactResumeHook
 
@@ -356,6 +356,26 @@ def test_workers_that_started_before_the_hook_are_named(
             said = 'the same train_dataloader.num_workers=1' in caplog.text
             assert said == (begun and workers == 1)
             next(loop.dataloader_iterator)
+
+
+class Stream(IterableDataset):
+    """Images that come one after the other."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(4))
+
+
+def test_a_stream_is_read_as_it_is_and_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    opened = load('launch').open_data(Config(), 'train_dataloader', Stream)
+    _, runner = hooked(InfiniteSampler(Samples(), seed=0))
+    assert 'a stream' not in caplog.text
+    runner.train_loop.dataloader = DataLoader(opened, batch_size=2)
+    ExactResumeHook().before_train(runner)
+    assert 'the data set is a stream' in caplog.text
+    assert [*map(list, runner.train_loop.dataloader)] == [[0, 1], [2, 3]]
 
 
 def test_samples_of_each_rank_and_seed_differ() -> None:

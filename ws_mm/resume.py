@@ -9,6 +9,7 @@ import torch
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from torch.utils.data import IterableDataset
 
 
 @HOOKS.register_module()
@@ -31,10 +32,11 @@ class ExactResumeHook(Hook):
         for the same seed. The hook does not restore values that a
         transform, a preprocessor or a model carries from one sample to the
         next outside of its state_dict (CachedMosaic's images, the last size
-        of BatchSyncRandomResize), nor what mmdet's GroupMultiSourceSampler
-        draws. Releases of mmengine start the workers of a loop of iterations
-        before any hook runs. Their samples keep the workers' own random
-        numbers: resume with the same ``num_workers``.
+        of BatchSyncRandomResize), what mmdet's GroupMultiSourceSampler draws,
+        and the samples of an IterableDataset. Releases of mmengine start
+        the workers of a loop of iterations before any hook runs. Their
+        samples keep the workers' own random numbers: resume with the same
+        ``num_workers``.
     """
 
     # Before any other hook draws a number for the iteration.
@@ -48,6 +50,12 @@ class ExactResumeHook(Hook):
             'others than without it (tools/train.py --no-exact-resume).'
         )
         loader = runner.train_loop.dataloader
+        if isinstance(loader.dataset, IterableDataset):
+            runner.logger.info(
+                'ExactResumeHook: the data set is a stream, whose samples '
+                'have no places. After a resume they have other random '
+                'numbers.'
+            )
         batches = getattr(runner.train_loop, 'dataloader_iterator', None)
         started = getattr(batches, '_iterator', None)
         if loader.num_workers and started is not None:

@@ -400,13 +400,14 @@ def open_data(cfg: Config, loader: str, build: Callable[[], Any]) -> Any:
     try:
         with data_checks.checked_annotations(cfg.get('default_scope')):
             dataset = build()
-        count = len(dataset)
+        # A stream may have no length.
+        count = len(dataset) if hasattr(dataset, '__len__') else None
     except (ValueError, TypeError) as error:
         reason = _empty_or_broken(cfg, loader, error)
         if reason is None:
             raise
         raise SetupError(reason) from error
-    if not count:
+    if count == 0:
         raise SetupError(_no_images(cfg, loader))
     data_checks.check_samples(loader, dataset)
     return dataset
