@@ -40,7 +40,9 @@ class Formula(nn.Module):
         y = (x - norm.running_mean.view(shape)) / deviation
         y = y * norm.weight.view(shape) + norm.bias.view(shape)
         y = F.group_norm(y, self.groups, eps=self.eps)
-        return norm.act(norm.drop(y))
+        for name in ('drop', 'act'):  # of timm's
+            y = getattr(norm, name, nn.Identity())(y)
+        return y
 
 
 def written_out(source: nn.Module, new: nn.Module) -> nn.Module:
@@ -132,9 +134,123 @@ def test_padding_of_mmcv() -> None:
         var, mean = torch.var_mean(flat, 1, keepdim=True)
         flat.sub_(mean).div_(var.sqrt() + 1e-5)
         oracle.bn = Formula(oracle.bn, new.bn)
-        oracle.bn.norm.drop = oracle.bn.norm.act = nn.Identity()
         assert relative_error(new(x), oracle(x)) < 1e-12
         assert kinds(bake(new))['Conv2dAdaptivePadding'] == 1
+
+
+class HoldingConv2d(nn.Conv2d):
+    """A convolution that holds its norm and its activation."""
+
+    def __init__(
+        self, *args: Any, norm: Any = None, activation: Any = None, **more: Any
+    ) -> None:
+        super().__init__(*args, **more)
+        self.norm, self.activation = norm, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        for function in (self.norm, self.activation):
+            x = x if function is None else function(x)
+        return x
+
+
+class LeakyFirst(HoldingConv2d):
+    """Another order, which is no contract that convert knows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.activation(nn.Conv2d.forward(self, x)))
+
+
+def holding(conv: Any) -> nn.Module:
+    """A network of such convolutions, of which the last has no norm."""
+    return nn.Sequential(
+        conv(3, 8, 3, bias=False, norm=nn.BatchNorm2d(8), activation=F.relu),
+        conv(8, 8, 3, groups=2, norm=nn.BatchNorm2d(8), activation=nn.SiLU()),
+        conv(8, 8, 1, activation=F.relu),
+        nn.BatchNorm2d(8),
+        conv(8, 8, 1, activation=torch.tanh),
+        nn.BatchNorm2d(8),
+        conv(8, 4, 1),
+    )
+
+
+@pytest.mark.parametrize('host', ['here', 'detectron2'])
+def test_convolutions_that_hold_their_norm(host: str) -> None:
+    kind: Any = HoldingConv2d
+    if host == 'detectron2':
+        kind = pytest.importorskip('detectron2.layers').Conv2d
+    source = randomized(holding(kind)).double()
+    x = image(33, dtype=torch.float64)
+    new = convert(source, **BOTH, inputs=x)
+    # The norm behind tanh does not take the scale out of its convolution.
+    standardized = [f'{i}' for i in (0, 1, 2)]
+    assert kinds(new)['WSConv2dNormAct'] == 3
+    assert kinds(new)['BCN'] == 4
+    report = check(new, x)
+    assert not report.mistakes
+    assert [conv.name for conv in report if conv.standardized] == standardized
+    assert all(conv.how == 'proven' for conv in report)
+    for found in (report, check(new)):
+        norms = [conv.norms for conv in found]
+        assert norms[:3] == [('0.norm',), ('1.norm',), ('3',)]
+    oracle = written_out(source, new)
+    x.requires_grad_()
+    expected, actual = oracle(x), new(x)
+    assert relative_error(actual, expected) < 1e-10
+    cotangent = torch.randn_like(actual)
+    (a,) = torch.autograd.grad(actual, x, cotangent)
+    (b,) = torch.autograd.grad(expected, x, cotangent)
+    assert relative_error(a, b) < 1e-8
+    baked = bake(new)
+    assert kinds(baked)[kind.__name__] == 5
+    assert relative_error(baked(x), expected) < 1e-10
+    again = pickle.loads(pickle.dumps(new))
+    assert relative_error(again(x), expected) < 1e-10
+    trains(new.float(), lambda model: model(image(33)))
+
+
+def test_folding_into_a_convolution_that_holds_its_norm() -> None:
+    source = randomized(holding(HoldingConv2d)[:2]).double()
+    x = image(33, dtype=torch.float64)
+    new = convert(source, **BOTH, inputs=x)
+    folded = bake(new, x, fold_estimates=True)
+    assert kinds(folded)['HoldingConv2d'] == kinds(folded)['GroupNorm'] == 2
+    assert relative_error(folded(x), new(x)) < 1e-10
+
+
+@pytest.mark.parametrize('norm', ['BN', 'GN', 'FrozenBN', 'SyncBN'])
+def test_a_network_of_detectron2(norm: str) -> None:
+    pytest.importorskip('detectron2')
+    from detectron2.modeling.backbone.fpn import FPN
+    from detectron2.modeling.backbone.resnet import BasicStem, ResNet
+
+    maps = ['res2', 'res3', 'res4', 'res5']
+    stages = ResNet.make_default_stages(18, norm=norm)
+    resnet = ResNet(BasicStem(norm=norm), stages, out_features=maps)
+    source = FPN(resnet, maps, 64, norm='GN')
+    x = torch.randn(1, 3, 64, 96)
+    new = convert(source, **BOTH, inputs=x).eval()
+    assert kinds(new)['WSConv2dNormAct'] == kinds(new)['BCN'] == 28
+    assert not check(new, x).mistakes
+    folded = bake(new, x, fold_estimates=True)
+    modules = {type(module).__module__ for module in folded.modules()}
+    assert not any(module.startswith('ws_mm') for module in modules)
+    expected, found = new(x), folded(x)
+    for name in expected:
+        assert relative_error(found[name], expected[name]) < 1e-4
+    trains(new, lambda model: model(x))
+
+
+def test_another_order_within_a_convolution_stays(said: list[str]) -> None:
+    norm = nn.BatchNorm2d(8)
+    source = nn.Sequential(
+        LeakyFirst(3, 8, 3, norm=norm, activation=F.leaky_relu),
+        HoldingConv2d(8, 8, 3, norm=nn.BatchNorm2d(8)),
+    )
+    new = convert(source, **BOTH, inputs=image())
+    assert type(new[0]) is LeakyFirst
+    assert type(new[1]) is not HoldingConv2d
+    assert 'LeakyFirst is more than its torch namesake: 1 layer (0)' in said[0]
 
 
 def test_a_converted_network_is_copied_pickled_and_loaded() -> None:

@@ -96,6 +96,8 @@ def _compare(
         conv, norm = (copy.deepcopy(baked[name]).eval() for name in pair)
         # Its own modes are those of the inputs, which may train it.
         own = copy.deepcopy(modules[pair[1]]).eval()
+        if pair[1].startswith(f'{pair[0]}.'):
+            norm = own = nn.Identity()  # a convolution that holds its norm
         # What a hook is given has been through them.
         conv._forward_pre_hooks.clear()
 

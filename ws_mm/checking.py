@@ -33,6 +33,7 @@ Inputs: TypeAlias = (
     | None
 )
 CONVS = nn.modules.conv._ConvNd
+CONVOLUTION = 'convolution.default'
 NORMS = (
     BATCH_NORMS,
     nn.modules.instancenorm._InstanceNorm,
@@ -198,6 +199,17 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.names = names
         self.norms = {*norms, *(m for m in names if isinstance(m, NORMS))}
+        # Convolutions that hold a norm or an activation, as detectron2's:
+        # these read what they do not return.
+        self.holders = {
+            module
+            for module in names
+            if isinstance(module, CONVS)
+            and (
+                self.norms & {*module.children()}
+                or getattr(module, 'activation', None) is not None
+            )
+        }
         self.trace = Trace()
         self.stack: list[nn.Module] = []
         # By id: the tensor, kept alive so that its id stays its own, and
@@ -218,11 +230,13 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         read = [t for t in tree_leaves((args, kwargs)) if self.known(t)]
         output = func(*args, **kwargs)
+        module = self.stack[-1] if self.stack else None
+        if module in self.holders and func.__name__ == CONVOLUTION:
+            self.origin[id(output)] = (output, {module: ()})
         changed = self.changed(func, args, kwargs)
         read += changed
         if not read:
             return output
-        module = self.stack[-1] if self.stack else None
         self.read.update((id(tensor), module) for tensor in read)
         layer = self.layer()
         operation = func.__name__.split('.')[0]
@@ -236,7 +250,9 @@ class _Watch(TorchDispatchMode):
             for conv, path in paths.items():
                 both = (*self.trace.norms[conv].get(layer, ()), *path)
                 self.trace.norms[conv][layer] = tuple(dict.fromkeys(both))
-        elif isinstance(layer, CONVS) or own not in SCALE_KEEPING:
+        elif own not in SCALE_KEEPING or (
+            isinstance(layer, CONVS) and layer not in self.holders
+        ):
             where = self.names.get(layer, '') if layer else ''
             what = f'{operation} in {where or "the model itself"}'
             for tensor in read:
@@ -273,10 +289,9 @@ class _Watch(TorchDispatchMode):
 
     def layer(self) -> Any:
         """Return the norm or convolution that runs, else the inner module."""
-        for module in self.stack:
-            if module in self.norms or isinstance(module, CONVS):
-                return module
-        return self.stack[-1] if self.stack else None
+        norms = (m for m in self.stack if m in self.norms)
+        convs = (m for m in self.stack if isinstance(m, CONVS))
+        return next(iter((*norms, *convs, *self.stack[-1:], None)))
 
     def used(self, tensor: Tensor, what: str) -> None:
         """Note that an operation other than a norm read a tensor."""
@@ -305,7 +320,8 @@ class _Watch(TorchDispatchMode):
         self.stack.pop()
         if isinstance(module, CONVS) and isinstance(output, Tensor):
             self.trace.ran.add(module)
-            self.origin[id(output)] = (output, {module: ()})
+            if module not in self.holders:
+                self.origin[id(output)] = (output, {module: ()})
         elif not list(module.children()) and module not in self.norms:
             # A compiled operator may not pass the dispatcher.
             outputs = {id(value) for value in tree_leaves(output)}
@@ -406,9 +422,12 @@ def _watched(model: nn.Module, watch: _Watch) -> Iterator[None]:
 
 
 def _guess_norm(modules: dict[str, nn.Module], name: str) -> list[nn.Module]:
-    """Return the sibling norm of the same number, or the next in order."""
+    """Return the norm within, the sibling of the same number, or the next."""
     path, _, own = name.rpartition('.')
     parent, conv = modules[path], modules[name]
+    for module in conv.children():
+        if isinstance(module, NORMS):
+            return [module] if _fits(module, conv) else []
     order = [one for one in getattr(parent, 'order', ()) if one != 'act']
     if order == ['norm', 'conv']:
         return []

@@ -48,12 +48,13 @@ def convert(
     """Return a copy of a model with WS convolutions, BCN norms or both.
 
     Every BatchNorm and GroupNorm becomes a BCN, torchvision's
-    ``FrozenBatchNorm2d`` included; the drop and activation of timm's norms
-    stay with it. A convolution is standardized if only norms read its
-    output, directly or behind operations that do not mix it with other
-    values. Everything else stays, and one line of the log names it with the
-    reason: convolutions with filters of one entry, LayerNorm, norms on 1x1
-    maps that have a single channel.
+    ``FrozenBatchNorm2d`` included; drop and activation of timm's norms, and
+    norm and activation within detectron2's convolutions, stay where they
+    are. A convolution is standardized if only norms read its output,
+    directly or behind operations that do not mix it with other values.
+    Everything else stays, and one line of the log names it with the reason:
+    convolutions with filters of one entry, LayerNorm, norms on 1x1 maps that
+    have a single channel.
 
     Convention: parameters, their names and ``requires_grad`` stay; a
         standardized convolution computes something else than the plain one

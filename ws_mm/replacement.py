@@ -6,7 +6,7 @@ not by their names: a copy runs beside the torch layer that it has to equal.
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -66,6 +66,31 @@ def _pad_same(input: Tensor, conv: Any) -> Tensor:
         missing = max((-(-size // stride) - 1) * stride + reach - size, 0)
         padding += missing // 2, missing - missing // 2
     return nn.functional.pad(input, padding)
+
+
+class WSConv2dNormAct(WSConv2d):
+    """A :class:`~ws_mm.conv.WSConv2d` that holds a norm and an activation.
+
+    Formula:
+        output = activation(norm(conv(input)))
+    where each may be None.
+
+    Source: the attributes of detectron2's ``Conv2d``.
+    """
+
+    norm: nn.Module | None
+    activation: Callable[[Tensor], Tensor] | None
+
+    @recorded
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve ``input`` with the standardized weight, then the rest."""
+        return _norm_act(super().forward(input), self)
+
+
+def _norm_act(output: Tensor, conv: Any) -> Tensor:
+    for function in (conv.norm, conv.activation):
+        output = output if function is None else function(output)
+    return output
 
 
 class WithAct(nn.Module):
@@ -156,10 +181,14 @@ def ws_type(conv: Any) -> type | None:
 
     if all(_equal(probe, x, plain(x)) for x in inputs):
         return PLAIN_TO_WS[base]
-    if base is nn.Conv2d and all(
-        _equal(probe, x, plain(_pad_same(x, conv))) for x in inputs
-    ):
+    if base is not nn.Conv2d:
+        return None
+    if all(_equal(probe, x, plain(_pad_same(x, conv))) for x in inputs):
         return WSConv2dSame
+    if {'norm', 'activation'} <= {*vars(conv), *conv._modules} and all(
+        _equal(probe, x, _norm_act(plain(x), probe)) for x in inputs
+    ):
+        return WSConv2dNormAct
     return None
 
 
@@ -211,7 +240,7 @@ def is_ours(conv: nn.Module) -> bool:
 
 
 def _own_base(conv: Any) -> type | None:
-    own = {*WS_TO_PLAIN, WSConv2dSame}
+    own = {*WS_TO_PLAIN, WSConv2dSame, WSConv2dNormAct}
     return next((base for base in type(conv).__mro__ if base in own), None)
 
 
