@@ -17,7 +17,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ws_mm import BCN, SyncEstimatesHook, distributed, running_statistics
+from ws_mm import (
+    BCN,
+    SyncEstimatesHook,
+    distributed,
+    running_statistics,
+    sync_estimates,
+)
 from ws_mm.hooks import average_estimates
 
 CHANNELS, GROUPS = 8, 4
@@ -263,9 +269,23 @@ def share(x: Tensor, sizes: tuple[int, ...], rank: int) -> Tensor:
     return x.split(sizes)[rank]
 
 
-def hook_rank(rank: int, sizes: tuple[int, ...]) -> dict[str, Tensor]:
+class OwnLoop:
+    """The hook's part in a loop without mmengine."""
+
+    def before_train(self, runner: Runner) -> None:
+        sync_estimates(runner.model)
+
+    def after_train_iter(self, runner: Runner, step: int) -> None:
+        sync_estimates(runner.model)
+
+
+def hook_rank(
+    rank: int, sizes: tuple[int, ...], own_loop: bool
+) -> dict[str, Tensor]:
     model = DistributedDataParallel(Net(), broadcast_buffers=False)
     hook = HOOKS.build(dict(type='ws_mm.SyncEstimatesHook'))
+    if own_loop:
+        hook = OwnLoop()
     hook.before_train(Runner(model))
     x, dy = make_batch(sum(sizes))
     with mock.patch.object(dist, 'all_reduce', wraps=dist.all_reduce) as calls:
@@ -278,9 +298,12 @@ def hook_rank(rank: int, sizes: tuple[int, ...]) -> dict[str, Tensor]:
     return dict(model.module.named_buffers())
 
 
-@pytest.mark.parametrize('sizes', [(3, 1), (4, 0, 1, 3)])
-def test_hook_averages_estimates_in_one_collective(sizes, world):
-    ranks = world(len(sizes)).run(hook_rank, sizes)
+@pytest.mark.parametrize(
+    ('sizes', 'own_loop'),
+    [((3, 1), False), ((4, 0, 1, 3), False), ((3, 1), True)],
+)
+def test_hook_averages_estimates_in_one_collective(sizes, own_loop, world):
+    ranks = world(len(sizes)).run(hook_rank, sizes, own_loop)
     for name in ranks[0]:
         same = all(torch.equal(r[name], ranks[0][name]) for r in ranks)
         assert same == (not name.startswith('batch')), name
@@ -295,11 +318,11 @@ def test_hook_averages_estimates_in_one_collective(sizes, world):
     )
 
 
-def test_hook_is_silent_in_one_process():
+@pytest.mark.parametrize('hook', [SyncEstimatesHook(), OwnLoop()])
+def test_hook_is_silent_in_one_process(hook):
     model = Net()
     model(make_batch(2)[0])
     before = {k: v.clone() for k, v in model.named_buffers()}
-    hook = SyncEstimatesHook()
     hook.before_train(Runner(model))
     hook.after_train_iter(Runner(model), 0)
     for name, values in model.named_buffers():

@@ -28,7 +28,7 @@ from .conversion import convert
 from .estimates import update_estimates
 from .estimates_hook import UpdateEstimatesHook
 from .functional import batch_channel_norm, standardize_weight
-from .hooks import CheckModelHook, SyncEstimatesHook
+from .hooks import CheckModelHook, SyncEstimatesHook, sync_estimates
 from .norm import BCN
 from .resume import ExactResumeHook
 from .singularities import SingularitiesHook
@@ -59,6 +59,7 @@ __all__ = [
     'check',
     'convert',
     'standardize_weight',
+    'sync_estimates',
     'update_estimates',
     'zoo',
 ]

@@ -352,6 +352,29 @@ def estimating_layers(model: nn.Module) -> list[RunningStatistics]:
     ]
 
 
+def sync_estimates(model: nn.Module) -> None:
+    """Average running statistics over the ranks, in a loop of your own.
+
+    It does what :class:`SyncEstimatesHook` does in mmengine's. Call it once
+    before the first step, which begins to count values, then after each step,
+    before averaged weights (EMA) are updated and a checkpoint is saved.
+
+    Distributed: one collective, the same on every rank, so that all ranks
+        call it. In one process nothing happens. Wrap the model in
+        ``DistributedDataParallel`` with ``broadcast_buffers=False``.
+
+    Args:
+        model: any model, wrapped or not, on the device that it trains on.
+    """
+    if world_size() == 1:
+        return
+    layers = estimating_layers(model)
+    for layer in layers:
+        if layer.values_seen is None:
+            layer.count_values()
+    average_estimates(layers)
+
+
 @torch.no_grad()
 def average_estimates(layers: Sequence[RunningStatistics]) -> None:
     """Average over the ranks, by values seen, in one collective.
