@@ -332,6 +332,23 @@ def test_a_teacher_is_not_frozen_as_it_was_built() -> None:
     assert 'teacher' not in found
 
 
+def test_batch_norms_that_are_frozen_as_they_were_built_are_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).train()
+    assert not hooks.frozen_problems(model)
+    norm = model[1].eval()  # as norm_eval and frozen_stages put it
+    (problem,) = hooks.frozen_problems(model)
+    assert 'These 1 BatchNorm2d layers use the statistics' in problem
+    assert 'norm_eval=False and frozen_stages=-1' in problem
+    nn.init.zeros_(norm.weight)  # mmdet's last norm of a residual block
+    assert hooks.frozen_problems(model)
+    # A checkpoint that folded the statistics, and one that did not.
+    for tensor in (norm.weight, norm.running_mean):
+        with torch.no_grad():
+            kept, _ = tensor.clone(), tensor.copy_(torch.rand(8))
+            assert not hooks.frozen_problems(model)
+            tensor.copy_(kept)
+
+
 def test_norm_eval_does_not_stop_the_estimates() -> None:
     model = resnet(norm_cfg=BCN4, norm_eval=True)
     model.train()

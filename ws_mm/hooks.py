@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .arguments import counted, first_names
 from .checking import check
 from .distributed import world_size
+from .replacement import BATCH_NORMS
 from .running_statistics import RunningStatistics
 from .shapes import batch_norms
 
@@ -226,8 +227,9 @@ def frozen_problems(model: nn.Module) -> list[str]:
     that trains, as ``frozen_stages`` of a backbone puts it, with initial
     statistics and constant affines. Learned affines are left alone: those
     are a GN checkpoint's, and such a BCN is its GroupNorm. A GN is named if
-    its parameters do not train and are 1 and 0. A norm that continues a
-    batch norm is named in training, too. A teacher follows its student.
+    its parameters do not train and are 1 and 0, a batch norm if it is in
+    eval mode as it was built. A norm that continues a batch norm is named
+    in training, too. A teacher follows its student.
 
     Args:
         model: the model, in its training modes.
@@ -236,6 +238,7 @@ def frozen_problems(model: nn.Module) -> list[str]:
     names: dict[str, list[str]] = {}
     untrained: dict[str, list[str]] = {}
     groups: dict[str, list[str]] = {}
+    batches: dict[str, list[str]] = {}
     for name, module in inner.named_modules():
         if name.startswith('teacher.'):
             continue
@@ -247,6 +250,8 @@ def frozen_problems(model: nn.Module) -> list[str]:
                 found.setdefault(type(module).__name__, []).append(name)
         elif isinstance(module, nn.GroupNorm) and _is_frozen_as_built(module):
             groups.setdefault(type(module).__name__, []).append(name)
+        elif isinstance(module, BATCH_NORMS) and _is_identity(module):
+            batches.setdefault(type(module).__name__, []).append(name)
     problems = [
         f'These {kind} layers are in eval mode while the model trains, '
         f'and have never learned any estimates: {", ".join(found)}. They '
@@ -270,6 +275,14 @@ def frozen_problems(model: nn.Module) -> list[str]:
         'start it from a checkpoint (init_cfg)'
         for kind, found in groups.items()
     ]
+    problems += [
+        f'These {len(found)} {kind} layers use the statistics that they were '
+        f'built with, in training, too: {first_names(found)}. They normalize '
+        'nothing. Start this part from a checkpoint (init_cfg). For a start '
+        'without one, tools/model_converters/apply_norm.py replaces them and '
+        'sets norm_eval=False and frozen_stages=-1'
+        for kind, found in batches.items()
+    ]
     return problems
 
 
@@ -288,6 +301,18 @@ def report_teacher(runner: Any) -> None:
             f"another network. Set dict(type='{MEAN_TEACHER}', "
             'skip_buffer=False) in custom_hooks'
         )
+
+
+def _is_identity(norm: Any) -> bool:
+    if norm.training or norm.running_mean is None:
+        return False
+    # Statistics that a checkpoint folded into weight and bias are these, too.
+    parameters = norm.parameters(recurse=False)
+    return bool(
+        (norm.running_mean == 0).all()
+        and (norm.running_var == 1).all()
+        and all((p == p.flatten()[0]).all() for p in parameters)
+    )
 
 
 def _is_frozen_as_built(norm: nn.GroupNorm) -> bool:
