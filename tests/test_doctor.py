@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import multiprocessing
 import re
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 from in_process import load, tools  # noqa: F401
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from support import config_checks, environment, environment_checks, ranks
 from support.config_checks import Training
 from support.findings import Finding, findings_of
@@ -193,6 +195,31 @@ def test_weights_that_do_not_fit(examined, tmp_path: Path) -> None:
     assert found.level == 'error'
     assert 'model.backbone.init_cfg: checkpoint' in found.text
     assert 'shares no parameter with the model' in found.text
+
+
+def test_weights_are_loaded_without_a_line_per_parameter(
+    examined, tmp_path: Path
+) -> None:
+    path = tmp_path / 'own.pth'
+    extra = MEANT + (
+        "model['backbone']['init_cfg'] = "
+        f"dict(type='Pretrained', checkpoint={str(path)!r})\n"
+    )
+    torch.save({'layer1.0.conv1.weight': torch.zeros(16, 16, 3, 3)}, path)
+    said = []
+    handler = logging.Handler()
+    handler.emit = said.append
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(handler)
+    try:
+        found = examined(SEG, extra)
+        assert any('own.pth: can be loaded' in f.text for f in found), found
+        level = logger.level
+    finally:
+        logger.removeHandler(handler)
+    lines = [record.getMessage() for record in said]
+    assert not [line for line in lines if 'layer1.0.conv1.weight -' in line]
+    assert level <= logging.INFO
 
 
 def test_a_model_that_does_not_build_is_said_once(examined) -> None:

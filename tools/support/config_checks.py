@@ -1,7 +1,9 @@
 """Look at a config before a long training."""
 
+import contextlib
 import copy
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,7 @@ import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, VISUALIZERS, DefaultScope
 from mmengine.runner import Runner
@@ -29,6 +32,18 @@ WARM_UPS = ('LinearLR', 'ConstantLR')
 # Copies of each weight: itself, its gradient, and what the optimizer keeps.
 COPIES = {'SGD': 3, 'Adam': 4, 'AdamW': 4}
 MIB = 2**20
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep mmengine's three lines per parameter out of the findings."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class Training:
@@ -149,7 +164,8 @@ class Training:
             load_from = self.cfg.get('load_from')
             checkpoints.check_weights_fit(load_from, model)
             checkpoints.check_parts_fit(model)
-            model.init_weights()
+            with quiet():
+                model.init_weights()
             yield Finding('ok', f'{", ".join(paths)}: can be loaded')
 
     def learning_rate(self) -> Iterator[Finding]:
