@@ -229,7 +229,9 @@ def bake_and_train_refuse(
         ),
         (
             'norm_cfg=dict(type="BN", num_groups=4)',
-            r'In the config: model\.backbone\.norm_cfg\.num_groups = 4$',
+            r'In the config: model\.backbone\.norm_cfg\.num_groups = 4 \(if a '
+            r'parent config sets it, add _delete_=True to '
+            r'model\.backbone\.norm_cfg\)$',
         ),
         (
             'norm_cfg=dict(type="GN", num_groups=4, mode="estimate")',
@@ -316,3 +318,14 @@ def test_only_the_first_keys_of_many_are_listed() -> None:
     said = load('layer_checks').explain(Config(dict(model=parts)), error)
     assert said.count('norm_cfg.typo = 1') == 4
     assert said.endswith('and 2 more')
+
+
+def test_a_norm_that_takes_the_argument_is_not_named() -> None:
+    parts = {
+        kind: dict(norm_cfg=dict(type=kind, num_groups=4))
+        for kind in ('BN', 'GN')
+    }
+    error = TypeError("got an unexpected keyword argument 'num_groups'")
+    said = load('layer_checks').explain(Config(dict(model=parts)), error)
+    assert 'model.BN.norm_cfg.num_groups = 4' in said
+    assert 'model.GN' not in said

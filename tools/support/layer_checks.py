@@ -1,6 +1,7 @@
 """Name the config keys of layers that cannot be built."""
 
 import difflib
+import inspect
 import re
 import traceback
 from typing import Any
@@ -10,6 +11,8 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from support.checks import SetupError, iter_nodes
+
+DELETE = ' (if a parent config sets it, add _delete_=True to {})'
 
 
 def explain(cfg: Config, error: Exception) -> str:
@@ -51,8 +54,11 @@ def explain(cfg: Config, error: Exception) -> str:
             )
         argument = ours[2] if ours else named and named[1]
         if argument in node and (is_layer or not ours):
-            if not ours or part.endswith(ours[1]):
-                found.append(f'{key}.{argument} = {node[argument]!r}')
+            words = f'{key}.{argument} = {node[argument]!r}'
+            if part.endswith(ours[1]) if ours else not is_layer:
+                found.append(words)
+            elif not ours and not _takes(kind, argument):
+                found.append(words + DELETE.format(key))
     more = f' and {len(found) - 4} more' if len(found) > 4 else ''
     where = '' if text else _where(error)
     return where + (
@@ -98,6 +104,12 @@ def check_norms(cfg: Config) -> None:
                 f'{key} is a GN without num_groups: set {key}.num_groups=32, '
                 'or another number that divides the channels of each layer'
             )
+
+
+def _takes(kind: Any, argument: str) -> bool:
+    if _unknown(kind) or not isinstance(kind, str):
+        return False
+    return argument in inspect.signature(MODELS.get(kind)).parameters
 
 
 def _unknown(kind: Any) -> bool:
