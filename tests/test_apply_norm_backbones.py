@@ -1,5 +1,6 @@
 """ws_mm.apply_norm: a pretrained backbone keeps its function."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,10 +58,29 @@ def test_a_network_of_timm_is_not_downloaded() -> None:
     cfg = read('mmdet::timm_example/retinanet_timm-tv-resnet50_*')
     # The host takes a bool, and True would look for the weights.
     assert cfg.model.backbone.pretrained is True
-    changes, _ = ws_mm.apply_norm(cfg)
+    other = copy.deepcopy(cfg)
+    changes, left = ws_mm.apply_norm(cfg)
     assert by_key(changes)['model.neck.norm_cfg'] == GN
     assert cfg.model.backbone.pretrained is True
-    changes, _ = ws_mm.apply_norm(cfg, norm='BCN', remaining=True)
+    # Its class has no norm_eval, and cannot be told which norms to build.
+    assert {k: v for k, v in by_key(changes).items() if 'backbone' in k} == {
+        'model.backbone.of': 'mmpretrain.TIMMBackbone',
+        'model.backbone.type': 'ws_mm.Converted',
+        'model.backbone.norm_eval': True,
+    }
+    assert not any('batch norms remain' in one.why for one in left)
+    again, left = ws_mm.apply_norm(cfg)
+    assert again == []
+    assert not any('batch norms remain' in one.why for one in left)
+    cfg.model.backbone.pretrained = False
+    model = MODELS.build({**cfg.model, '_scope_': 'mmdet'}).train()
+    names = batch_norms(model)
+    assert len(names) == 53
+    assert not any(model.get_submodule(name).training for name in names)
+    assert model.backbone.training
+    cfg = other
+    options = dict(remaining=True, backbone='convert')
+    changes, _ = ws_mm.apply_norm(cfg, norm='BCN', **options)
     assert by_key(changes)['model.backbone.pretrained'] is False
     model = MODELS.build({**cfg.model, '_scope_': 'mmdet'})
     assert batch_norms(model) == []
@@ -93,10 +113,19 @@ def test_the_norms_of_a_student_that_remain_are_its_own() -> None:
 
 
 def test_others_are_converted() -> None:
-    # It cannot be frozen: its class has no norm_eval.
-    cfg = read(PIDNET)
+    # Its class takes norm_cfg, and no norm_eval.
+    cfg, frozen = read(PIDNET), read(PIDNET)
     ws_mm.apply_norm(cfg)
     assert cfg.model.backbone.norm_cfg.type == 'GN'
+    ws_mm.apply_norm(frozen, backbone='freeze')
+    assert frozen.model.backbone.of == 'PIDNet'
+    assert frozen.model.backbone.norm_eval is True
+    model = build(frozen).train()
+    assert not any(
+        model.get_submodule(name).training
+        for name in batch_norms(model)
+        if name.startswith('backbone.')
+    )
     # From random weights, frozen norms would be no norms.
     cfg, other = read(MASK), read(MASK)
     for one in (cfg, other):
@@ -198,7 +227,6 @@ def test_a_part_around_a_frozen_backbone_is_not_converted() -> None:
 @pytest.mark.parametrize(
     ('name', 'options', 'message'),
     [
-        (PIDNET, dict(backbone='freeze'), "PIDNet takes no norm_eval.*'conv"),
         (
             'mmdet::gn+ws/mask-rcnn_r50_fpn_gn-ws-all_2x_coco.py',
             dict(backbone='ease'),

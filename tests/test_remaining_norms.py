@@ -1,6 +1,7 @@
 """Batch norms that no key of a config reaches."""
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,41 @@ class Bare(nn.Sequential):
         )
 
 
+class HasNormEval(Bare):
+    """A part that is told by its own argument."""
+
+    def __init__(self, norm_eval: bool = False) -> None:
+        super().__init__()
+        self.norm_eval = norm_eval
+
+
+@pytest.mark.parametrize('conv', [None, {}])
+def test_norms_of_a_part_stay_in_eval_mode(conv) -> None:
+    cfg = dict(type='ws_mm.Converted', of=Bare, conv=conv, norm_eval=True)
+    part = MODELS.build(cfg)
+    for one in (part, copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
+        assert one.train() is one
+        assert isinstance(one, Bare)
+        modes = [module.training for module in one]
+        assert modes == [True, False, True]
+        x = torch.randn(1, 3, 5, 5)
+        before = one[1].running_mean.clone()
+        one(x)
+        assert torch.equal(one[1].running_mean, before)
+        assert not one.eval()[0].training
+        assert one[1].weight.requires_grad
+    assert (type(part[0]) is nn.Conv2d) == (conv is None)
+    # New norms train, and a class may have the argument itself.
+    part = MODELS.build({**cfg, 'norm': dict(type='ws_mm.BCN')}).train()
+    assert type(part[1]) is ws_mm.BCN
+    assert part[1].training
+    for value in (True, False):
+        own = cfg | dict(of=HasNormEval, conv={}, norm_eval=value)
+        part = MODELS.build(own).train()
+        assert part.norm_eval is value
+        assert part[1].training
+
+
 def test_only_convolutions_under_a_norm_get_the_options() -> None:
     conv = dict(type='ws_mm.WSConv2d', eps=1e-3, eps_mode='inside')
     part = MODELS.build(dict(type='ws_mm.Converted', of=Bare, conv=conv))
@@ -224,10 +260,11 @@ def test_weights_that_a_class_loads_when_it_is_built(
     )
     cfg.model.backbone.update(checkpoint_path=str(path))
     given = copy.deepcopy(cfg)
-    for norm, other in (('freeze', 'convert'), ('ease', 'convert')):
-        with pytest.raises(ConfigError, match=f"backbone='{other}'"):
-            ws_mm.apply_norm(cfg, norm='BCN', backbone=norm)
-    changes, _ = apply_norm(cfg, norm='BCN', remaining=True)
+    with pytest.raises(ConfigError, match="backbone='freeze'"):
+        ws_mm.apply_norm(cfg, norm='BCN', backbone='ease')
+    changes, _ = apply_norm(
+        cfg, norm='BCN', remaining=True, backbone='convert'
+    )
     assert by_key(changes)['model.backbone.checkpoint_path'] is None
     assert cfg.model.backbone.pretrained is False
     said.clear()

@@ -311,6 +311,19 @@ def test_deformable_convolutions_are_checked_and_baked(script, tmp_path):
 
 
 @pytest.mark.usefixtures('tools')
+def test_a_part_whose_norms_are_frozen_is_plain_once_baked(tmp_path):
+    for kind, kept in (('ERFNet', None), ('ResNetV1c', True)):
+        config, _ = write(tmp_path, SEG.replace(BCN, GN))
+        cfg = Config.fromfile(config)
+        cfg.model.backbone = dict(
+            type='ws_mm.Converted', of=kind, norm_eval=True
+        )
+        stock = load('bake').stock_config(cfg).model.backbone
+        assert stock.type == kind
+        assert stock.get('norm_eval') is kept
+
+
+@pytest.mark.usefixtures('tools')
 def test_another_layer_of_the_host_is_named(tmp_path):
     config, _ = write(tmp_path, SEG.replace(BCN, GN))
     bake, models = load('bake'), load('models')

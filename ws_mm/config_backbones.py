@@ -8,6 +8,7 @@ from torch import nn
 from .config_edits import Draft, loads
 from .config_layers import Cfg, ConfigError, registered
 from .config_parts import Part, decide, select
+from .converted import CONVERTED, NormEval
 from .replacement import BATCH_NORMS
 from .shapes import WEIGHTS, batch_norms, build_without_memory
 
@@ -45,7 +46,12 @@ def kept_backbones(
             if _is_pretrained(part, model)
             and (
                 is_eased(part)
-                or ('norm_eval' in part.accepts and _builds_batch_norms(part))
+                # One that builds what norm_cfg says is converted.
+                or (
+                    {'norm_eval', 'norm_cfg'} & part.accepts.keys()
+                    != {'norm_cfg'}
+                    and _builds_batch_norms(part)
+                )
             )
         ]
     named = select(everything, names) if names else []
@@ -55,17 +61,13 @@ def kept_backbones(
                 f'{part.name} is among the parts to convert (--parts), and '
                 "shall stay as it is (backbone='freeze', --backbone)"
             )
-        if backbone == 'ease':
-            if not _is_pretrained(part, everything[0].value):
-                raise ConfigError(
-                    f'{part.name} loads no checkpoint of batch norms, which '
-                    "backbone='ease' continues (--backbone). Name one in its "
-                    "init_cfg, or use backbone='convert'"
-                )
-        elif 'norm_eval' not in part.accepts and _builds_batch_norms(part):
+        if backbone == 'ease' and not _is_pretrained(
+            part, everything[0].value
+        ):
             raise ConfigError(
-                f'{part.cls.__name__} takes no norm_eval, so that its batch '
-                "norms cannot be frozen. Use backbone='convert' (--backbone)"
+                f'{part.name} loads no checkpoint of batch norms, which '
+                "backbone='ease' continues (--backbone). Name one in its "
+                "init_cfg, or use backbone='convert'"
             )
     return found
 
@@ -103,8 +105,14 @@ def outside(parts: list[Part], others: list[Part]) -> list[Part]:
 
 
 def trained_batch_norms(built: nn.Module, frozen: list[Part]) -> list[str]:
-    """List the batch norms of a model that are not in these backbones."""
-    inside = tuple(f'{part.name}.' for part in frozen)
+    """List the batch norms of a model that are not in frozen backbones."""
+    names = [part.name for part in frozen]
+    names += [
+        name
+        for name, module in built.named_modules()
+        if isinstance(module, NormEval)
+    ]
+    inside = tuple(f'{name}.' for name in names)
     return [n for n in batch_norms(built) if not n.startswith(inside)]
 
 
@@ -125,10 +133,9 @@ def ease_in(part: Part) -> None:
         decide(part, None, EASED, False)
         if 'norm_cfg' not in part.layers or not _builds_batch_norms(part):
             reason = part.why[0] if part.why else 'it has no batch norms'
-            other = 'freeze' if 'norm_eval' in part.accepts else 'convert'
             raise ConfigError(
                 f"{part.name}: {reason}, so that backbone='ease' (--backbone) "
-                f'cannot be. Use backbone={other!r}'
+                "cannot be. Use backbone='freeze'"
             )
     part.why.append(
         'keeps its pretrained weights, and EasedBCN continues its batch norms'
@@ -137,10 +144,14 @@ def ease_in(part: Part) -> None:
 
 def freeze_norms(draft: Draft, parts: list[Part]) -> None:
     """Let the batch norms of parts use their running statistics."""
+    why = 'few images would spoil the pretrained statistics'
     for part in parts:
-        if 'norm_eval' in part.accepts:
-            why = 'few images would spoil the pretrained statistics'
-            draft.set((*part.key, 'norm_eval'), True, why)
+        if 'norm_eval' not in part.accepts:
+            if not _builds_batch_norms(part):
+                continue
+            draft.set((*part.key, 'of'), part.value['type'], why)
+            draft.set((*part.key, 'type'), CONVERTED, why)
+        draft.set((*part.key, 'norm_eval'), True, why)
         draft.leave(
             part.key,
             'keeps its pretrained weights and batch norms, frozen '

@@ -110,7 +110,9 @@ def apply_norm(
         backbone: 'convert' as any other part; 'freeze' to keep its weights
             and layers, with ``norm_eval=True``; or 'auto', which is 'freeze'
             where no parts are named and the backbone loads a checkpoint and
-            has batch norms that can be frozen. 'ease' keeps its weights and
+            has batch norms, unless its class takes ``norm_cfg`` and no
+            ``norm_eval``. A class without ``norm_eval`` is frozen by
+            :class:`~ws_mm.converted.Converted`. 'ease' keeps its weights and
             function, too, and lets :class:`~ws_mm.zoo.EasedBCN` continue its
             batch norms.
 

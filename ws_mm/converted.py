@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from mmengine.logging import print_log
@@ -10,6 +11,7 @@ from torch import nn
 
 from . import replacement
 from .checking import check
+from .config_layers import arguments as legal
 from .conversion import check_options, convert, without_type
 from .running_statistics import norm_class
 from .shapes import WEIGHTS, batch_norms
@@ -22,6 +24,7 @@ def converted(
     of: str | type,
     norm: Mapping[str, Any] | None = None,
     conv: Mapping[str, Any] | None = None,
+    norm_eval: bool | None = None,
     **arguments: Any,
 ) -> nn.Module:
     """Build a part of a model, and replace every batch norm in it by BCN.
@@ -37,6 +40,10 @@ def converted(
     a norm follows, by name and order, are standardized;
     ``ws_mm.CheckModelHook`` proves it when training begins.
 
+    With ``norm_eval=True``, batch norms that stay use their running
+    statistics in training, too. For pretrained backbones whose class has no
+    such argument, as those of timm; a class that has one gets it.
+
     Example of a config:
         backbone = dict(type='ws_mm.Converted', of='PIDNet', channels=64, ...)
 
@@ -44,8 +51,9 @@ def converted(
         of: type of the part.
         norm: ``norm_cfg`` of BCN, or of another norm with running statistics.
         conv: arguments of ``WSConv2d``, ``eps`` and ``eps_mode``, or ``{}``;
-            None keeps the convolutions. Batch norms then stay, too, unless
-            ``norm`` is given.
+            None keeps the convolutions. With ``conv`` or ``norm_eval``,
+            batch norms stay, unless ``norm`` is given.
+        norm_eval: whether batch norms that stay are in eval mode in training.
         **arguments: those of the part.
 
     Raises:
@@ -61,12 +69,20 @@ def converted(
             'another norm with running statistics of its own '
             f"(dict(type='ws_mm.Converted', of={of!r}, norm=...))"
         )
+    cls = MODELS.get(of) if isinstance(of, str) else of
+    if norm_eval is not None and isinstance(cls, type):
+        if 'norm_eval' in legal(cls):
+            arguments['norm_eval'], norm_eval = norm_eval, None
     part: nn.Module = MODELS.build(dict(type=of, **arguments))
+    if norm_eval:
+        kind_of_part: Any = type(part)
+        part.__class__ = _with_norm_eval(kind_of_part)
+    keeps_norms = norm is None and (conv is not None or bool(norm_eval))
     continues = getattr(norm_class(kind), 'continues_batch_norm', False)
     for name in WEIGHTS:
         if (
             arguments.get(name)
-            and (conv is not None or not continues)
+            and (conv is not None or not (continues or keeps_norms))
             # mmdet and mmseg make one of pretrained, which is loaded later.
             and not getattr(part, 'init_cfg', None)
         ):
@@ -81,9 +97,7 @@ def converted(
             )
     if conv is not None:
         _standardize(part, without_type(conv))
-        if norm is None:
-            return part
-    if not batch_norms(part):
+    if keeps_norms or not batch_norms(part):
         return part
     others = [
         name
@@ -91,6 +105,31 @@ def converted(
         if isinstance(module, nn.GroupNorm)
     ]
     return convert(part, norm=dict(norm or {}), skip=others)
+
+
+class NormEval(nn.Module):
+    """Base of parts whose batch norms never use statistics of a batch."""
+
+    def train(self, mode: bool = True) -> 'NormEval':
+        """Set the mode, and that of the batch norms to eval."""
+        super().train(mode)
+        for name in batch_norms(self):
+            self.get_submodule(name).eval()
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Its class is no name of a module, by which pickle could find it.
+        return _unpickled, (type(self).__mro__[2],), vars(self)
+
+
+@cache
+def _with_norm_eval(cls: Any) -> Any:
+    return type(cls.__name__, (NormEval, cls), {})
+
+
+def _unpickled(cls: Any) -> Any:
+    kind = _with_norm_eval(cls)
+    return kind.__new__(kind)
 
 
 def _standardize(part: nn.Module, conv: Mapping[str, Any]) -> None:

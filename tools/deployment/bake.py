@@ -51,6 +51,8 @@ def stock_config(cfg: Config) -> Config:
     Raises:
         SetupError: something of ws_mm is left; the keys are named.
     """
+    from ws_mm.config_layers import arguments, registered
+
     content = cfg.to_dict()
     for key in ('launcher', 'work_dir'):
         content.pop(key, None)
@@ -58,10 +60,14 @@ def stock_config(cfg: Config) -> Config:
         # What configs have that name a base as ws_mm::....
         if node.get('_scope_') == 'ws_mm':
             del node['_scope_']
-        # Only its convolutions were converted, which are plain again.
+        # Only its convolutions were converted, which are plain again, or its
+        # norms were in eval mode in training.
         if node.get('type') == 'ws_mm.Converted' and not node.get('norm'):
-            if node.pop('conv', None) is not None:
+            if node.pop('conv', None) is not None or node.get('norm_eval'):
                 node['type'] = node.pop('of')
+                cls = registered(node['type'], content.get('default_scope'))
+                if cls is None or 'norm_eval' not in arguments(cls):
+                    node.pop('norm_eval', None)
         for key, value in node.items():
             if key == 'init_cfg' and isinstance(value, (list, tuple)):
                 node[key] = [one for one in value if not _is_own(one)]
