@@ -196,6 +196,13 @@ CLASSES = "train_dataloader['dataset'].update(metainfo=dict(classes={}))\n"
             r"2 of 2 annotations have no polygon and no RLE in 'segmentation' "
             r'\(id 1, 2\).*Remove them',
         ),
+        (
+            dict(bbox=[1, 2, 3]),
+            '',
+            r'2 of 2 annotations have a bbox that is not four .*\(id 1, 2\)',
+        ),
+        # As json.dumps(default=str) writes numbers of NumPy.
+        (dict(area='9'), '', r'or an area that is not a number \(id 1, 2\)'),
         (dict(id=7), '', r'1 ids of annotations are there several .*id 7'),
         (
             dict(iscrowd=1),
@@ -232,6 +239,49 @@ def test_annotations_that_cannot_be_trained_on(
     change(config.parent, **keys)
     config.write_text(config.read_text() + extra)
     data_refused(match, config)
+
+
+IMAGE = dict(id=1, file_name='a.png', width=9, height=9)
+
+
+@pytest.mark.parametrize(
+    ('content', 'match'),
+    [
+        (
+            [dict(image_id=1, category_id=1, bbox=[1, 2, 3, 4], score=0.5)],
+            r'instances\.json is no COCO file: .*list.*images, annotations',
+        ),
+        (dict(images=[IMAGE]), r"json has no 'categories'\. Add them"),
+        (
+            dict(images=[IMAGE], categories=[dict(id=1)]),
+            r"json: 1 of 1 categories have no 'name' \(id 1\)",
+        ),
+        (
+            dict(
+                images=[IMAGE, IMAGE | dict(file_name='b.png')],
+                categories=[dict(id=1, name='square')],
+            ),
+            r'json: 1 ids of images are there several times \(id 1\)',
+        ),
+    ],
+    ids=['results', 'no categories', 'no names', 'images of one id'],
+)
+def test_a_file_that_the_host_cannot_read(
+    data_refused: Callable[..., None],
+    config: Path,
+    content: dict | list,
+    match: str,
+) -> None:
+    (config.parent / 'instances.json').write_text(json.dumps(content))
+    data_refused(match, config)
+
+
+def test_braces_in_the_name_of_a_folder(
+    data_refused: Callable[..., None], tmp_path: Path
+) -> None:
+    data = write_data(tmp_path / '{0} {a}')
+    change(data, area=None)
+    data_refused(r"/\{0\} \{a\}/.* 2 of 2 .* no 'area'", write_config(data))
 
 
 def test_an_evaluation_asks_for_more(

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import nn
 from support.checks import SetupError, is_local, iter_datasets
 
 # What MMDetection reads of each entry of an annotation file.
+GIVE = 'Give it to each.'
 IMAGE_KEYS = ('file_name', 'height', 'width')
 ANNOTATION_KEYS = {
     'category_id': 'Give each the id of one of the categories.',
@@ -100,23 +101,44 @@ def _read_annotations(dataset: Any, host: Any, path: str) -> Any:
             f'{where}: an entry has no {error}, which every image, category '
             'and annotation needs.'
         ) from error
+    except AssertionError as error:  # such as a file of results
+        raise SetupError(
+            f'{where} is no COCO file: {error}. Give one that has a dict of '
+            'images, annotations and categories.'
+        ) from error
     content = coco.dataset
     images = content.get('images', [])
     annotations = content.get('annotations', [])
-    if not images or 'categories' not in content:
+    if 'categories' not in content:
+        raise SetupError(
+            f"{where} has no 'categories'. Add them, each with id and name."
+        )
+    if not images:
         return coco  # the host says it
+    _require(where, 'categories', content['categories'], 'name', GIVE)
     for key in IMAGE_KEYS:
-        _require(where, 'images', images, key, 'Give it to each.')
+        _require(where, 'images', images, key, GIVE)
     # MMDetection reads no further where an entry is to be ignored.
     read = [entry for entry in annotations if not entry.get('ignore')]
     for key, fix in ANNOTATION_KEYS.items():
         _require(where, 'annotations', read, key, fix)
+    _refuse(
+        where,
+        f'{{}} of {len(read)} annotations have a bbox that is not four '
+        'numbers, or an area that is not a number ({}). Write numbers: of a '
+        'bbox left, top, width and height in pixels.',
+        [entry for entry in read if not _has_numbers(entry)],
+    )
     if dataset.test_mode:
         for key, fix in EVALUATION_KEYS.items():
             _require(where, 'annotations', annotations, key, fix)
     _check_categories(where, content['categories'], dataset.metainfo)
+    # Of two files of one id, the host loads one, with the objects of both.
+    named = {(entry['id'], entry['file_name']) for entry in images}
+    _check_ids(where, 'images', (number for number, _ in named))
     if dataset.ANN_ID_UNIQUE:
-        _check_ids(where, annotations)
+        numbers = (entry['id'] for entry in annotations)
+        _check_ids(where, 'annotations', numbers)
     _check_objects(dataset, content['categories'], annotations)
     return coco
 
@@ -125,25 +147,37 @@ def _require(
     where: str, what: str, entries: list[dict], key: str, fix: str
 ) -> None:
     _refuse(
-        f'{where}: {{}} of {len(entries)} {what} have no {key!r} ({{}}). '
-        f'{fix}',
+        where,
+        f'{{}} of {len(entries)} {what} have no {key!r} ({{}}). {fix}',
         [entry for entry in entries if entry.get(key) in (None, [])],
     )
 
 
-def _refuse(message: str, entries: list[dict]) -> None:
+def _has_numbers(entry: dict) -> bool:
+    """Return whether bbox and area are of numbers."""
+    box = entry['bbox']
+    return (
+        isinstance(box, list)
+        and len(box) == 4
+        and all(isinstance(one, (int, float)) for one in (*box, entry['area']))
+    )
+
+
+def _refuse(where: str, message: str, entries: list[dict]) -> None:
     """Reject entries, if there are any; the message takes count and ids."""
     if entries:
         ids = ', '.join(str(entry.get('id')) for entry in entries[:3])
         more = ', ...' if len(entries) > 3 else ''
-        raise SetupError(message.format(len(entries), f'id {ids}{more}'))
+        said = message.format(len(entries), f'id {ids}{more}')
+        raise SetupError(f'{where}: {said}')
 
 
-def _check_ids(where: str, annotations: list[dict]) -> None:
-    counts = Counter(entry['id'] for entry in annotations)
+def _check_ids(where: str, what: str, numbers: Iterable[Any]) -> None:
+    counts = Counter(numbers)
     _refuse(
-        f'{where}: {{}} ids of annotations are there several times ({{}}). '
-        'Number the annotations anew.',
+        where,
+        f'{{}} ids of {what} are there several times ({{}}). Number the '
+        f'{what} anew.',
         [dict(id=number) for number, count in counts.items() if count > 1],
     )
 
@@ -223,7 +257,8 @@ def _check_objects(
         )
     if any(getattr(step, 'with_mask', False) for step in steps):
         _refuse(
-            f'{where}: {{}} of {len(annotations)} annotations have no '
+            where,
+            f'{{}} of {len(annotations)} annotations have no '
             "polygon and no RLE in 'segmentation' ({}), and the pipeline "
             'reads masks (LoadAnnotations.with_mask). Remove them, give them '
             'one, or train boxes alone, without masks in model and pipeline.',
