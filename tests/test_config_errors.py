@@ -8,7 +8,7 @@ import pytest
 import torch
 from in_process import Script, load, tools  # noqa: F401
 from mmengine.config import Config
-from tiny_runs import ROOT
+from tiny_runs import ROOT, SEG, write_config
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
@@ -55,6 +55,11 @@ def test_config_in_the_wrong_folder_is_found_in_the_checkout(
         ('train_dataloader.dataset.pipeline.0.tpe=x', r"pipeline\.0\.type'"),
         ('train_dataloader.dataset.pipeline.7.type=x', '--cfg-options: '),
         (
+            'optim_wrapper.optimizer.betas.0=0.8',
+            "'optim_wrapper.optimizer.betas.0' is an entry of a list. Set the "
+            r'whole list, as in optim_wrapper.optimizer.betas=\[1,2\]',
+        ),
+        (
             'optim_wrapper.dtype=bfloat16',
             "mean 'optim_wrapper.type'. OptimWrapper takes no 'dtype'",
         ),
@@ -65,6 +70,8 @@ def test_config_in_the_wrong_folder_is_found_in_the_checkout(
 def test_unknown_key(
     refuses: Script, config: Path, option: str, match: str
 ) -> None:
+    with config.open('a') as file:
+        file.write("optim_wrapper['optimizer']['betas'] = [0.9, 0.99]\n")
     refuses(match, 'train', config, '--cfg-options', option)
 
 
@@ -182,7 +189,10 @@ def test_host_package_that_is_not_installed(
 
 
 def test_mmcv_without_operators(
-    refuses: Script, config: Path, monkeypatch: pytest.MonkeyPatch
+    refuses: Script,
+    reaches: Callable[..., Config],
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -191,6 +201,9 @@ def test_mmcv_without_operators(
         lambda name: None if name == 'mmcv._ext' else find(name),
     )
     refuses('pip install --no-build-isolation', 'train', config)
+    # MMSegmentation needs none.
+    config = write_config(config.parent, SEG)
+    reaches('train', config, '--work-dir', config.parent / 'work')
 
 
 def test_an_error_is_one_line_and_exit_status_one(

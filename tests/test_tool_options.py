@@ -10,8 +10,11 @@ import pytest
 import torch
 from in_process import Script, load, save_run, tools  # noqa: F401
 from mmengine.config import Config
+from mmengine.evaluator import DumpResults, Evaluator
 from mmengine.registry import MODELS, DefaultScope
 from tiny_runs import DET, SEG, write_config, write_data
+
+from ws_mm import BCN
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
@@ -204,6 +207,10 @@ def test_a_pure_python_config_is_understood(
     cfg = reaches('train', config, *work, '--amp')
     assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
     assert cfg.default_scope == 'mmdet'
+    # The scope that a config names is the one of its other parts.
+    scope = '--cfg-options', 'default_scope=mmengine'
+    cfg = reaches('train', config, *work, *scope)
+    assert cfg.default_scope == 'mmengine'
     command = 'test', config, 'https://host/w.pth', *work
     cfg = reaches(*command, '--show-dir', tmp_path / 'seen')
     assert cfg.default_hooks.visualization.type == 'DetVisualizationHook'
@@ -363,6 +370,11 @@ def test_without_gpu_the_processes_of_slurm_talk_over_gloo(
 
     monkeypatch.setattr(launch.subprocess, 'run', run)
     cfg = Config(dict(launcher='slurm', find_unused_parameters=True))
+    with monkeypatch.context() as user:
+        user.setenv('MASTER_ADDR', '10.9.8.7')
+        launch.set_up_processes(cfg.copy())
+        assert os.environ['MASTER_ADDR'] == '10.9.8.7'
+    groups.clear()
     launch.set_up_processes(cfg)
     names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
     found = [os.environ[name] for name in names]
@@ -419,6 +431,39 @@ def test_a_runner_of_the_config_is_built(
     builder = SimpleNamespace(build=lambda cfg: cfg.runner_type)
     monkeypatch.setattr(launch, 'RUNNERS', builder)
     assert launch.build_runner(Config(dict(runner_type='Mine'))) == 'Mine'
+
+
+def test_results_are_gathered_in_the_work_dir_unless_it_is_said(
+    tmp_path: Path,
+) -> None:
+    metrics = [
+        DumpResults('a.pkl'),
+        DumpResults('b.pkl', collect_device='cpu', collect_dir='mine'),
+        DumpResults('c.pkl', collect_device='gpu'),
+    ]
+    loop = SimpleNamespace(evaluator=Evaluator(metrics))
+    runner = SimpleNamespace(val_loop=loop, log_dir=str(tmp_path))
+    load('launch').gather_in_work_dir(runner, 'val')
+    found = [metric.collect_dir for metric in metrics]
+    assert found == [str(tmp_path / 'collect'), 'mine', None]
+
+
+def test_an_error_that_no_user_can_fix_keeps_its_traceback(
+    capfd: pytest.CaptureFixture,
+) -> None:
+    launch = load('launch')
+    with pytest.raises(ValueError, match='invalid literal'):
+        launch.run(lambda: int('x'))
+
+    def broken() -> None:
+        raise BrokenPipeError('of a worker')
+
+    with pytest.raises(BrokenPipeError, match='of a worker'):
+        launch.run(broken)
+    assert not capfd.readouterr().err
+    with pytest.raises(SystemExit, match='1'):
+        launch.run(lambda: BCN(4, momentum=2))
+    assert capfd.readouterr().err.startswith('error: momentum')
 
 
 @pytest.mark.parametrize('local', ['LOCAL_RANK', 'SLURM_LOCALID'])

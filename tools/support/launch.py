@@ -219,7 +219,7 @@ def load_config(
     check_keys(cfg, options, {**types, **options})
     try:
         cfg.merge_from_dict(options)
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError) as error:
         raise SetupError(f'--cfg-options: {error}') from error
     lacking = [key for key in needed if cfg.get(key) is None]
     if lacking:

@@ -81,6 +81,14 @@ def _check_key(cfg: Config, key: str, types: Mapping[str, Any]) -> None:
             if int(part) >= len(node):
                 return
             node = node[int(part)]
+            # mmengine merges entries as it does dicts.
+            last = depth == len(parts) - 1
+            if last and not isinstance(types.get(key), Mapping):
+                whole = '.'.join(parts[:depth])
+                raise SetupError(
+                    f'--cfg-options: {key!r} is an entry of a list. Set the '
+                    f'whole list, as in {whole}=[1,2], or a key of the entry.'
+                )
             continue
         if not isinstance(node, dict):
             return
