@@ -276,6 +276,14 @@ def test_a_file_that_the_host_cannot_read(
     data_refused(match, config)
 
 
+def test_masks_that_no_step_loads_are_not_looked_for(
+    data_refused: Callable[..., None], config: Path
+) -> None:
+    extra = "dataset['data_prefix'] |= dict(seg='nowhere')\n"
+    config.write_text(config.read_text() + extra)
+    data_refused(None, config)
+
+
 def test_braces_in_the_name_of_a_folder(
     data_refused: Callable[..., None], tmp_path: Path
 ) -> None:
@@ -292,6 +300,9 @@ def test_an_evaluation_asks_for_more(
         r"2 of 2 annotations have no 'iscrowd' \(id 1, 2\)\. pycocotools",
         *(config, 'test'),
     )
+    # Nothing to find is no error.
+    change(config.parent, iscrowd=1)
+    data_refused(None, config, 'test')
 
 
 def test_classes_of_a_head_and_of_the_data_differ(
@@ -315,6 +326,49 @@ def test_classes_of_a_head_and_of_the_data_differ(
         r"2 classes: 'back', 'square'",
         *('train', config, *work, 'model.decode_head.num_classes=19'),
     )
+
+
+def test_a_file_of_class_names_is_good(
+    reaches: Callable[..., Config], config: Path
+) -> None:
+    names = config.with_name('names.txt')
+    names.write_text('square')
+    config.write_text(config.read_text() + CLASSES.format(repr(str(names))))
+    reaches('train', config, '--work-dir', config.parent / 'work')
+
+
+def test_panoptic_data_is_read_by_its_own_class(tmp_path: Path) -> None:
+    datasets = pytest.importorskip('mmdet.datasets')
+    part = dict(id=5, category_id=1, bbox=[0, 0, 4, 4], area=16, iscrowd=0)
+    content = dict(
+        images=[IMAGE],
+        annotations=[
+            dict(image_id=1, file_name='a.png', segments_info=[part])
+        ],
+        categories=[dict(id=1, name='square', isthing=1)],
+    )
+    (tmp_path / 'panoptic.json').write_text(json.dumps(content))
+    data_checks = load('data_checks')
+    with data_checks.checked_annotations('mmdet'):
+        dataset = datasets.CocoPanopticDataset(
+            ann_file=str(tmp_path / 'panoptic.json'),
+            data_prefix=dict(img='', seg=''),
+            metainfo=dict(
+                classes=('square', 'sky'),
+                thing_classes=('square',),
+                stuff_classes=('sky',),
+            ),
+        )
+    assert len(dataset) == 1
+    head = torch.nn.Linear(1, 1)
+    head.num_classes = 1
+    model = torch.nn.ModuleDict(
+        {'roi_head': torch.nn.ModuleDict({'bbox_head': head})}
+    )
+    data_checks.check_num_classes('train_dataloader', dataset, model)
+    head.num_classes = 2
+    with pytest.raises(data_checks.SetupError, match='num_classes = 2, but'):
+        data_checks.check_num_classes('train_dataloader', dataset, model)
 
 
 def test_annotations_of_images_without_labels_and_of_odd_kinds_are_good(
@@ -392,7 +446,38 @@ MASKS = "dataset = train_dataloader['dataset']\ndataset.update({})\n"
                 "data_prefix=dict(img_path='images', seg_map_path='gray')"
             ),
             r'gray/0\.png holds the label 40, and metainfo\.classes names 2 '
-            r'classes: legal are 0 to 1, and 255',
+            r'classes: legal are 0 to 1, and 255 .*; reduce_zero_label=True',
+        ),
+        (
+            MASKS.format(
+                "reduce_zero_label=True, data_prefix=dict(img_path='images', "
+                "seg_map_path='gray')"
+            ),
+            r'gray/0\.png holds the label 39, .* Fix the file or the cl\w+\.$',
+        ),
+        # Without classes, any number may be one.
+        (
+            MASKS.format(
+                "metainfo={}, data_prefix=dict(img_path='images', "
+                "seg_map_path='gray')"
+            ),
+            None,
+        ),
+        # Gray is what counts for nothing.
+        (
+            MASKS.format(
+                "ignore_index=40, data_prefix=dict(img_path='images', "
+                "seg_map_path='gray')"
+            ),
+            None,
+        ),
+        (
+            MASKS.format("data_prefix=dict(img_path='empty')"),
+            r'No images for train_dataloader: .* \S+/empty holds no files\.$',
+        ),
+        (
+            MASKS.format("ann_file='empty.txt'"),
+            r'ann_file = \S+/empty\.txt\. Either the file lists none',
         ),
         (
             MASKS.format("type='PascalVOCDataset', ann_file='names.txt'"),
@@ -401,7 +486,10 @@ MASKS = "dataset = train_dataloader['dataset']\ndataset.update({})\n"
     ],
 )
 def test_masks_that_cannot_be_trained_on(
-    data_refused: Callable[..., None], tmp_path: Path, extra: str, match: str
+    data_refused: Callable[..., None],
+    tmp_path: Path,
+    extra: str,
+    match: str | None,
 ) -> None:
     data = write_data(tmp_path / 'data')
     for name, pixels in (
@@ -412,6 +500,8 @@ def test_masks_that_cannot_be_trained_on(
         for index in range(2):
             cv2.imwrite(str(data / name / f'{index}.png'), pixels)
     (data / 'names.txt').write_text('0\n1\n')
+    (data / 'empty.txt').touch()
+    (data / 'empty').mkdir()
     data_refused(match, write_config(data, SEG, extra))
 
 

@@ -186,6 +186,21 @@ def test_a_warm_up_that_never_ends(
     assert f'--cfg-options {name}.end=1' in found.fix
 
 
+@pytest.mark.parametrize(('processes', 'steps'), [(1, 6), (2, 4), (3, 2)])
+def test_a_warm_up_is_compared_with_all_iterations(
+    processes: int, steps: int, tmp_path: Path
+) -> None:
+    warm_up = "dict(type='LinearLR', by_epoch=False, end=%d)"
+    for end in (steps - 1, steps):
+        extra = f"{MEANT}train_cfg['max_epochs'] = 2\n"
+        extra += f'param_scheduler = {warm_up % end}\n'
+        cfg = Config.fromfile(write_config(tmp_path, DET, extra))
+        # Of five images, two a step.
+        found = list(Training(cfg, processes, tmp_path).warm_up(5))
+        assert bool(found) == (end == steps)
+    assert f'and the training has {steps}: it' in found[0].text
+
+
 def test_weights_that_do_not_fit(examined, tmp_path: Path) -> None:
     path = tmp_path / 'other.pth'
     torch.save({'state_dict': {'other.weight': torch.ones(1)}}, path)

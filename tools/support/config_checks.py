@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -206,7 +207,8 @@ class Training:
             images: of the training set.
         """
         plan = self.cfg.get('train_cfg') or {}
-        epoch = max(images // ((self.batch or 1) * self.processes), 1)
+        step = (self.batch or 1) * self.processes
+        epoch = math.ceil(images / step)  # the last may be smaller
         total = plan.get('max_iters') or epoch * plan.get('max_epochs', 0)
         schedulers = self.cfg.get('param_scheduler') or []
         if not isinstance(schedulers, dict):
