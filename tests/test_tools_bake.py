@@ -442,4 +442,9 @@ def test_files_are_written_all_or_none(tmp_path):
     writers['b'] = writers['a']
     with pytest.raises(load('files').SetupError, match='b is a folder'):
         write_together(tmp_path, writers)
+    with (
+        pytest.raises(load('files').SetupError, match='b is a folder'),
+        load('files').replacing(tmp_path / 'b') as part,
+    ):
+        part.touch()
     assert [path.name for path in tmp_path.iterdir()] == ['b']

@@ -18,12 +18,21 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Args:
         path: Final place; its folder is made if missing. The file has the
             same name while it is written, in a hidden folder beside it.
+
+    Raises:
+        SetupError: a folder has the name; nothing was written.
     """
     path = Path(path).absolute()
+    _refuse_folder(path)
     with _beside(path.parent) as new:
         part = Path(new, path.name)
         yield part
         os.replace(part, path)
+
+
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise SetupError(f'{path} is a folder; remove it')
 
 
 @contextmanager
@@ -72,8 +81,7 @@ def write_together(
         for name, write in writers.items():
             write(os.path.join(new, name))
         for name in writers:
-            if (folder / name).is_dir():
-                raise SetupError(f'{folder / name} is a folder; remove it')
+            _refuse_folder(folder / name)
         for name in writers:
             os.replace(os.path.join(new, name), folder / name)
     return [folder / name for name in writers]
