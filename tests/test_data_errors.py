@@ -23,7 +23,8 @@ def test_data_that_is_not_there(refuses: Script, config: Path) -> None:
     nested = (
         'wrapped = dict(type="RepeatDataset", times=2, dataset=dict('
         'type="ConcatDataset", datasets=[dataset, dict(type="CocoDataset", '
-        'data_root="no/coco")]))\n'
+        'data_root="no/coco", backend_args=dict(backend="local")), '
+        'dict(type="CustomDataset", data_prefix="no/images")]))\n'
         'train_dataloader = dict(dataset=wrapped)\n'
         'test_dataloader["dataset"].update(ann_file="other.json")\n'
         'test_evaluator.update(ann_file="no/eval.json")\n'
@@ -32,7 +33,8 @@ def test_data_that_is_not_there(refuses: Script, config: Path) -> None:
     folder = os.path.abspath('no/coco')
     refuses(
         r'train_dataloader\.dataset\.dataset\.datasets\.1\.data_root = '
-        rf"'no/coco': no folder {folder}\n(.*\n)*.*"
+        rf"'no/coco': no folder {folder}\n.*datasets\.2\.data_prefix = "
+        rf"'no/images': nothing at {os.path.abspath('no/images')}\n(.*\n)*.*"
         r'python tools/dataset_converters/coco\.py -h$',
         *('train', config),
     )
