@@ -232,13 +232,14 @@ def test_a_killed_run_of_a_host(work: Path, tmp_path: Path) -> None:
 
 
 def test_the_newest_whole_checkpoint_counts(tmp_path: Path) -> None:
-    state = {'0.running_mean': torch.ones(2)}
-    torch.save(dict(state_dict=state), tmp_path / 'iter_1.pth')
-    whole = (tmp_path / 'iter_1.pth').read_bytes()
-    (tmp_path / 'iter_2.pth').write_bytes(whole[: len(whole) // 2])
-    os.utime(tmp_path / 'iter_1.pth', (1, 1))
+    for number in (9, 10):
+        state = {'0.running_mean': torch.full((2,), float(number))}
+        torch.save(dict(state_dict=state), tmp_path / f'iter_{number}.pth')
+        os.utime(tmp_path / f'iter_{number}.pth', (number, number))
+    whole = (tmp_path / 'iter_10.pth').read_bytes()
+    (tmp_path / 'iter_11.pth').write_bytes(whole[: len(whole) // 2])
     found = runs.statistics(tmp_path)
-    assert found == {'size of running_mean, median, last': {1: 1.0}}
+    assert found == {'size of running_mean, median, last': {1: 10.0}}
 
 
 def write_start(folder: Path, time: str, lines: list[dict]) -> None:

@@ -344,6 +344,7 @@ def test_what_one_model_does_not_compute_is_a_difference():
     assert difference([one, one], [one]) == float('inf')
     assert difference([one], [one, one]) == float('inf')
     assert difference([one], [one.view(2, 1)]) == float('inf')
+    assert difference([one], [one * float('nan')]) == float('inf')
 
 
 def test_a_model_that_does_not_run_is_said(refuses, tmp_path):
