@@ -280,8 +280,10 @@ def test_a_base_of_ws_mm_leaves_no_scope(tmp_path):
 @pytest.mark.parametrize('name', ['ws_mm.CenteredConv2d', 'CenteredConv2d'])
 def test_other_filters_are_plain_once_baked(name, tmp_path):
     text = SEG.replace(BCN, GN).replace('ws_mm.WSConv2d', name)
-    config, _ = write(tmp_path, text)
+    imports = "custom_imports = dict(imports='ws_mm')\n"
+    config, _ = write(tmp_path, text, imports)
     cfg = load('bake').stock_config(Config.fromfile(config))
+    assert 'custom_imports' not in cfg
     assert cfg.model.backbone.conv_cfg is None
     assert 'Centered' not in cfg.pretty_text
 
@@ -291,7 +293,7 @@ def test_deformable_convolutions_are_checked_and_baked(script, tmp_path):
     dcn = (
         "type='ws_mm.Converted', of='ResNetV1c', conv=dict(eps=1e-6), "
         "dcn=dict(type='ws_mm.WSModulatedDeformConv2dPack', "
-        'deform_groups=2, eps=1e-6), '
+        "deform_groups=2, eps=1e-6, eps_mode='inside'), "
         'stage_with_dcn=(False, True, True, True), depth=50'
     )
     text = SEG.replace(BCN, GN).replace('in_channels=64', 'in_channels=256')
