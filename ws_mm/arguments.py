@@ -1,9 +1,28 @@
-"""Errors about arguments that a config sets, with the key that fixes them."""
+"""Arguments of classes, and errors about those that a config sets."""
 
 import difflib
+import inspect
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+
+
+def arguments(cls: type) -> dict[str, Any]:
+    """Return the arguments of a class with defaults, through ``**kwargs``."""
+    found: dict[str, Any] = {}
+    for base in cls.__mro__:
+        if '__init__' not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)['__init__']).parameters
+        for name, one in parameters.items():
+            if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY):
+                default = None if one.default is one.empty else one.default
+                found.setdefault(name, default)
+        kinds = {one.kind for one in parameters.values()}
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            break
+    found.pop('self', None)
+    return found
 
 
 def reject_unknown(

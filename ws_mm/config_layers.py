@@ -7,7 +7,6 @@ asked for: a convolution is a subclass of torch's, a norm takes
 
 import contextlib
 import difflib
-import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -16,6 +15,7 @@ import torch
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
+from .arguments import arguments
 from .checking import CONVS
 from .conv import WSConv2d
 from .replacement import standardizes, ws_type
@@ -49,24 +49,6 @@ def registered(name: Any, scope: str) -> type[nn.Module] | None:
     if isinstance(name, type) and issubclass(name, nn.Module):
         return name
     return None
-
-
-def arguments(cls: type) -> Cfg:
-    """Return the arguments of a class with defaults, through ``**kwargs``."""
-    found: Cfg = {}
-    for base in cls.__mro__:
-        if '__init__' not in vars(base):
-            continue
-        parameters = inspect.signature(vars(base)['__init__']).parameters
-        for name, one in parameters.items():
-            if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY):
-                default = None if one.default is one.empty else one.default
-                found.setdefault(name, default)
-        kinds = {one.kind for one in parameters.values()}
-        if inspect.Parameter.VAR_KEYWORD not in kinds:
-            break
-    found.pop('self', None)
-    return found
 
 
 def map_layer(cfg: Mapping[str, Any], scope: str) -> Any:

@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from .arguments import arguments
 from .config_layers import (
     Cfg,
     ConfigError,
-    arguments,
     is_replaceable,
     registered,
     unless_there,

@@ -10,8 +10,8 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from . import replacement
+from .arguments import arguments as legal
 from .checking import check
-from .config_layers import arguments as legal
 from .conversion import check_options, convert, without_type
 from .running_statistics import norm_class
 from .shapes import WEIGHTS, batch_norms

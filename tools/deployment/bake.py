@@ -51,7 +51,8 @@ def stock_config(cfg: Config) -> Config:
     Raises:
         SetupError: something of ws_mm is left; the keys are named.
     """
-    from ws_mm.config_layers import arguments, registered
+    from ws_mm.arguments import arguments
+    from ws_mm.config_layers import registered
 
     content = cfg.to_dict()
     for key in ('launcher', 'work_dir'):
