@@ -200,7 +200,8 @@ def test_what_a_class_takes_through_others(monkeypatch):
     # What freezes nothing is the default of the class itself.
     assert changes['model.backbone.frozen_stages'] == 0
     assert changes['model.backbone.norm_cfg'] == BCN
-    assert left == []
+    (rate,) = left
+    assert rate.startswith('optim_wrapper.optimizer.lr: 0.01 is for 16 images')
 
 
 @pytest.mark.parametrize(('norm', 'stages'), [('BN', 1), ('keep', 0)])
@@ -717,6 +718,37 @@ def test_weights_of_the_same_layers_are_kept():
     assert {c.key[-1] for c in changes} == {'conv_cfg'}
     changes, _ = apply_norm(cfg, norm='BCN')
     assert cfg.model.backbone.init_cfg is None
+
+
+def test_a_type_that_nothing_imports_is_named() -> None:
+    cfg = read(MASK)
+    cfg.model.neck.type = 'MyFPN'
+    match = (
+        r"Import the module that registers model\.neck\.type = 'MyFPN': "
+        r"custom_imports=dict\(imports=\['MODULE'\]\)"
+    )
+    with pytest.raises(ConfigError, match=match):
+        apply_norm(cfg)
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'note'),
+    [
+        ('auto_scale_lr', dict(base_batch_size=16), '0.02 is for 16 images'),
+        ('auto_scale_lr', None, ''),
+        ('optim_wrapper', None, ''),
+        ('optim_wrapper.accumulative_counts', '2', ''),
+    ],
+)
+def test_what_the_learning_rate_is_for_is_noted(key, value, note) -> None:
+    cfg = read(MASK)
+    cfg.merge_from_dict({key: value})
+    changes, left = apply_norm(cfg, parts=['neck'])
+    assert changes
+    said = ' '.join(map(str, left))
+    assert (note in said) if note else ('images in one step' not in said)
+    _, left = apply_norm(cfg, parts=['neck'])  # nothing changes
+    assert 'images in one step' not in ' '.join(map(str, left))
 
 
 class Lacking(nn.Module):

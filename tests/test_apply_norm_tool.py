@@ -362,6 +362,10 @@ def test_a_base_that_hosts_do_not_find_is_named(script, tmp_path, capsys):
         ),
         (['CONFIG', 'OUT', '--parts', ''], "parts='' selects nothing: the m"),
         (
+            ['mmdet:mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', 'OUT'],
+            'Did you mean mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+        ),
+        (
             ['CONFIG', 'OUT', *STEP, '0'],
             'images_per_step=0 must be a whole number of at least 1',
         ),

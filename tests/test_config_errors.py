@@ -236,6 +236,11 @@ def bake_and_train_refuse(
             r"model\.backbone\.norm_cfg\.type = 'ws_mm\.BNC'; did you mean "
             r"'ws_mm\.BCN'",
         ),
+        # By its short name it would need custom_imports.
+        (
+            'norm_cfg=dict(type="WSBCN")',
+            r"norm_cfg\.type = 'WSBCN'; did you mean 'ws_mm\.BCN'",
+        ),
         (
             'norm_cfg=dict(type="ws_mm.BCN", num_gruops=4)',
             r"mean 'num_groups'.*model\.backbone\.norm_cfg\.num_gruops = 4",

@@ -95,6 +95,16 @@ def test_frozen_batch_norms_are_not_called_poor(script, tmp_path, capsys):
     poor, frozen = re.findall(r'^\d+ batch norms.*', out, re.M)
     assert re.match('2 batch norms: decode_head.[^,]*, decode_head.', poor)
     assert frozen.startswith('22 batch norms normalize by their running')
+    assert 'wrong here, since the config loads no checkpoint' in frozen
+    for line in (
+        'load_from = "a.pth"\n',
+        'model["backbone"]["init_cfg"] = dict(\n'
+        '    type="Pretrained", checkpoint="a.pth")\n',
+        'model["pretrained"] = "a.pth"\n',
+    ):
+        cfg = Config.fromfile(config)
+        cfg.merge_from_dict(Config.fromstring(text + line, '.py').to_dict())
+        assert load('check_model').loads_weights(cfg)
 
 
 def test_a_model_that_does_not_run_is_judged_by_names(

@@ -1,5 +1,6 @@
 """Write the new layers into a config, with the settings that follow them."""
 
+import contextlib
 import copy
 import math
 import os
@@ -202,6 +203,19 @@ def add_hook(draft: Draft, built: nn.Module) -> None:
         draft.set(('custom_hooks',), [*hooks, HOOK], why)
 
 
+def note_lr(draft: Draft, filename: str | None) -> None:
+    """Note the images that the learning rate is for, if the config says."""
+    with contextlib.suppress(ConfigError):
+        key, lr, counts = _lr_and_counts(draft)
+        if isinstance(lr, (int, float)):
+            base = _base_batch_size(draft, filename, lr, counts)
+            draft.leave(
+                key,
+                f'{lr:g} is for {base} images in one step; --images-per-step '
+                'N (images_per_step=N) scales it',
+            )
+
+
 def scale_lr(
     draft: Draft, filename: str | None, images: int | None, base: int | None
 ) -> None:
@@ -216,19 +230,12 @@ def scale_lr(
     images = _count('images_per_step', images, '--images-per-step')
     if base is not None:
         base = _count('base_batch_size', base, '--base-batch-size')
-    lr_key: Key = ('optim_wrapper', 'optimizer', 'lr')
     batch_key: Key = ('train_dataloader', 'batch_size')
-    lr, batch = (
-        None if (value := draft.get(key)) is ABSENT else value
-        for key in (lr_key, batch_key)
-    )
+    batch = draft.get(batch_key)
+    lr_key, lr, counts = _lr_and_counts(draft)
     if not isinstance(lr, (int, float)):
         draft.leave(lr_key, 'not there, so the rate cannot be scaled')
         return
-    counts = draft.get(COUNTS_KEY)
-    if counts is ABSENT or not counts:
-        counts = 1
-    counts = _count(spell(COUNTS_KEY), counts, 'in the config')
     base = base or _base_batch_size(draft, filename, lr, counts)
     if base == images:
         return
@@ -243,7 +250,7 @@ def scale_lr(
         draft.set(key, _scaled(rate, images / base), why)
     draft.set(BASE_KEY, images, 'what the learning rate is for')
     at_once = images // counts  # of all processes
-    if batch and at_once % batch:
+    if batch is not ABSENT and batch and at_once % batch:
         if draft.get(SAMPLER_KEY) is not ABSENT:
             raise ConfigError(
                 f'images_per_step={images} must be a multiple of '
@@ -260,6 +267,16 @@ def scale_lr(
         'Where max_iters, val_interval or a warm-up (end) count iterations, '
         f'multiply them by {1 / share:g}',
     )
+
+
+def _lr_and_counts(draft: Draft) -> tuple[Key, Any, int]:
+    """Return key and value of the rate, and the iterations of one step."""
+    key: Key = ('optim_wrapper', 'optimizer', 'lr')
+    counts = draft.get(COUNTS_KEY)
+    if counts is ABSENT or not counts:
+        counts = 1
+    counts = _count(spell(COUNTS_KEY), counts, 'in the config')
+    return key, draft.get(key), counts
 
 
 def _scaled(rate: Any, share: float) -> Any:

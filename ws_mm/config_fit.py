@@ -6,6 +6,7 @@ a convolution that no norm follows.
 
 import copy
 import math
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from .checking import check
 from .config_layers import Cfg, ConfigError, registered, unless_there
-from .config_parts import Key, Part, is_named, short
+from .config_parts import Key, Part, is_named, iter_dicts, short, spell
 from .converted import CONVERTED
 from .running_statistics import RunningStatistics, channels_of
 from .shapes import (
@@ -63,7 +64,8 @@ def settle(parts: list[Part], root: Part | None = None) -> nn.Module:
             if any(part.layers for part in parts):
                 return whole
         raise ConfigError(
-            f'the model of the config does not build as it is: {problem}'
+            'the model of the config does not build as it is: '
+            f'{problem}{_who_registers(root, problem)}'
         ) from error
     known = _mistakes(built)
     for part, layers in zip(parts, wanted, strict=True):
@@ -108,6 +110,18 @@ def _settle_apart(parts: list[Part], problem: str) -> nn.Module:
         f'{ALONE}, since the model does not build here: {problem}'
     )
     return whole
+
+
+def _who_registers(root: Part, problem: str) -> str:
+    """Say what to do about a type that is in no registry; '' for the rest."""
+    name = re.search(r'(\w+) is not in the', problem)
+    for key, cfg, _ in iter_dicts(root.value, root.key):
+        if name and short(cfg.get('type')) == name[1]:
+            return (
+                f'. Import the module that registers {spell((*key, "type"))} '
+                f"= {cfg['type']!r}: custom_imports=dict(imports=['MODULE'])"
+            )
+    return ''
 
 
 def _builds(part: Part) -> bool:

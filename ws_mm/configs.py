@@ -27,6 +27,7 @@ from .config_edits import (
     Draft,
     LeftAlone,
     add_hook,
+    note_lr,
     scale_lr,
     write_parts,
 )
@@ -206,6 +207,8 @@ def convert_config(
     add_hook(draft, built)
     if images_per_step is not None or base_batch_size is not None:
         scale_lr(draft, cfg.filename, images_per_step, base_batch_size)
+    elif draft.changes:
+        note_lr(draft, cfg.filename)
     for change in draft.changes:
         put(cfg._cfg_dict, change.key, change.new)
     return draft.changes, draft.left, built

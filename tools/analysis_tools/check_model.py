@@ -13,8 +13,10 @@ from mmengine.config import Config
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support import launch, models
+from support.checks import iter_nodes
 
-from ws_mm.shapes import batch_norms
+from ws_mm.config_edits import loads
+from ws_mm.shapes import WEIGHTS, batch_norms
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,6 +32,15 @@ def parse_args() -> argparse.Namespace:
     )
     launch.add_common_options(parser)
     return parser.parse_args()
+
+
+def loads_weights(cfg: Config) -> bool:
+    """Return whether a config names a checkpoint anywhere."""
+    return bool(cfg.get('load_from')) or any(
+        isinstance(node, dict)
+        and (loads(node.get('init_cfg')) or any(map(node.get, WEIGHTS)))
+        for _, node in iter_nodes('model', cfg.model)
+    )
 
 
 def report_on(cfg: Config, size: int) -> list[str]:
@@ -56,10 +67,16 @@ def report_on(cfg: Config, size: int) -> list[str]:
             '--remaining those that no norm_cfg reaches.'
         )
     if len(every) > len(names):
+        weights = (
+            'right for the pretrained weights that the config loads'
+            if loads_weights(cfg)
+            else 'wrong here, since the config loads no checkpoint (init_cfg, '
+            'load_from), without which they normalize nothing'
+        )
         print(
             f'{len(every) - len(names)} batch norms normalize by their '
             'running statistics in training, too (norm_eval, '
-            'frozen_stages): good for pretrained weights.'
+            f'frozen_stages): {weights}.'
         )
     if not report.mistakes:
         count = sum(conv.standardized for conv in report)

@@ -123,9 +123,10 @@ def find_config(name: str) -> Path:
     """
     if '::' not in name:
         if not os.path.isfile(name):
-            raise SetupError(
-                f'No config file {name}.{did_you_mean(name, "*.py")}'
-            )
+            meant = did_you_mean(name, '*.py')
+            if name.partition(':')[0] in launch.HOSTS:
+                meant = f' Did you mean {name.replace(":", "::", 1)}?'
+            raise SetupError(f'No config file {name}.{meant}')
         return Path(name)
     package, _, inner = name.partition('::')
     spec = (

@@ -257,7 +257,11 @@ def convert(
         'convs': counts,
         'batch_norms': [remaining, still],
         **steps,
-        'left': [[below_model(one.key), one.why] for one in left],
+        'left': [
+            [below_model(one.key), one.why]
+            for one in left
+            if one.key[0] == 'model'
+        ],
     }
 
 

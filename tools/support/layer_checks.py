@@ -42,9 +42,10 @@ def explain(cfg: Config, error: Exception) -> str:
             )
         kind = node.get('type')
         if is_layer and 'Cannot find' in text and _unknown(kind):
-            names = [*MODELS.module_dict, 'ws_mm.BCN', 'ws_mm.WSConv2d']
+            names = {name: _spelt(name) for name in MODELS.module_dict}
+            names |= {name: name for name in names.values()}
             close = difflib.get_close_matches(str(kind), names, 1)
-            meant = f'; did you mean {close[0]!r}?' if close else ''
+            meant = f'; did you mean {names[close[0]]!r}?' if close else ''
             found.append(f'{key}.type = {kind!r}{meant}')
         if is_layer and channels and node.get('num_groups') == groups:
             found.append(
@@ -64,6 +65,12 @@ def explain(cfg: Config, error: Exception) -> str:
     return where + (
         f'. In the config: {"; ".join(found[:4])}{more}' if found else ''
     )
+
+
+def _spelt(name: str) -> str:
+    """The name of a layer in a config; those of ws_mm need no import so."""
+    is_ours = MODELS.module_dict[name].__module__.startswith('ws_mm.')
+    return f'ws_mm.{name}' if is_ours else name
 
 
 def _where(error: Exception) -> str:
