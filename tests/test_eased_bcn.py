@@ -70,6 +70,18 @@ def test_an_open_gate_is_bcn(training: bool) -> None:
     torch.testing.assert_close(layer.running_var, bcn.running_var)
 
 
+def test_its_statistics_are_measured_as_those_of_bcn() -> None:
+    batches = [torch.randn(n, 8, 5, 4) * (n + 1) + n for n in (2, 3, 1)]
+    layers = EasedBCN(8).double(), ws_mm.BCN(8).double()
+    for layer in layers:
+        ws_mm.update_estimates(
+            nn.Sequential(layer), [x.double() for x in batches]
+        )
+    for name in EasedBCN.statistics:
+        found, expected = (layer.get_buffer(name) for layer in layers)
+        torch.testing.assert_close(found, expected)
+
+
 def test_a_training_from_initial_statistics_is_named() -> None:
     (problem,) = hooks.frozen_problems(eased().train())
     assert '1 EasedBCN layers train, and begin with the statistics' in problem

@@ -67,6 +67,18 @@ def test_evaluation_and_no_image_move_nothing():
 
 
 @pytest.mark.parametrize('bad', [float('inf'), float('nan')])
+def test_values_that_are_not_finite_move_nothing_of_their_channel(bad):
+    norm = layer()
+    before = copy.deepcopy(norm)
+    x = images().double().detach()
+    x[0, 1, 0, 0] = bad
+    norm(x)
+    for name in MOVING - {'gradients'}:
+        one, other = (m.get_buffer(name).view(3, -1) for m in (norm, before))
+        assert (one == other).all(1).tolist() == [False, True, False], name
+
+
+@pytest.mark.parametrize('bad', [float('inf'), float('nan')])
 def test_gradients_that_are_not_finite_are_not_kept(bad):
     norm = layer()
     before = copy.deepcopy(norm)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import ws_mm
 from ws_mm import running_statistics
 from ws_mm.zoo import BatchRenorm, CrossIterationBN, OnlineNorm
+from ws_mm.zoo.online_norm import GUARDS
 
 EXACT = 1e-10
 C = 6
@@ -300,6 +301,27 @@ def test_other_guards_of_online_norm(guard, training):
     if guard == 'clamp':
         first = first.clamp(-0.5, 0.5)
     assert relative_error(layer(x)[:1], first) < EXACT
+
+
+@pytest.mark.parametrize('guard', GUARDS)
+def test_a_relu_in_place_changes_no_gradient_of_online_norm(guard):
+    found = []
+    for inplace in (True, False):
+        layer = OnlineNorm(C, affine=False, guard=guard).double()
+        x = images().requires_grad_()
+        nn.ReLU(inplace)(layer(x)).square().sum().backward()
+        found.append(x.grad)
+    assert torch.equal(*found)
+
+
+def test_online_norm_measures_the_variance_between_images():
+    layer = online()
+    batches = [images(seed=n) * (n + 1) + n for n in range(3)]
+    ws_mm.update_estimates(nn.Sequential(layer), batches)
+    values = torch.cat(batches).transpose(0, 1).flatten(1)
+    var = values.var(1, correction=0)
+    assert relative_error(layer.running_mean, values.mean(1)) < EXACT
+    assert relative_error(layer.running_var, var) < EXACT
 
 
 def test_online_norm_with_a_clamp_is_baked():
