@@ -70,6 +70,13 @@ def test_an_open_gate_is_bcn(training: bool) -> None:
     torch.testing.assert_close(layer.running_var, bcn.running_var)
 
 
+def test_a_group_of_one_value_is_refused() -> None:
+    layer = EasedBCN(8, num_groups=8)
+    assert layer(torch.randn(2, 8, 1, 2)).isfinite().all()
+    with pytest.raises(ValueError, match=r'EasedBCN of 8.*num_groups=4'):
+        layer(torch.randn(2, 8, 1, 1))
+
+
 def test_its_statistics_are_measured_as_those_of_bcn() -> None:
     batches = [torch.randn(n, 8, 5, 4) * (n + 1) + n for n in (2, 3, 1)]
     layers = EasedBCN(8).double(), ws_mm.BCN(8).double()

@@ -3,6 +3,8 @@
 Their formulas are in tests/oracles, their contract in test_zoo.py.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,6 +75,7 @@ CONVS = {
     'grouped': lambda: nn.Conv2d(C, C, 3, groups=2),
     'line': lambda: nn.Conv1d(C, C, 3),
     'standardized': lambda: ws_mm.WSConv2d(C, C, 3),
+    'centered': lambda: ws_mm.zoo.CenteredConv2d(C, C, 3),
     'transposed': lambda: nn.ConvTranspose2d(C, C, 3),
     'transposed groups': lambda: nn.ConvTranspose2d(C, C, 3, groups=2),
     'standardized transposed': lambda: ws_mm.WSConvTranspose2d(
@@ -166,6 +169,18 @@ def compiled(conv: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
     return run(x)
 
 
+def scaled(
+    conv: nn.Module, layer: nn.Module, x: Tensor, shape: tuple[int, ...]
+) -> Tensor:
+    gain = torch.ones(shape, dtype=x.dtype, requires_grad=True)
+    return layer(F.conv2d(x, conv.weight * gain))
+
+
+def scaled_transposed(conv: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
+    gain = torch.ones(C, dtype=x.dtype, requires_grad=True)
+    return layer(F.conv_transpose2d(x, conv.weight * gain.view(-1, 1, 1)))
+
+
 @pytest.mark.parametrize(
     'run',
     [
@@ -180,8 +195,14 @@ def compiled(conv: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
             ),
         ),
         lambda conv, layer, x: layer(conv(x).relu()),
+        partial(scaled, shape=()),
+        partial(scaled, shape=(1, C, 1, 1)),
+        scaled_transposed,
     ],
-    ids=['reentrant', 'no_grad', 'frozen', 'compiled', 'ReLU'],
+    ids=[
+        *('reentrant', 'no_grad', 'frozen', 'compiled', 'ReLU'),
+        *('one gain', 'gains of inputs', 'gains of a transposed one'),
+    ],
 )
 def test_without_a_weight_it_is_batch_norm_and_says_so(run, monkeypatch):
     lines: list[str] = []

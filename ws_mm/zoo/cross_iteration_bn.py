@@ -53,7 +53,8 @@ class CrossIterationBN(BatchStatistics):
         gives w, the parameter of a plain or standardized convolution.
         Only a cast may lie between the two layers.
     No weight: it is plain BN, after one warning, and the window begins anew:
-        after another layer or a frozen convolution, in ``torch.compile`` and
+        after another layer, a frozen convolution or one whose weight has a
+        parameter without a row per output channel, in ``torch.compile`` and
         in reentrant checkpoints (``with_cp``). Without gradients it is plain
         BN, too, and the window stays.
     Iterations: each training forward is one, also under gradient
@@ -194,7 +195,11 @@ def weight_of(x: Tensor) -> tuple[list[Tensor], int]:
         stack += [before for before, _ in node.next_functions]
         if hasattr(node, 'variable'):
             found.append(node.variable)
-    fit = all(len(_filters(v, groups)) == x.shape[1] for v in found)
+    least = 2 if groups else 1  # dimensions of what has output channels
+    fit = all(
+        v.dim() >= least and len(_filters(v, groups)) == x.shape[1]
+        for v in found
+    )
     return (found if fit else []), groups
 
 
@@ -217,6 +222,7 @@ def _report_no_weight() -> bool:
     return report_once(
         'CrossIterationBN found no trained weight of a convolution right '
         'before it, and is plain BN there: in torch.compile, in a reentrant '
-        'activation checkpoint (with_cp=True), after another layer or a '
-        'frozen convolution'
+        'activation checkpoint (with_cp=True), after another layer, a frozen '
+        'convolution or one whose weight has a parameter without a row per '
+        'output channel'
     )
