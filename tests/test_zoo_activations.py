@@ -37,6 +37,7 @@ ACTS = {
     'Tensor.relu': Tensor.relu,
     'Tensor.relu_': Tensor.relu_,
     'F.relu in place': partial(F.relu, inplace=True),
+    'torch.relu by keyword': lambda x: torch.relu(input=x),
 }
 cases = pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 
@@ -191,6 +192,10 @@ def test_everything_else_gets_plain_values(case):
         'from the right': (1 - y, 1 - expected),
         'in a list': (torch.cat([y, y]), torch.cat([expected, expected])),
         'by keyword': (F.pad(input=y, pad=(1, 1)), F.pad(expected, (1, 1))),
+        'in a list, by keyword': (
+            torch.cat(tensors=[y, y]),
+            torch.cat([expected, expected]),
+        ),
         'sliced': (y[1:, ..., 0], expected[1:, ..., 0]),
         'moved': (y.to(torch.float32), expected.to(torch.float32)),
         'detached': (y.detach(), expected.detach()),
