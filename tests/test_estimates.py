@@ -344,6 +344,23 @@ def test_a_layer_that_sees_nothing_is_named(
     assert kept == before.keys() - moved
 
 
+class ByKeyword(nn.Sequential):
+    """Layers that take their input by its name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(input=x)
+        return x
+
+
+def test_layers_that_take_their_input_by_keyword_are_measured() -> None:
+    model = randomized(BCN(8, 4), nn.BatchNorm2d(8))
+    twin = ByKeyword(*copy.deepcopy(model))
+    for each in (model, twin):
+        ws_mm.update_estimates(each, make_batches(2, 1))
+    torch.testing.assert_close(buffers(twin), buffers(model))
+
+
 class Held:
     """A batch that is on its device once it was moved."""
 
@@ -446,6 +463,30 @@ def test_a_batch_norm_counts_the_batches_of_all_processes(world) -> None:
     for found in ranks:
         assert found.pop('num_batches_tracked') == 4
         assert not disagreements(found, within_batches(every), WIDE)
+
+
+class SyncOnCPU(nn.SyncBatchNorm):
+    """One whose forward, which only a GPU has, is left out."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+
+def sync_batch_norm_rank(rank: int) -> dict[str, Tensor]:
+    model = randomized(SyncOnCPU(8))
+    ws_mm.update_estimates(model, make_batches(2 + rank, 1, seed=rank))
+    return buffers(model[0])
+
+
+def test_a_sync_batch_norm_measures_all_processes(world) -> None:
+    ranks = world(2).run(sync_batch_norm_rank)
+    pairs = zip(
+        *(make_batches(2 + r, 1, seed=r) for r in range(2)), strict=True
+    )
+    expected = within_batches([torch.cat(pair) for pair in pairs])
+    for found in ranks:
+        assert found.pop('num_batches_tracked') == 2
+        assert not disagreements(found, expected, WIDE)
 
 
 def uneven_rank(rank: int) -> dict[str, Tensor]:

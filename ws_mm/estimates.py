@@ -249,8 +249,7 @@ class _Running:
     def merge(self, count: Tensor, values: dict[str, Tensor]) -> None:
         """Add the statistics of other values."""
         used, total = count > 0, self.count + count
-        share = torch.where(used, count / total, 0.0)
-        joined = self.declared.join(self.values, values, share)
+        joined = self.declared.join(self.values, values, count / total)
         self.count = total
         self.values = {
             name: torch.where(along_rows(used, before), joined[name], before)
