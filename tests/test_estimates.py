@@ -19,7 +19,7 @@ from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
-from mmengine.model import BaseModel
+from mmengine.model import BaseDataPreprocessor, BaseModel
 from mmengine.registry import HOOKS, MODELS, DefaultScope
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
@@ -534,6 +534,29 @@ def test_the_size_of_the_next_images_stays():
     MessageHub.get_current_instance().update_info('iter', 0)
     ws_mm.update_estimates(Model(), [batch])
     assert augment._input_size == before
+
+
+@pytest.mark.parametrize(
+    'given', [lambda x: dict(inputs=x), lambda x: (x,)], ids=['dict', 'tuple']
+)
+def test_a_model_of_mmengine_gets_batches_of_training(given):
+    class Shift(BaseDataPreprocessor):
+        def forward(self, data: Tensor, training: bool = False) -> Any:
+            return given(data + 1 if training else data)
+
+    class Model(BaseModel):
+        def __init__(self) -> None:
+            super().__init__(Shift())
+            self.norm = BCN(8, 4)
+
+        def forward(self, inputs: Tensor, mode: str) -> None:
+            assert mode == 'loss'
+            self.norm(inputs)
+
+    model, batches = Model(), make_batches(2, 1)
+    ws_mm.update_estimates(model.double(), batches)
+    expected = of_all_values([batch + 1 for batch in batches])
+    assert not disagreements(buffers(model.norm), expected, WIDE)
 
 
 @pytest.mark.parametrize('kind', ['BatchSampler', 'AspectRatioBatchSampler'])
