@@ -90,6 +90,27 @@ def test_the_bare_layer_takes_offset_and_mask():
     assert torch.equal(y, layer(x))
 
 
+@pytest.mark.parametrize('of', ['input', 'filters', 'gradient'])
+def test_other_layouts_give_the_same(of):
+    layer = pack(padding=1)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(1)
+        x = maps().requires_grad_()
+        direction = torch.randn(2, 6, 6, 5, dtype=x.dtype)
+        layer.zero_grad()
+        if of == 'filters':
+            layer.to(memory_format=layout)
+        if of == 'gradient':
+            direction = direction.contiguous(memory_format=layout)
+        y = layer(x.contiguous(memory_format=layout) if of == 'input' else x)
+        y.backward(direction)
+        grads = [p.grad.contiguous() for p in layer.parameters()]
+        found.append([y.detach(), x.grad, *grads])
+    for one, other in zip(*found, strict=True):
+        assert relative_error(one, other) <= EXACT
+
+
 def test_no_image():
     layer = pack(stride=2, padding=1)
     x = maps(0).requires_grad_()

@@ -21,7 +21,9 @@ class WSModulatedDeformConv2d(WSConv2d, nn.Conv2d):
         :func:`~ws_mm.functional.standardize_weight` of the weight.
 
     Convention: mmcv's operator computes, in the dtype of ``offset`` as mmcv
-        does, and bfloat16, which it lacks, in float32. It takes part in no
+        does, and bfloat16, which it lacks, in float32. It computes wrong
+        values from ``channels_last``, of which this layer makes copies, and
+        mmcv's layers, baked ones included, do not. It takes part in no
         ``torch.compile`` graph. The layer is no subclass of mmcv's: the
         host's ``dcn_offset_lr_mult`` does not reach ``conv_offset``, but
         ``paramwise_cfg=dict(custom_keys={'conv_offset': dict(lr_mult=...)})``
@@ -115,9 +117,14 @@ class WSModulatedDeformConv2d(WSConv2d, nn.Conv2d):
             y = nn.functional.conv2d(x, weight, bias, *geometry)
             y = y + 0 * (offset.sum() + mask.sum())
         else:
-            filters = weight, bias, *geometry, self.deform_groups
+            # The operator does not look at strides, such as those of
+            # channels_last.
+            values = (x, offset.to(dtype), mask.to(dtype), weight)
             convolve = operators('').modulated_deform_conv2d
-            y = convolve(x, offset.to(dtype), mask.to(dtype), *filters)
+            y = convolve(
+                *(each.contiguous() for each in values),
+                *(bias, *geometry, self.deform_groups),
+            )
         return y.to(offset.dtype)
 
     def _load_from_state_dict(
