@@ -107,8 +107,7 @@ def measure(
 
     def after_norm(norm: nn.Module, args: Any, output: Any) -> None:
         fresh.clear()
-        if isinstance(output, Tensor):
-            fresh[id(output)] = output, norm
+        fresh[id(output)] = output, norm
 
     def before_relu(relu: nn.Module, args: Any, kwargs: Any) -> None:
         held = fresh.pop(id((*args, *kwargs.values())[0]), None)
