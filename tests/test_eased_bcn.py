@@ -89,6 +89,18 @@ def test_its_statistics_are_measured_as_those_of_bcn() -> None:
         torch.testing.assert_close(found, expected)
 
 
+def test_called_twice_before_backward(kernels: str) -> None:
+    layer = EasedBCN(8)
+    x, other = torch.randn(2, 2, 8, 5, 4).requires_grad_()
+    first = layer(x)
+    mean, var = layer.running_mean.clone(), layer.running_var.clone()
+    layer(other)
+    (found,) = torch.autograd.grad(first.square().sum(), x)
+    z = (x - mean.view(-1, 1, 1)) / (var.view(-1, 1, 1) + layer.eps).sqrt()
+    (expected,) = torch.autograd.grad(z.square().sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_training_from_initial_statistics_is_named() -> None:
     (problem,) = hooks.frozen_problems(eased().train())
     assert '1 EasedBCN layers train, and begin with the statistics' in problem
