@@ -316,6 +316,15 @@ def test_half_precision(case):
 
 
 @cases
+def test_no_image(case):
+    layer = MODELS.build(options_of(case, num_features=6, replaces_act=True))
+    y = torch.relu(layer(torch.randn(0, 6, 4, 4)))
+    y.sum().backward()
+    assert y.shape == (0, 6, 4, 4)
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+@cases
 def test_proven_as_the_norm_of_its_convolution(case):
     conv = ws_mm.WSConv2d(6, 6, 3)
     norm = MODELS.build(options_of(case, num_features=6, replaces_act=True))
