@@ -106,9 +106,8 @@ class Training:
         for mistake in report.mistakes:
             yield Finding('error', mistake)
         count = sum(conv.standardized for conv in report)
-        yield Finding(
-            'ok', f'{count} of {len(report)} convolutions standardized. {note}'
-        )
+        text = f'{count} of {len(report)} convolutions standardized. {note}'
+        yield Finding('ok', text.strip())
 
     def norms_of_batches(self) -> Iterator[Finding]:
         """Name batch norms that train on few images."""
