@@ -39,9 +39,8 @@ cells = [
         options={'model.decode_head.norm_cfg': dict(type='GN', num_groups=16)},
     ),
     dict(masks, norm='BN', images=16),
-    dict(instances, norm='GN'),
-    dict(instances, norm='GN+WS', seeds=three),
-    dict(instances, **fast, seeds=three),
+    dict(instances, norm=['GN', 'GN+WS']),
+    dict(instances, **fast),
     dict(
         instances,
         norm='BCN+WS',
