@@ -606,6 +606,33 @@ def test_convolutions_of_another_kind_stay() -> None:
     assert why in map(str, left)
 
 
+def test_norms_of_channels_that_come_last_stay() -> None:
+    pytest.importorskip('mmpretrain', exc_type=ImportError)
+    cfg = read(RETINA)
+    cfg.model.backbone = dict(
+        type='ConvNeXt',
+        _scope_='mmpretrain',
+        arch='atto',
+        out_indices=(0, 1, 2, 3),
+        gap_before_final_norm=False,
+        norm_cfg=dict(type='LN2d', eps=1e-6),
+    )
+    cfg.model.neck.in_channels = [40, 80, 160, 320]
+    before = cfg.model.backbone.to_dict()
+    _, left = apply_norm(cfg, norm='GN')
+    assert cfg.model.backbone.to_dict() == before
+    why = 'model.backbone: its norm LN2d is not one of channels of a map'
+    assert why in map(str, left)
+
+
+def test_a_norm_that_wants_a_process_group_is_replaced() -> None:
+    cfg = read(RETINA)
+    cfg.model.backbone.norm_cfg = dict(type='MMSyncBN')
+    apply_norm(cfg, parts=['backbone'])
+    assert cfg.model.backbone.conv_cfg == WS
+    assert cfg.model.backbone.norm_cfg == BCN
+
+
 def test_a_part_without_norms_has_one_reason() -> None:
     cfg = read('mmdet::carafe/faster-rcnn_r50_fpn-carafe_1x_coco.py')
     _, left = apply_norm(cfg, norm='GN')
@@ -710,6 +737,14 @@ def test_a_group_has_more_than_one_value_on_a_map_of_one_pixel():
                 dict(type=norm, num_groups=groups),
                 ['heads'] if norm == 'GN' else None,
             )
+
+
+def test_groups_that_were_not_asked_for_are_not_judged() -> None:
+    cfg = read('mmseg::deeplabv3/deeplabv3_r18b-d8_*-512x1024.py')
+    cfg.model.decode_head.norm_cfg = dict(type='GN', num_groups=128)
+    apply_norm(cfg, norm='GN', parts=['backbone'])
+    assert cfg.model.backbone.norm_cfg == dict(type='GN', num_groups=32)
+    assert cfg.model.decode_head.norm_cfg.num_groups == 128
 
 
 def test_weights_of_the_same_layers_are_kept():
