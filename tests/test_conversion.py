@@ -65,6 +65,18 @@ def written_out(source: nn.Module, new: nn.Module) -> nn.Module:
     return oracle
 
 
+def equal(new: nn.Module, oracle: nn.Module, x: Tensor) -> Tensor:
+    """Compare outputs and gradients; return the output that is expected."""
+    x.requires_grad_()
+    expected, actual = oracle(x), new(x)
+    assert relative_error(actual, expected) < 1e-10
+    cotangent = torch.randn_like(actual)
+    (a,) = torch.autograd.grad(actual, x, cotangent)
+    (b,) = torch.autograd.grad(expected, x, cotangent)
+    assert relative_error(a, b) < 1e-8
+    return expected
+
+
 EFFICIENTNETS = {
     'EfficientNet': lambda: timm.create_model('test_efficientnet'),
     'padded as needed': lambda: timm.create_model(
@@ -95,13 +107,7 @@ def test_networks_with_norm_and_activation_in_one(name: str) -> None:
         k for k in source.state_dict() if 'num_batches' not in k
     }
     oracle = written_out(source, new)
-    x.requires_grad_()
-    expected, actual = oracle(x), new(x)
-    assert relative_error(actual, expected) < 1e-10
-    cotangent = torch.randn_like(actual)
-    (a,) = torch.autograd.grad(actual, x, cotangent)
-    (b,) = torch.autograd.grad(expected, x, cotangent)
-    assert relative_error(a, b) < 1e-8
+    expected = equal(new, oracle, x)
     # Baked, it is the network of timm again; folded, it needs no ws_mm.
     baked = bake(new)
     assert kinds(baked)['Conv2dSame'] == before['Conv2dSame']
@@ -194,13 +200,7 @@ def test_convolutions_that_hold_their_norm(host: str) -> None:
         norms = [conv.norms for conv in found]
         assert norms[:3] == [('0.norm',), ('1.norm',), ('3',)]
     oracle = written_out(source, new)
-    x.requires_grad_()
-    expected, actual = oracle(x), new(x)
-    assert relative_error(actual, expected) < 1e-10
-    cotangent = torch.randn_like(actual)
-    (a,) = torch.autograd.grad(actual, x, cotangent)
-    (b,) = torch.autograd.grad(expected, x, cotangent)
-    assert relative_error(a, b) < 1e-8
+    expected = equal(new, oracle, x)
     baked = bake(new)
     assert kinds(baked)[kind.__name__] == 5
     assert relative_error(baked(x), expected) < 1e-10

@@ -231,4 +231,4 @@ def _give_act(norm: Any, drop: nn.Module, act: nn.Module) -> None:
         layers: Any = importlib.import_module('timm.layers')
         norm.__class__, norm._fast_norm = layers.GroupNormAct, False
     else:
-        norm.__class__ = replacement.with_act(kind)
+        norm.__class__ = replacement.mixed(replacement.WithAct, kind)

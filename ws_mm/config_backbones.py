@@ -48,8 +48,10 @@ def kept_backbones(
                 is_eased(part)
                 # One that builds what norm_cfg says is converted.
                 or (
-                    {'norm_eval', 'norm_cfg'} & part.accepts.keys()
-                    != {'norm_cfg'}
+                    (
+                        'norm_eval' in part.accepts
+                        or 'norm_cfg' not in part.accepts
+                    )
                     and _builds_batch_norms(part)
                 )
             )

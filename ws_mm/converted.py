@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 from mmengine.logging import print_log
@@ -75,8 +74,7 @@ def converted(
             arguments['norm_eval'], norm_eval = norm_eval, None
     part: nn.Module = MODELS.build(dict(type=of, **arguments))
     if norm_eval:
-        kind_of_part: Any = type(part)
-        part.__class__ = _with_norm_eval(kind_of_part)
+        part.__class__ = replacement.mixed(NormEval, type(part))
     keeps_norms = norm is None and (conv is not None or bool(norm_eval))
     continues = getattr(norm_class(kind), 'continues_batch_norm', False)
     for name in WEIGHTS:
@@ -107,7 +105,7 @@ def converted(
     return convert(part, norm=dict(norm or {}), skip=others)
 
 
-class NormEval(nn.Module):
+class NormEval(replacement.Mixin):
     """Base of parts whose batch norms never use statistics of a batch."""
 
     def train(self, mode: bool = True) -> 'NormEval':
@@ -116,20 +114,6 @@ class NormEval(nn.Module):
         for name in batch_norms(self):
             self.get_submodule(name).eval()
         return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Its class is no name of a module, by which pickle could find it.
-        return _unpickled, (type(self).__mro__[2],), vars(self)
-
-
-@cache
-def _with_norm_eval(cls: Any) -> Any:
-    return type(cls.__name__, (NormEval, cls), {})
-
-
-def _unpickled(cls: Any) -> Any:
-    kind = _with_norm_eval(cls)
-    return kind.__new__(kind)
 
 
 def _standardize(part: nn.Module, conv: Mapping[str, Any]) -> None:

@@ -93,7 +93,33 @@ def _norm_act(output: Tensor, conv: Any) -> Tensor:
     return output
 
 
-class WithAct(nn.Module):
+class Mixin(nn.Module):
+    """Base of what :func:`mixed` gives to a class."""
+
+    suffix = ''
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Its class is no name of a module, by which pickle could find it.
+        return _unpickled, type(self).__bases__, vars(self)
+
+
+_mixed: dict[tuple[type, type], Any] = {}
+
+
+def mixed(mixin: type[Mixin], cls: type[nn.Module]) -> Any:
+    """The class of a :class:`Mixin` and of another class."""
+    both = mixin, cls
+    if both not in _mixed:
+        _mixed[both] = type(f'{cls.__name__}{mixin.suffix}', both, {})
+    return _mixed[both]
+
+
+def _unpickled(mixin: Any, cls: Any) -> Any:
+    kind = mixed(mixin, cls)
+    return kind.__new__(kind)
+
+
+class WithAct(Mixin):
     """Base of norms that also have the drop and act of the norm before.
 
     Formula:
@@ -101,6 +127,8 @@ class WithAct(nn.Module):
 
     Source: the attributes of timm's ``BatchNormAct2d``.
     """
+
+    suffix = 'Act'  # as timm's names end
 
     drop: nn.Module
     act: nn.Module
@@ -110,25 +138,6 @@ class WithAct(nn.Module):
         """Normalize ``input``, then drop and activate."""
         output: Tensor = self.act(self.drop(super().forward(input)))
         return output
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Its class is no name of a module, by which pickle could find it.
-        return _unpickled, (type(self).__mro__[2],), vars(self)
-
-
-_with_act: dict[type, Any] = {}
-
-
-def with_act(norm: type[nn.Module]) -> Any:
-    """The class of a norm with :class:`WithAct`, named as timm would."""
-    if norm not in _with_act:
-        _with_act[norm] = type(f'{norm.__name__}Act', (WithAct, norm), {})
-    return _with_act[norm]
-
-
-def _unpickled(norm: type[nn.Module]) -> Any:
-    kind = with_act(norm)
-    return kind.__new__(kind)
 
 
 def standardizes(conv: nn.Module) -> bool:
@@ -185,7 +194,8 @@ def ws_type(conv: Any) -> type | None:
         return None
     if all(_equal(probe, x, plain(_pad_same(x, conv))) for x in inputs):
         return WSConv2dSame
-    if {'norm', 'activation'} <= {*vars(conv), *conv._modules} and all(
+    holds_both = hasattr(conv, 'norm') and hasattr(conv, 'activation')
+    if holds_both and all(
         _equal(probe, x, _norm_act(plain(x), probe)) for x in inputs
     ):
         return WSConv2dNormAct
@@ -319,7 +329,7 @@ def replacement_of(
         ValueError: an argument does not fit the norm.
     """
     has_act = any(True for _ in norm.children())
-    made: Any = with_act(kind) if has_act else kind
+    made: Any = mixed(WithAct, kind) if has_act else kind
     layer, sources = made.from_norm(norm, arguments)
     like = next(iter(norm.state_dict().values()), torch.empty(0))
     layer.to(dtype=like.dtype)

@@ -415,10 +415,9 @@ def _report_unsynchronized(kind: str) -> bool:
         f'{kind} layers train in several processes and nothing averages '
         'their estimates after each iteration: ranks differ, and a '
         'checkpoint holds those of rank 0. Add to the config: '
-        "custom_hooks = [dict(type='ws_mm.SyncEstimatesHook')]. In a loop of "
-        'your own, call ws_mm.sync_estimates(model) before the first step '
-        'and after each '
+        "custom_hooks = [dict(type='ws_mm.SyncEstimatesHook')] "
         '(SyncBuffersHook and broadcast_buffers=True do not replace it: the '
         "one comes after an iteration's checkpoint was saved, the other "
-        'keeps what rank 0 saw)'
+        'keeps what rank 0 saw). In a loop of your own, call '
+        'ws_mm.sync_estimates(model) before the first step and after each'
     )

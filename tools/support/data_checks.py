@@ -18,8 +18,8 @@ from torch import nn
 
 from support.checks import SetupError, is_local, iter_datasets
 
-# What MMDetection reads of each entry of an annotation file.
 GIVE = 'Give it to each.'
+# What MMDetection reads of each entry of an annotation file.
 IMAGE_KEYS = ('file_name', 'height', 'width')
 ANNOTATION_KEYS = {
     'category_id': 'Give each the id of one of the categories.',
