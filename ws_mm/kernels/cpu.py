@@ -192,9 +192,9 @@ def is_faster(input: Tensor) -> bool:
     return input.numel() >= MIN_NUMEL
 
 
-# Values of a row from which its moments are two sums, and of a piece of one:
-# sums of fewer values have more digits.
-LONG, PIECE = 128, 512
+# Values of a row up to which two reductions beat one pass of batch norm, and
+# of a piece of a row: sums of fewer values have more digits.
+SHORT, PIECE = 127, 512
 # Deviations between 0 and a mean up to which these sums have the digits.
 FAR = 4
 
@@ -231,8 +231,9 @@ def instance_moments(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(input.dtype, torch.float32)
     if not input.is_contiguous():
         return *_moments_channels_last(input, dtype), torch.empty_like(input)
-    if input.shape[2:].numel() >= LONG:
-        mean, var = _moments_of_long_rows(as_rows(input), dtype)
+    # Reductions of ATen would copy half precision.
+    if input.dtype == dtype or input.shape[2:].numel() > SHORT:
+        mean, var = _moments_by_sums(as_rows(input), dtype)
         return mean.view(shape), var.view(shape), torch.empty_like(input)
     return _moments_of_rows(input, dtype)
 
@@ -250,23 +251,25 @@ def _moments_of_rows(
     return mean, rstd.pow(-2), output
 
 
-def _moments_of_long_rows(
+def _moments_by_sums(
     rows: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance of each row, from its sum and that of its squares.
 
-    This reads the rows once and writes nothing like them. The squares lose
-    digits where the mean is large: those rows are computed again.
+    This writes nothing like the rows. The squares lose digits where the mean
+    is large: those rows are computed again.
     """
     count, size = rows.shape[1:]
-    most = max(size // PIECE, 1)
-    pieces = next(n for n in range(most, 0, -1) if size % n == 0)
-    parts = rows.view(1, count * pieces, -1)
-    zeros = rows.new_zeros(count * pieces, dtype=dtype)
-    square, mean = (
-        total.view(count, pieces).sum(1).div_(size)
-        for total in row_sums(parts, parts, zeros)
-    )
+    if size <= SHORT:
+        square = torch.linalg.vector_norm(rows[0], dim=1).square_()
+        sums = square, rows[0].sum(1)
+    else:
+        most = max(size // PIECE, 1)
+        pieces = next(n for n in range(most, 0, -1) if size % n == 0)
+        parts = rows.view(1, count * pieces, -1)
+        zeros = rows.new_zeros(count * pieces, dtype=dtype)
+        sums = row_sums(parts, parts, zeros)
+    square, mean = (total.view(count, -1).sum(1).div_(size) for total in sums)
     var = square.addcmul_(mean, mean, value=-1)
     is_exact = mean.square() <= FAR**2 * var  # NaN is not
     if not is_exact.all():
