@@ -742,8 +742,9 @@ def test_a_group_has_more_than_one_value_on_a_map_of_one_pixel():
 def test_groups_that_were_not_asked_for_are_not_judged() -> None:
     cfg = read('mmseg::deeplabv3/deeplabv3_r18b-d8_*-512x1024.py')
     cfg.model.decode_head.norm_cfg = dict(type='GN', num_groups=128)
-    apply_norm(cfg, norm='GN', parts=['backbone'])
-    assert cfg.model.backbone.norm_cfg == dict(type='GN', num_groups=32)
+    norm = dict(type='GN', num_groups=32)
+    apply_norm(cfg, norm=norm, parts=['backbone'])
+    assert cfg.model.backbone.norm_cfg == norm
     assert cfg.model.decode_head.norm_cfg.num_groups == 128
 
 

@@ -303,8 +303,13 @@ def _groups(part: Part, norms: Collection[nn.Module]) -> int:
     return groups
 
 
-def check_groups(built: nn.Module, scope: str) -> None:
+def check_groups(built: nn.Module, scope: str, parts: list[Part]) -> None:
     """Reject groups of one channel where the map has one pixel.
+
+    Args:
+        built: the model.
+        scope: of its types.
+        parts: those that get a norm.
 
     Raises:
         ConfigError: some group would have one value, which is its own mean.
@@ -314,6 +319,7 @@ def check_groups(built: nn.Module, scope: str) -> None:
         for name, layer in built.named_modules()
         if isinstance(layer, nn.GroupNorm)
         and layer.num_groups == layer.num_channels
+        and any(name.startswith(f'{part.name}.') for part in parts)
     }
     sizes = map_sizes(built, scope)[0] if single else {}
     for name, channels in single.items():

@@ -191,7 +191,8 @@ def convert_config(
     if fit(everything, built, names):
         built = settle(everything)
     if 'num_groups' in new_norm:
-        check_groups(built, scope)
+        changed = [part for part in selected if 'norm_cfg' in part.layers]
+        check_groups(built, scope, changed)
     prune(selected, built, everything)
     if remaining and finish(
         [part for part in selected if not _holds(part.key, frozen)],

@@ -1,7 +1,6 @@
 """Name the config keys of layers that cannot be built."""
 
 import difflib
-import inspect
 import re
 import traceback
 from typing import Any
@@ -11,6 +10,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from support.checks import SetupError, iter_nodes
+from ws_mm.arguments import arguments
 
 DELETE = ' (if a parent config sets it, add _delete_=True to {})'
 
@@ -116,7 +116,7 @@ def check_norms(cfg: Config) -> None:
 def _takes(kind: Any, argument: str) -> bool:
     if _unknown(kind) or not isinstance(kind, str):
         return False
-    return argument in inspect.signature(MODELS.get(kind)).parameters
+    return argument in arguments(MODELS.get(kind))
 
 
 def _unknown(kind: Any) -> bool:
