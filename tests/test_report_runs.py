@@ -262,6 +262,10 @@ def test_a_resumed_run_is_one_and_a_new_one_is_new(tmp_path: Path) -> None:
     run = runs.read_run(tmp_path)
     assert run.train['loss'] == {10: 5.0}
     assert run.metrics == {}
+    # Of another log interval.
+    write_start(tmp_path, '4', [line(4, 6.0), line(8, 7.0)])
+    write_start(tmp_path, '5', [line(8, 8.0)])
+    assert runs.read_run(tmp_path).train['loss'] == {4: 6.0, 8: 8.0}
 
 
 def test_a_panel_draws_its_points() -> None:

@@ -121,9 +121,10 @@ def _read_curves(run: Run, files: list[Path]) -> None:
     first, last = 0, 0
     for path in files:
         lines = list(read_lines(path))
-        steps = [line.get('step', 0) for line in lines if 'iter' in line]
-        if steps and steps[0] == first:  # from the start again
+        steps = [line['step'] for line in lines if {'iter', 'step'} <= {*line}]
+        if steps and steps[0] <= first:  # from the start again
             run.train, run.metrics, run.others = {}, {}, {}
+            first = 0
         first = first or (steps or [0])[0]
         for line in lines:
             kind, step, left_out = run.others, line.get('step', 0), NO_CURVE
