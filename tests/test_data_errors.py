@@ -207,9 +207,14 @@ CLASSES = "train_dataloader['dataset'].update(metainfo=dict(classes={}))\n"
         (dict(area='9'), '', r'or an area that is not a number \(id 1, 2\)'),
         (dict(id=7), '', r'1 ids of annotations are there several .*id 7'),
         (
+            dict(image_id='0'),
+            '',
+            r'2 with an image_id that no image has \(the first has id 0\)',
+        ),
+        (
             dict(iscrowd=1),
             '',
-            r'no object to train on\. It has 2 annotations: 0 of no class .*'
+            r'no object to train on\. It has 2 annotations: .*0 of no class .*'
             r' 2 crowds \(iscrowd=1\)',
         ),
         (dict(area=0), '', r'0 of no class .* 2 without an area, 0 crowds'),

@@ -139,7 +139,7 @@ def _read_annotations(dataset: Any, host: Any, path: str) -> Any:
     if dataset.ANN_ID_UNIQUE:
         numbers = (entry['id'] for entry in annotations)
         _check_ids(where, 'annotations', numbers)
-    _check_objects(dataset, content['categories'], annotations)
+    _check_objects(dataset, content['categories'], images, annotations)
     return coco
 
 
@@ -224,7 +224,10 @@ def _check_categories(
 
 
 def _check_objects(
-    dataset: Any, categories: list[dict], annotations: list[dict]
+    dataset: Any,
+    categories: list[dict],
+    images: list[dict],
+    annotations: list[dict],
 ) -> None:
     """See that there is something to learn, and a mask where one is read."""
     where = dataset.ann_file
@@ -233,9 +236,11 @@ def _check_objects(
         for category in categories
         if category['name'] in dataset.metainfo['classes']
     }
+    listed = {image['id'] for image in images}
+    placed = [entry for entry in annotations if entry['image_id'] in listed]
     boxed = [
         entry
-        for entry in annotations
+        for entry in placed
         if not entry.get('ignore') and entry['category_id'] in ids
     ]
     sized = [
@@ -248,12 +253,14 @@ def _check_objects(
     # Images without labels have a loader of another name.
     reads = any(type(step).__name__ == 'LoadAnnotations' for step in steps)
     if reads and not dataset.test_mode and not objects:
+        number = images[0]['id']
         raise SetupError(
             f'{where} has no object to train on. It has {len(annotations)} '
-            f'annotations: {len(annotations) - len(boxed)} of no class of '
-            f'metainfo.classes or to be ignored, {len(boxed) - len(sized)} '
-            f'without an area, {len(sized)} crowds (iscrowd=1), which '
-            'training leaves out.'
+            f'annotations: {len(annotations) - len(placed)} with an image_id '
+            f'that no image has (the first has id {number!r}), '
+            f'{len(placed) - len(boxed)} of no class of metainfo.classes or '
+            f'to be ignored, {len(boxed) - len(sized)} without an area, '
+            f'{len(sized)} crowds (iscrowd=1), which training leaves out.'
         )
     if any(getattr(step, 'with_mask', False) for step in steps):
         _refuse(
