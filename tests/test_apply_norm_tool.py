@@ -140,7 +140,7 @@ def test_a_backbone_of_the_users_own_is_converted(forks, tmp_path):
     run = ('--work-dir', tmp_path / 'run')
     done = forks.run('train', first, *run, PYTHONPATH=path)
     assert done.returncode == 0, done.stdout
-    assert '1 batch norms train on the statistics of 1 image' in done.stdout
+    assert 'The model trains 1 batch norm (' in done.stdout
     options = (*groups, '--remaining')
     done = forks.run('apply_norm', config, second, *options, PYTHONPATH=path)
     assert done.returncode == 0, done.stdout

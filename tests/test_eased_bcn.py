@@ -103,7 +103,7 @@ def test_called_twice_before_backward(kernels: str) -> None:
 
 def test_a_training_from_initial_statistics_is_named() -> None:
     (problem,) = hooks.frozen_problems(eased().train())
-    assert '1 EasedBCN layers train, and begin with the statistics' in problem
+    assert 'These EasedBCN layers train, and begin with' in problem
     assert problem.count(': 1. ') == 1
     assert not hooks.frozen_problems(nn.Sequential(ws_mm.BCN(8)).train())
     model = eased().train()

@@ -261,7 +261,7 @@ def frozen_problems(model: nn.Module) -> list[str]:
         for kind, found in names.items()
     ]
     problems += [
-        f'These {len(found)} {kind} layers train, and begin with the '
+        f'These {kind} layers train, and begin with the '
         f'statistics that they were built with: {first_names(found)}. They '
         'normalize nothing at first. Start them from a checkpoint of batch '
         'norms (init_cfg), or set another norm_cfg in this part of the model, '
@@ -269,14 +269,14 @@ def frozen_problems(model: nn.Module) -> list[str]:
         for kind, found in untrained.items()
     ]
     problems += [
-        f'These {len(found)} {kind} layers do not train, and are as they were '
+        f'These {kind} layers do not train, and are as they were '
         f'built: {first_names(found)}. So the convolutions before them may '
         'stay random. Set frozen_stages=-1 in the config of this part, or '
         'start it from a checkpoint (init_cfg)'
         for kind, found in groups.items()
     ]
     problems += [
-        f'These {len(found)} {kind} layers use the statistics that they were '
+        f'These {kind} layers use the statistics that they were '
         f'built with, in training, too: {first_names(found)}. They normalize '
         'nothing. Start this part from a checkpoint (init_cfg). For a start '
         'without one, tools/model_converters/apply_norm.py replaces them and '
@@ -353,9 +353,8 @@ def batch_norm_problems(
         if layer.training and 0 < number <= 2:
             few.setdefault(number, []).append(name.removeprefix('module.'))
     return [
-        f'{len(names)} batch norms train on the statistics of '
-        f'{number} image{"s" if number > 1 else ""}: '
-        f'{first_names(names)}. '
+        f'The model trains {counted(names, "batch norm")} on the statistics '
+        f'of {number} image{"s" if number > 1 else ""}. '
         'tools/model_converters/apply_norm.py replaces them, with '
         '--remaining those that no norm_cfg reaches; norm_eval=True freezes '
         'those of a pretrained backbone'
