@@ -759,6 +759,18 @@ def test_a_norm_in_half_precision_gets_exact_estimates():
     assert torch.equal(new.running_var, norm.running_var.float())
 
 
+@pytest.mark.parametrize(
+    'place', [dict(device='meta'), dict(dtype=torch.half)]
+)
+def test_a_norm_without_any_tensor_goes_where_its_model_is(place):
+    norm = nn.GroupNorm(4, 8, affine=False)
+    source = nn.Sequential(nn.Conv2d(3, 8, 1, **place), norm)
+    new = convert(source, norm=dict(affine=True))[1]
+    assert {p.device for p in new.parameters()} == {source[0].weight.device}
+    assert new.running_var.device == source[0].weight.device
+    assert {p.dtype for p in new.parameters()} == {source[0].weight.dtype}
+
+
 @pytest.mark.filterwarnings('ignore')
 def test_a_script_is_named():
     script = torch.jit.script(nn.BatchNorm2d(8))

@@ -125,6 +125,10 @@ def convert(
             module, copies[name], kind, without_type(norm), trace
         )
         if layer is not None:
+            if not copies[name].state_dict():
+                # Its device and dtype are those of the model.
+                first = next(model.parameters(), torch.empty(0))
+                layer.to(first.device, first.dtype)
             replacement.become(copies[name], layer)
     plan.note_shared(modules)
     plan.note_fusions(modules)
