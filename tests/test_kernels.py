@@ -61,7 +61,7 @@ def kernels(request, monkeypatch) -> str:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch) -> None:
-    monkeypatch.setattr(cpu, 'CHUNK', 1 << 12)
+    monkeypatch.setattr(cpu, 'CHUNK', 1 << 8)
 
 
 def calls(monkeypatch, function: type[torch.autograd.Function]) -> list[str]:

@@ -168,7 +168,6 @@ def is_supported(input: Tensor) -> bool:
         return False
     return input.is_contiguous() or (
         input.shape[0] == 1
-        and input.dim() == 4
         and input.is_contiguous(memory_format=torch.channels_last)
     )
 
