@@ -631,6 +631,8 @@ def test_a_norm_that_wants_a_process_group_is_replaced() -> None:
     apply_norm(cfg, parts=['backbone'])
     assert cfg.model.backbone.conv_cfg == WS
     assert cfg.model.backbone.norm_cfg == BCN
+    with pytest.raises(ConfigError, match="'MMSyncBN': .*process group"):
+        apply_norm(cfg, norm='MMSyncBN')
 
 
 def test_a_part_without_norms_has_one_reason() -> None:

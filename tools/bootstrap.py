@@ -73,7 +73,9 @@ LAYERS = (
 LINES = {
     'maintained': Line(RECENT, 'onedl-mmcv', ()),
     'official': Line(
-        ((3, 10),), 'mmcv', (*LAYERS, 'configs', 'host_tools', 'packaging')
+        ((3, 10),),
+        'mmcv',
+        (*LAYERS, 'configs', 'apply_norm', 'host_tools', 'packaging'),
     ),
     'layers-oldest': Line(((3, 10),), '', (*LAYERS, 'host_layer', 'dtypes')),
     'layers-newest': Line(RECENT, '', (*LAYERS, 'host_layer', 'dtypes')),

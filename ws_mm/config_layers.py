@@ -85,7 +85,10 @@ def map_layer(cfg: Mapping[str, Any], scope: str) -> Any:
             raise ValueError(
                 f'num_groups={groups!r} must be a whole number of at least 1'
             )
-        layer = cls(**{names[0]: channels}, **options)
+        try:
+            layer = cls(**{names[0]: channels}, **options)
+        except RuntimeError as error:  # torch 2.1: there is no process group
+            raise ValueError(str(error)) from error
     else:
         return None
     # Whatever a layer may raise that is for something else.
