@@ -256,7 +256,7 @@ def _moments_by_sums(
     """Mean and variance of each row, from its sum and that of its squares.
 
     This writes nothing like the rows. The squares lose digits where the mean
-    is large: those rows are computed again.
+    is large: those variances are computed again.
     """
     count, size = rows.shape[1:]
     if size <= SHORT:
@@ -273,9 +273,7 @@ def _moments_by_sums(
     is_exact = mean.square() <= FAR**2 * var  # NaN is not
     if not is_exact.all():
         again = ~is_exact
-        part = rows[:, again]
-        of_part = _moments_of_rows(part, dtype)
-        mean[again], var[again] = (x.flatten() for x in of_part[:2])
+        var[again] = _moments_of_rows(rows[:, again], dtype)[1].flatten()
     return mean, var
 
 
