@@ -299,7 +299,7 @@ def test_hook_counts_the_images_of_a_step(grouped, monkeypatch):
         train_dataloader=DataLoader(data, **options),
     )
     HOOKS.build(dict(type='CheckModelHook')).before_train_iter(runner, 0)
-    assert 'train on the statistics of 2 images' in ''.join(said)
+    assert 'on the statistics of 2 images' in ''.join(said)
 
 
 def test_batches_of_a_sampler_without_a_size_are_not_counted(said):
@@ -316,10 +316,10 @@ def test_batches_of_a_sampler_without_a_size_are_not_counted(said):
     ('images', 'processes', 'expected'),
     [
         (0, 4, ''),  # unknown
-        (1, 1, 'on the statistics of 1 image: 1, 2.'),
-        (1, 4, 'on the statistics of 1 image: 1.'),
-        (2, 1, 'on the statistics of 2 images: 1, 2.'),
-        (2, 2, 'on the statistics of 2 images: 1.'),
+        (1, 1, 'trains 2 batch norms (1, 2) on the statistics of 1 image.'),
+        (1, 4, 'trains 1 batch norm (1) on the statistics of 1 image.'),
+        (2, 1, 'trains 2 batch norms (1, 2) on the statistics of 2 images.'),
+        (2, 2, 'trains 1 batch norm (1) on the statistics of 2 images.'),
         (3, 1, ''),
     ],
 )
