@@ -1,5 +1,6 @@
 """Statistics over ranks: real gloo processes against one process."""
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from comparison import TOLERANCE, disagreements
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +26,7 @@ from ws_mm import (
     running_statistics,
     sync_estimates,
 )
+from ws_mm.functional import batch_channel_norm
 from ws_mm.hooks import average_estimates
 
 CHANNELS, GROUPS = 8, 4
@@ -643,6 +646,27 @@ def test_sync_batch_without_images_or_with_one_value(world):
     expected = layer(x[None, :, None, None])
     assert not disagreements({'y': one}, {'y': expected.detach()}, 1e-12)
     assert not len(none)
+
+
+def unmoved_rank(rank: int, eager: bool) -> list[float]:
+    """How far a call without an update and one with it move the values."""
+    layer, (x, _) = make_layer('sync_batch'), make_batch(2)
+    running = dict(layer.named_buffers())
+    before = {name: values.clone() for name, values in running.items()}
+    options: dict[str, Any] = dict(training=True, mode='sync_batch')
+    found = []
+    for update in (False, True):
+        with contextlib.nullcontext() if eager else forward_ad.dual_level():
+            batch_channel_norm(x, GROUPS, **running, **options, update=update)
+        distances = [(running[k] - before[k]).abs().sum() for k in running]
+        found.append(float(sum(distances)))
+    return found
+
+
+@pytest.mark.parametrize('eager', [True, False])
+def test_sync_batch_moves_nothing_unless_it_should(eager, world):
+    for unmoved, moved in world(2).run(unmoved_rank, eager):
+        assert unmoved == 0 < moved
 
 
 def plain_rank(rank: int, model: nn.Module) -> int:
