@@ -669,6 +669,17 @@ def test_sync_batch_moves_nothing_unless_it_should(eager, world):
         assert unmoved == 0 < moved
 
 
+@pytest.mark.parametrize('mode', ['estimate', 'sync_batch'])
+def test_a_torch_without_distributed_is_one_process(mode, monkeypatch):
+    expected = step(make_layer(mode), *make_batch(2))
+    # Such a build has the module, and little in it.
+    monkeypatch.setattr(dist, 'is_available', lambda: False)
+    for name in ('is_initialized', 'get_world_size', 'get_rank'):
+        monkeypatch.delattr(dist, name)
+    actual = step(make_layer(mode), *make_batch(2))
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
 def plain_rank(rank: int, model: nn.Module) -> int:
     hook = SyncEstimatesHook()
     hook.before_train(Runner(model))
