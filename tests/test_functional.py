@@ -14,6 +14,10 @@ from ws_mm.functional import updated_estimates
 
 pytestmark = pytest.mark.usefixtures('kernels')
 
+# Filters have a closed form on every CPU: also the composed operations.
+WITH_PLAIN = pytest.mark.parametrize(
+    'kernels', ['auto', 'plain'], indirect=True
+)
 WEIGHT_SHAPES = {
     '1d': (6, 4, 5),
     '2d': (6, 4, 3, 3),
@@ -73,6 +77,7 @@ def test_standardize_weight_gradcheck(eps_mode):
     assert torch.autograd.gradgradcheck(function, weight)
 
 
+@WITH_PLAIN
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
 def test_standardize_weight_half_is_computed_in_float32(dtype):
     # A mean of 30 standard deviations: in half precision nothing is left.
@@ -92,6 +97,7 @@ def test_standardize_weight_keeps_channels_last():
     torch.testing.assert_close(actual, standardize_weight(weight.contiguous()))
 
 
+@WITH_PLAIN
 def test_standardize_weight_of_constant_filter_is_finite():
     weight = torch.full((2, 3, 3, 3), 0.5, requires_grad=True)
     output = standardize_weight(weight)
