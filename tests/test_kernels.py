@@ -312,6 +312,7 @@ def test_few_values_far_from_zero_keep_their_digits(kernels: str) -> None:
         ((2, 64, 1, 1), 8, 'batch', 0),
         ((15, 64, 1, 1), 8, 'batch', 0),
         ((16, 64, 1, 1), 8, 'batch', 1),
+        ((2, 64, 3, 3), 8, 'batch', 1),
         ((16, 64, 1, 1), 16, 'estimate', 0),
     ],
 )
