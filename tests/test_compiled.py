@@ -250,6 +250,7 @@ def test_exporters_get_the_norms_of_torch(exporter, training):
     assert 'batch_norm' in graph
     assert 'group_norm' in graph
     assert 'var_mean' not in graph
+    assert 'ops.ws_mm' not in graph  # no operator of ours for another runtime
 
 
 @needs_form

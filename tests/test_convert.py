@@ -263,6 +263,15 @@ def test_batch_norm_without_affine_becomes_bcn_with_one():
     assert torch.equal(new.running_var, norm.running_var)
 
 
+def test_of_a_batch_norm_of_zeros_the_outer_weight_is_zero():
+    norm = randomize(nn.BatchNorm2d(8))
+    nn.init.zeros_(norm.weight)
+    nn.init.zeros_(norm.bias)
+    new = convert(nn.Sequential(norm), norm={})[0]
+    assert torch.equal(new.bn_weight, torch.ones(8))
+    assert not new.weight.any()
+
+
 def test_norms_without_an_affine_become_bcn():
     for norm in (
         nn.BatchNorm2d(8, affine=False),

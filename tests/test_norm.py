@@ -390,6 +390,8 @@ def test_wrong_arguments_are_rejected():
         BCN(32, mode='est')
     with pytest.raises(ValueError, match='num_groups=0'):
         BCN(32, 0)
+    with pytest.raises(TypeError, match='num_groups=True'):
+        BCN(32, True)
     for shape in ((1, 3, 4), (32,)):
         got = re.escape(f'(N, 32, *), got {shape}')
         with pytest.raises(ValueError, match=got):
