@@ -141,6 +141,7 @@ def test_a_backbone_of_the_users_own_is_converted(forks, tmp_path):
     done = forks.run('train', first, *run, PYTHONPATH=path)
     assert done.returncode == 0, done.stdout
     assert 'The model trains 1 batch norm (' in done.stdout
+    assert ') on the statistics of 1 image. ' in done.stdout
     options = (*groups, '--remaining')
     done = forks.run('apply_norm', config, second, *options, PYTHONPATH=path)
     assert done.returncode == 0, done.stdout

@@ -222,13 +222,11 @@ def exchange_rank(rank: int, kernels: str) -> dict[str, Any]:
 
         return call
 
-    def both() -> None:
-        layer(x).backward(dy)
+    def both(norm: BCN = layer) -> None:
+        norm(x).backward(dy)
 
-    def waits(layer: BCN) -> int:
-        return count(
-            lambda: layer(x).backward(dy), 'aten::_local_scalar_dense'
-        )
+    def waits(norm: BCN) -> int:
+        return count(lambda: both(norm), 'aten::_local_scalar_dense')
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('WS_MM_KERNELS', kernels)
@@ -649,7 +647,7 @@ def test_sync_batch_without_images_or_with_one_value(world):
 
 
 def unmoved_rank(rank: int, eager: bool) -> list[float]:
-    """How far a call without an update and one with it move the values."""
+    """Distances that values move without an update, and with one."""
     layer, (x, _) = make_layer('sync_batch'), make_batch(2)
     running = dict(layer.named_buffers())
     before = {name: values.clone() for name, values in running.items()}

@@ -132,6 +132,7 @@ def test_batch_norms_that_remain(examined) -> None:
     (found,) = not_ok(examined(text, MEANT))
     assert found.level == 'warning'
     assert 'The model trains 24 batch norms (' in found.text
+    assert ', ...) on the statistics of 2 images. ' in found.text
     assert 'apply_norm.py replaces them' in found.text
 
 

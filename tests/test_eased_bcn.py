@@ -103,8 +103,9 @@ def test_called_twice_before_backward(kernels: str) -> None:
 
 def test_a_training_from_initial_statistics_is_named() -> None:
     (problem,) = hooks.frozen_problems(eased().train())
-    assert 'These EasedBCN layers train, and begin with' in problem
-    assert problem.count(': 1. ') == 1
+    start = 'These EasedBCN layers train, and begin with the statistics'
+    assert problem.startswith(start)
+    assert problem.count(': 1 layer (1). ') == 1
     assert not hooks.frozen_problems(nn.Sequential(ws_mm.BCN(8)).train())
     model = eased().train()
     model.load_state_dict(trained().state_dict(), strict=False)

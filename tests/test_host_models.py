@@ -337,7 +337,8 @@ def test_batch_norms_that_are_frozen_as_they_were_built_are_named() -> None:
     assert not hooks.frozen_problems(model)
     norm = model[1].eval()  # as norm_eval and frozen_stages put it
     (problem,) = hooks.frozen_problems(model)
-    assert 'These BatchNorm2d layers use the statistics' in problem
+    assert problem.startswith('These BatchNorm2d layers use the statistics')
+    assert ': 1 layer (1). ' in problem
     assert 'norm_eval=False and frozen_stages=-1' in problem
     nn.init.zeros_(norm.weight)  # mmdet's last norm of a residual block
     assert hooks.frozen_problems(model)

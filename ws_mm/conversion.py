@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 from mmengine.logging import print_log
-from torch import nn
+from torch import Tensor, nn
 
 from . import replacement
 from .arguments import check_choice, check_eps, counted, reject_unknown
@@ -120,15 +120,13 @@ def convert(
     copies = dict(converted.named_modules())
     for name in plan.convs.values():
         replacement.standardize(copies[name], **without_type(conv))
+    floats = (p for p in model.parameters() if p.is_floating_point())
+    like = next(floats, torch.empty(0))
     for module, name in list(plan.norms.items()):
         layer = plan.replacement_of(
-            module, copies[name], kind, without_type(norm), trace
+            module, copies[name], kind, without_type(norm), trace, like
         )
         if layer is not None:
-            if not copies[name].state_dict():
-                # Its device and dtype are those of the model.
-                first = next(model.parameters(), torch.empty(0))
-                layer.to(first.device, first.dtype)
             replacement.become(copies[name], layer)
     plan.note_shared(modules)
     plan.note_fusions(modules)
@@ -257,6 +255,7 @@ class _Plan:
         kind: type[RunningStatistics],
         arguments: dict[str, Any],
         trace: Trace,
+        like: Tensor,
     ) -> RunningStatistics | None:
         """Make the new layer for a norm; None if the norm stays."""
         name, sizes = self.norms[norm], trace.sizes.get(norm, set())
@@ -276,7 +275,7 @@ class _Plan:
             asked = arguments.get('num_groups') or 32
             arguments = arguments | dict(num_groups=min(half, asked))
         with _own_words(name):
-            return replacement.replacement_of(copied, kind, arguments)
+            return replacement.replacement_of(copied, kind, arguments, like)
 
     def note_shared(self, modules: Mapping[str, nn.Module]) -> None:
         """Name norms whose weight or bias another layer had, too."""

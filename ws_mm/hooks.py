@@ -14,7 +14,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
-from .arguments import counted, first_names
+from .arguments import counted
 from .checking import check
 from .distributed import world_size
 from .replacement import BATCH_NORMS
@@ -262,7 +262,7 @@ def frozen_problems(model: nn.Module) -> list[str]:
     ]
     problems += [
         f'These {kind} layers train, and begin with the '
-        f'statistics that they were built with: {first_names(found)}. They '
+        f'statistics that they were built with: {counted(found)}. They '
         'normalize nothing at first. Start them from a checkpoint of batch '
         'norms (init_cfg), or set another norm_cfg in this part of the model, '
         "such as dict(type='GN', num_groups=32)"
@@ -270,14 +270,14 @@ def frozen_problems(model: nn.Module) -> list[str]:
     ]
     problems += [
         f'These {kind} layers do not train, and are as they were '
-        f'built: {first_names(found)}. So the convolutions before them may '
+        f'built: {counted(found)}. So the convolutions before them may '
         'stay random. Set frozen_stages=-1 in the config of this part, or '
         'start it from a checkpoint (init_cfg)'
         for kind, found in groups.items()
     ]
     problems += [
         f'These {kind} layers use the statistics that they were '
-        f'built with, in training, too: {first_names(found)}. They normalize '
+        f'built with, in training, too: {counted(found)}. They normalize '
         'nothing. Start this part from a checkpoint (init_cfg). For a start '
         'without one, tools/model_converters/apply_norm.py replaces them and '
         'sets norm_eval=False and frozen_stages=-1'

@@ -316,7 +316,10 @@ def why_kept(norm: Any) -> str:
 
 @torch.no_grad()
 def replacement_of(
-    norm: Any, kind: type[RunningStatistics], arguments: Mapping[str, Any]
+    norm: Any,
+    kind: type[RunningStatistics],
+    arguments: Mapping[str, Any],
+    like: Tensor,
 ) -> RunningStatistics:
     """Make the layer that takes the place of a norm.
 
@@ -324,6 +327,7 @@ def replacement_of(
         norm: one for which :func:`why_kept` has no reason.
         kind: class of the layer; see its ``from_norm``.
         arguments: constructor arguments, which win over those of norm.
+        like: a tensor of the device and dtype for a norm without any tensor.
 
     Raises:
         ValueError: an argument does not fit the norm.
@@ -331,7 +335,7 @@ def replacement_of(
     has_act = any(True for _ in norm.children())
     made: Any = mixed(WithAct, kind) if has_act else kind
     layer, sources = made.from_norm(norm, arguments)
-    like = next(iter(norm.state_dict().values()), torch.empty(0))
+    like = next(iter(norm.state_dict().values()), like)
     layer.to(dtype=like.dtype)
     learns = {
         name: values.requires_grad
